@@ -1,0 +1,461 @@
+// SPDX-License-Identifier: MIT
+//
+// Exact attention: tiled online softmax, forward and backward. O(Nq Nk (D + Dv)) time, never an N x N matrix: the
+// workspace is O(N (D + Dv)) for one head at a time.
+//
+// This work is based on:
+//   Milakov, Gimelshein. Online normalizer calculation for softmax. 2018 (1805.02867)
+//   Dao et al. FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness. 2022 (2205.14135)
+//
+// Layout. Eight queries are the lanes of two vectors: maximum, sum and rescaling are vertical. Queries are packed to
+// [D][8], keys to panels of four, [D][4], so that a score tile of 4 keys x 8 queries reads both in order. Queries carry
+// scale * log2 e: weights are 2^s.
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "engines.h"
+#include "pack.h"
+#include "products.h"
+#include "rotary.h"
+#include "softmax.h"
+#include "tile.h"
+
+enum {
+  LANES = 8,          // queries of a strip
+  QUERY_BLOCK = 256,  // queries of a forward unit: their tiles stay in cache while the keys pass by
+  KEY_TILE_MAX = 128, // keys of a forward tile: 128, or 64 where D or Dv > 32 (keys, values and weights stay in L1)
+  KEY_BLOCK = 128,    // keys of a backward unit
+  QUERY_CHUNK = 32,   // queries of a backward step
+};
+
+// A new reference is taken when some score exceeds the old one by this many powers of two; until then sums may grow by
+// 2^8, which costs no precision.
+#define LAZY 8.0f
+
+typedef struct exact_workspace {
+  ra_rotary q_rotary, k_rotary;
+} exact_state;
+
+typedef struct exact {
+  const ra_problem *p;
+  exact_state *state;
+  uint32_t D, Dv, Dp, Dvp; // Dp, Dvp: padded to 8
+  uint32_t panels, strips; // groups of 4 keys, of 8 queries (backward: of 32, times 4)
+  char *q_space, *k_space; // rotary tables
+  float *rows;             // [32][Dp] rotated rows on their way
+  float *k_panel;          // [panels][D][4] rotated keys
+  // forward
+  float *q_strip;         // [32 strips][D][8]; backward: all strips of the head
+  float *out_t;           // [32 strips][Dv][8] numerators
+  float *reference, *sum; // [32 strips][8] in powers of two; denominators
+  float *s;               // [KEY_TILE][8] scores, then weights
+  // backward
+  float *k_rows, *q_rows;     // [4 panels][Dp], [8 strips][Dp] rotated
+  float *v_panel;             // [panels][Dv][4]
+  float *dout_rows;           // [8 strips][Dvp]
+  float *dout_strip;          // [strips][Dv][8]
+  float *lse2, *delta;        // [8 strips], lse in powers of two
+  float *weight, *ds;         // [KEY_BLOCK][32]
+  float *dq_t;                // [strips][Dp][8]
+  float *dk_block, *dv_block; // [KEY_BLOCK][Dp], [KEY_BLOCK][Dvp]
+} exact;
+
+static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) {
+  exact e = {.p = p, .D = p->head_dim, .Dv = p->value_dim};
+  e.Dp = (e.D + 7) / 8 * 8;
+  e.Dvp = (e.Dv + 7) / 8 * 8;
+  e.panels = ra_ceil_div(p->key_length, 4);
+  e.state = ra_take(w, 1, 1, sizeof(exact_state));
+  e.q_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
+  e.k_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
+  e.rows = ra_take_floats(w, 32, e.Dp);
+  e.k_panel = ra_take_floats(w, e.panels, (size_t)e.D * 4);
+  if (pass == RA_FORWARD) {
+    e.strips = QUERY_BLOCK / LANES;
+    e.q_strip = ra_take_floats(w, e.strips, (size_t)e.D * LANES);
+    e.out_t = ra_take_floats(w, e.strips, (size_t)e.Dv * LANES);
+    e.reference = ra_take_floats(w, e.strips, LANES);
+    e.sum = ra_take_floats(w, e.strips, LANES);
+    e.s = ra_take_floats(w, KEY_TILE_MAX, LANES);
+  } else {
+    e.strips = ra_ceil_div(p->query_length, QUERY_CHUNK) * (QUERY_CHUNK / LANES);
+    e.q_strip = ra_take_floats(w, e.strips, (size_t)e.D * LANES);
+    e.q_rows = ra_take_floats(w, e.strips, (size_t)e.Dp * LANES);
+    e.dout_rows = ra_take_floats(w, e.strips, (size_t)e.Dvp * LANES);
+    e.dout_strip = ra_take_floats(w, e.strips, (size_t)e.Dv * LANES);
+    e.lse2 = ra_take_floats(w, e.strips, LANES);
+    e.delta = ra_take_floats(w, e.strips, LANES);
+    e.dq_t = ra_take_floats(w, e.strips, (size_t)e.Dp * LANES);
+    e.k_rows = ra_take_floats(w, e.panels, (size_t)e.Dp * 4);
+    e.v_panel = ra_take_floats(w, e.panels, (size_t)e.Dv * 4);
+    e.weight = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
+    e.ds = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
+    e.dk_block = ra_take_floats(w, KEY_BLOCK, e.Dp);
+    e.dv_block = ra_take_floats(w, KEY_BLOCK, e.Dvp);
+  }
+  return e;
+}
+
+static void layout(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) { arrange(p, pass, w); }
+
+// x [count][columns] becomes panels [ceil(count / width)][columns][width], zeros where rows are missing.
+RA_KERNEL void pack(const float *x, size_t x_row, uint32_t count, uint32_t columns, uint32_t width, float *y) {
+  for (uint32_t n = 0; n < count; n += width, y += (size_t)columns * width) {
+    uint32_t rows = ra_min_u32(width, count - n);
+    if (rows < width) ra_fill(y, (size_t)columns * width, 0);
+    ra_transpose(x + n * x_row, x_row, rows, columns, y, width);
+  }
+}
+
+// Rotates the keys of one head into panels, and into plain rows where the pass has them.
+RA_KERNEL void prepare_keys(const exact *e, const float *k) {
+  const ra_problem *p = e->p;
+  if (e->k_rows) ra_fill(e->k_rows, (size_t)e->panels * 4 * e->Dp, 0);
+  ra_fill(e->rows, (size_t)32 * e->Dp, 0);
+  for (uint32_t j = 0; j < p->key_length; j += 32) {
+    uint32_t count = ra_min_u32(32, p->key_length - j);
+    float *rows = e->k_rows ? e->k_rows + (size_t)j * e->Dp : e->rows;
+    ra_rotary_rows(&e->state->k_rotary, k + (size_t)j * e->D, e->D, rows, e->Dp, count, j, 0, 1.0f);
+    pack(rows, e->Dp, count, e->D, 4, e->k_panel + (size_t)j * e->D);
+  }
+}
+
+// --- Forward ------------------------------------------------------------------------------------------------------
+
+// Pass 1 of a tile: s = q.k - reference for `panels` panels of four keys, and the maximum of each query.
+RA_KERNEL void score_tile(const float *k_panel, const float *q_strip, uint32_t D, uint32_t panels,
+                          const float *reference, float *s, f32x4 max[2]) {
+  f32x4 start0 = f32x4_sub(f32x4_splat(0), f32x4_load(reference));
+  f32x4 start1 = f32x4_sub(f32x4_splat(0), f32x4_load(reference + 4));
+  f32x4 max0 = f32x4_splat(-INFINITY), max1 = max0;
+  RA_ROLLED
+  for (uint32_t n = 0; n < panels; n++) {
+    ra_tile t;
+    ra_tile_multiply(&t, 4, start0, start1, D, k_panel, 4, 1, q_strip, LANES);
+    ra_tile_store(&t, 4, s, LANES);
+    for (int r = 0; r < 4; r++) max0 = f32x4_max(max0, t.c[r][0]), max1 = f32x4_max(max1, t.c[r][1]);
+    k_panel += (size_t)D * 4;
+    s += 4 * LANES;
+  }
+  max[0] = max0, max[1] = max1;
+}
+
+// Takes out the pairs that are not allowed: key n of the tile stays in lane i while n < limit[i] - key0. `max` anew.
+RA_KERNEL void mask_tile(float *s, uint32_t keys, const uint32_t *limit, uint32_t key0, f32x4 max[2]) {
+  float bound[LANES];
+  f32x4 masked = f32x4_splat(RA_MASKED);
+  for (int i = 0; i < LANES; i++) bound[i] = limit[i] <= key0 ? 0.0f : (float)ra_min_u32(limit[i] - key0, keys);
+  f32x4 bound0 = f32x4_load(bound), bound1 = f32x4_load(bound + 4);
+  max[0] = max[1] = f32x4_splat(-INFINITY);
+  for (uint32_t n = 0; n < keys; n++, s += LANES) {
+    f32x4 key = f32x4_splat((float)n);
+    f32x4 s0 = f32x4_where_less(key, bound0, f32x4_load(s), masked);
+    f32x4 s1 = f32x4_where_less(key, bound1, f32x4_load(s + 4), masked);
+    f32x4_store(s, s0), f32x4_store(s + 4, s1);
+    max[0] = f32x4_max(max[0], s0), max[1] = f32x4_max(max[1], s1);
+  }
+}
+
+// Moves the reference of a strip to the maxima of the tile (relative to it): scores, sums and numerators follow. A query
+// that has seen no key yet takes its maximum whatever its sign, others only a larger one.
+RA_KERNEL void move_reference(float *s, uint32_t keys, float *reference, float *sum, float *out_t, uint32_t Dv,
+                              const f32x4 max[2]) {
+  const ra_exp2_constants *constants = ra_exp2_load();
+  f32x4 zero = f32x4_splat(0), tiny = f32x4_splat(FLT_MIN), nothing = f32x4_splat(RA_MASKED / 2);
+  f32x4 shift[2], factor[2];
+  for (int h = 0; h < 2; h++) {
+    f32x4 sum_h = f32x4_load(sum + 4 * h);
+    f32x4 up = f32x4_max(max[h], zero);
+    shift[h] = f32x4_where_less(sum_h, tiny, f32x4_where_less(max[h], nothing, zero, max[h]), up);
+    factor[h] = f32x4_where_less(sum_h, tiny, f32x4_splat(1), ra_exp2(f32x4_sub(zero, shift[h]), constants));
+    f32x4_store(reference + 4 * h, f32x4_add(f32x4_load(reference + 4 * h), shift[h]));
+    f32x4_store(sum + 4 * h, f32x4_mul(sum_h, factor[h]));
+  }
+  for (uint32_t n = 0; n < keys; n++, s += LANES)
+    for (int h = 0; h < 2; h++) f32x4_store(s + 4 * h, f32x4_sub(f32x4_load(s + 4 * h), shift[h]));
+  for (uint32_t d = 0; d < Dv; d++, out_t += LANES)
+    for (int h = 0; h < 2; h++) f32x4_store(out_t + 4 * h, f32x4_mul(f32x4_load(out_t + 4 * h), factor[h]));
+}
+
+// Pass 2: weights 2^s in place, their sum added to `sum`.
+RA_KERNEL void weigh_tile(float *s, uint32_t keys, float *sum) {
+  const ra_exp2_constants *constants = ra_exp2_load();
+  f32x4 sum0 = f32x4_splat(0), sum1 = sum0;
+  RA_ROLLED
+  for (uint32_t n = 0; n < keys; n++) {
+    f32x4 w0 = ra_exp2(f32x4_load(s), constants), w1 = ra_exp2(f32x4_load(s + 4), constants);
+    f32x4_store(s, w0), f32x4_store(s + 4, w1);
+    sum0 = f32x4_add(sum0, w0), sum1 = f32x4_add(sum1, w1);
+    s += LANES;
+  }
+  f32x4_store(sum, f32x4_add(f32x4_load(sum), sum0));
+  f32x4_store(sum + 4, f32x4_add(f32x4_load(sum + 4), sum1));
+}
+
+// One strip of queries against keys key0 .. key0 + keys - 1.
+static void forward_tile(const exact *e, uint32_t strip, const uint32_t *limit, uint32_t key0, uint32_t keys,
+                         const float *v) {
+  float *reference = e->reference + strip * LANES, *sum = e->sum + strip * LANES;
+  float *out_t = e->out_t + (size_t)strip * e->Dv * LANES;
+  uint32_t panels = ra_ceil_div(keys, 4);
+  f32x4 max[2];
+  score_tile(e->k_panel + (size_t)key0 * e->D, e->q_strip + (size_t)strip * e->D * LANES, e->D, panels, reference, e->s,
+             max);
+  if (limit[0] < key0 + 4 * panels) mask_tile(e->s, 4 * panels, limit, key0, max); // limits do not fall along the lanes
+  f32x4 lazy = f32x4_splat(LAZY), tiny = f32x4_splat(FLT_MIN);
+  if (f32x4_any_greater(max[0], lazy) || f32x4_any_greater(max[1], lazy) || f32x4_any_greater(tiny, f32x4_load(sum)) ||
+      f32x4_any_greater(tiny, f32x4_load(sum + 4)))
+    move_reference(e->s, 4 * panels, reference, sum, out_t, e->Dv, max);
+  weigh_tile(e->s, keys, sum);
+  ra_add_columns(v + (size_t)key0 * e->Dv, e->Dv, e->Dv, e->s, LANES, keys, out_t, LANES);
+}
+
+// Numerators over denominators, back to rows.
+RA_KERNEL void finish_strip(const exact *e, uint32_t strip, uint32_t count, float *out, float *lse) {
+  float *out_t = e->out_t + (size_t)strip * e->Dv * LANES, inverse[LANES];
+  for (uint32_t i = 0; i < LANES; i++) {
+    float sum = e->sum[strip * LANES + i], reference = e->reference[strip * LANES + i];
+    inverse[i] = sum == 0 ? 0 : 1 / sum;
+    if (i < count) lse[i] = sum == 0 ? -INFINITY : (float)((reference + log2((double)sum)) * RA_LN_2);
+  }
+  for (uint32_t d = 0; d < e->Dv; d++)
+    for (int h = 0; h < 2; h++) {
+      float *at = out_t + d * LANES + 4 * h;
+      f32x4_store(at, f32x4_mul(f32x4_load(at), f32x4_load(inverse + 4 * h)));
+    }
+  ra_transpose(out_t, LANES, e->Dv, count, out, e->Dv);
+}
+
+// A block of queries of one head against all keys. Keys outside, strips inside: a key tile is read from L1.
+RA_KERNEL void forward_block(const exact *e, const float *q, const float *v, uint32_t query0, float *out, float *lse) {
+  const ra_problem *p = e->p;
+  uint32_t count = ra_min_u32(QUERY_BLOCK, p->query_length - query0), strips = ra_ceil_div(count, LANES);
+  uint32_t key_tile = e->D > 32 || e->Dv > 32 ? 64 : KEY_TILE_MAX;
+  uint32_t limit[QUERY_BLOCK];
+  for (uint32_t i = 0; i < strips * LANES; i++) limit[i] = ra_key_limit(p, query0 + ra_min_u32(i, count - 1));
+  for (uint32_t i = 0; i < count; i += 32) {
+    uint32_t rows = ra_min_u32(32, count - i);
+    ra_rotary_rows(&e->state->q_rotary, q + (size_t)(query0 + i) * e->D, e->D, e->rows, e->Dp, rows,
+                   (int64_t)query0 + i + p->query_offset, 0, (float)(p->scale * RA_LOG2_E));
+    pack(e->rows, e->Dp, rows, e->D, LANES, e->q_strip + (size_t)i * e->D);
+  }
+  ra_fill(e->out_t, (size_t)strips * e->Dv * LANES, 0);
+  ra_fill(e->reference, (size_t)strips * LANES, 0);
+  ra_fill(e->sum, (size_t)strips * LANES, 0);
+  uint32_t end = limit[strips * LANES - 1];
+  for (uint32_t key0 = 0; key0 < end; key0 += key_tile)
+    for (uint32_t n = 0; n < strips; n++) {
+      uint32_t last = limit[n * LANES + LANES - 1];
+      if (last > key0) forward_tile(e, n, limit + n * LANES, key0, ra_min_u32(key_tile, last - key0), v);
+    }
+  for (uint32_t n = 0; n < strips; n++) {
+    uint32_t i = query0 + n * LANES;
+    finish_strip(e, n, ra_min_u32(LANES, p->query_length - i), out + (size_t)i * e->Dv, lse + i);
+  }
+}
+
+// --- Backward -----------------------------------------------------------------------------------------------------
+
+// What every key block of a head reads: queries, dout, lse and delta in lanes, queries and dout as padded rows.
+RA_KERNEL void prepare_queries(const exact *e, const float *q, const float *out, const float *lse, const float *dout) {
+  const ra_problem *p = e->p;
+  uint32_t Nq = p->query_length;
+  ra_fill(e->q_rows, (size_t)e->strips * LANES * e->Dp, 0);
+  ra_fill(e->dout_rows, (size_t)e->strips * LANES * e->Dvp, 0);
+  ra_fill(e->q_strip, (size_t)e->strips * LANES * e->D, 0);
+  ra_fill(e->dout_strip, (size_t)e->strips * LANES * e->Dv, 0);
+  ra_fill(e->dq_t, (size_t)e->strips * LANES * e->Dp, 0);
+  ra_fill(e->lse2, (size_t)e->strips * LANES, 0);
+  ra_fill(e->delta, (size_t)e->strips * LANES, 0);
+  for (uint32_t i = 0; i < Nq; i += 32) {
+    uint32_t rows = ra_min_u32(32, Nq - i);
+    float *q_rows = e->q_rows + (size_t)i * e->Dp, *dout_rows = e->dout_rows + (size_t)i * e->Dvp;
+    ra_rotary_rows(&e->state->q_rotary, q + (size_t)i * e->D, e->D, q_rows, e->Dp, rows, (int64_t)i + p->query_offset,
+                   0, (float)(p->scale * RA_LOG2_E));
+    for (uint32_t r = 0; r < rows; r++) {
+      const float *dout_i = dout + (size_t)(i + r) * e->Dv, *out_i = out + (size_t)(i + r) * e->Dv;
+      int seen = ra_key_limit(p, i + r) > 0; // a query with no key has lse = -infinity; its dout counts for nothing
+      double delta = 0;
+      for (uint32_t d = 0; d < e->Dv; d++) {
+        dout_rows[(size_t)r * e->Dvp + d] = seen ? dout_i[d] : 0;
+        delta += (double)dout_i[d] * out_i[d];
+      }
+      e->delta[i + r] = seen ? (float)delta : 0;
+      e->lse2[i + r] = seen ? (float)(lse[i + r] * RA_LOG2_E) : 0;
+    }
+    pack(q_rows, e->Dp, rows, e->D, LANES, e->q_strip + (size_t)i * e->D);
+    pack(dout_rows, e->Dvp, rows, e->Dv, LANES, e->dout_strip + (size_t)i * e->Dv);
+  }
+}
+
+// C[n][8 lanes] = sum_d panel(n, d) * strip[d][8] - start: scores (keys, queries, lse) and dP (values, dout, delta).
+RA_KERNEL void product_tiles(const float *panel, const float *strip, uint32_t columns, uint32_t panels,
+                             const float *start, float *c) {
+  f32x4 start0 = f32x4_sub(f32x4_splat(0), f32x4_load(start));
+  f32x4 start1 = f32x4_sub(f32x4_splat(0), f32x4_load(start + 4));
+  RA_ROLLED
+  for (uint32_t n = 0; n < panels; n++) {
+    ra_tile t;
+    ra_tile_multiply(&t, 4, start0, start1, columns, panel, 4, 1, strip, LANES);
+    ra_tile_store(&t, 4, c, QUERY_CHUNK);
+    panel += (size_t)columns * 4;
+    c += 4 * QUERY_CHUNK;
+  }
+}
+
+// The same, times the weights: dS = P (dP - delta).
+RA_KERNEL void product_tiles_weighted(const float *panel, const float *strip, uint32_t columns, uint32_t panels,
+                                      const float *start, const float *weight, float *c) {
+  f32x4 start0 = f32x4_sub(f32x4_splat(0), f32x4_load(start));
+  f32x4 start1 = f32x4_sub(f32x4_splat(0), f32x4_load(start + 4));
+  RA_ROLLED
+  for (uint32_t n = 0; n < panels; n++) {
+    ra_tile t;
+    ra_tile_multiply(&t, 4, start0, start1, columns, panel, 4, 1, strip, LANES);
+    for (int r = 0; r < 4; r++) {
+      t.c[r][0] = f32x4_mul(t.c[r][0], f32x4_load(weight + r * QUERY_CHUNK));
+      t.c[r][1] = f32x4_mul(t.c[r][1], f32x4_load(weight + r * QUERY_CHUNK + 4));
+    }
+    ra_tile_store(&t, 4, c, QUERY_CHUNK);
+    panel += (size_t)columns * 4;
+    weight += 4 * QUERY_CHUNK;
+    c += 4 * QUERY_CHUNK;
+  }
+}
+
+// Weights 2^s in place.
+RA_KERNEL void weigh_block(float *s, uint32_t keys) {
+  const ra_exp2_constants *constants = ra_exp2_load();
+  RA_ROLLED
+  for (uint32_t n = 0; n < keys * (QUERY_CHUNK / 8); n++) {
+    f32x4_store(s, ra_exp2(f32x4_load(s), constants));
+    f32x4_store(s + 4, ra_exp2(f32x4_load(s + 4), constants));
+    s += 8;
+  }
+}
+
+RA_KERNEL void mask_block(float *s, uint32_t keys, const ra_problem *p, uint32_t query0, uint32_t key0) {
+  f32x4 masked = f32x4_splat(RA_MASKED);
+  float bound[QUERY_CHUNK];
+  for (uint32_t i = 0; i < QUERY_CHUNK; i++) {
+    uint32_t limit = query0 + i < p->query_length ? ra_key_limit(p, query0 + i) : 0;
+    bound[i] = limit <= key0 ? 0.0f : (float)ra_min_u32(limit - key0, keys);
+  }
+  for (uint32_t n = 0; n < keys; n++, s += QUERY_CHUNK)
+    for (uint32_t i = 0; i < QUERY_CHUNK; i += 4)
+      f32x4_store(s + i, f32x4_where_less(f32x4_splat((float)n), f32x4_load(bound + i), f32x4_load(s + i), masked));
+}
+
+// C[n][columns] += sum_i a[n][i] * b[i][columns] over the 32 queries of a chunk, for 4 panels keys: dv (a = P, b = dout),
+// dk (a = dS, b = queries).
+RA_KERNEL void accumulate_rows(const float *a, uint32_t panels, const float *b, size_t columns, float *c) {
+  f32x4 zero = f32x4_splat(0);
+  RA_ROLLED
+  for (size_t d = 0; d < columns; d += 8) {
+    RA_ROLLED
+    for (uint32_t n = 0; n < panels; n++) {
+      ra_tile t;
+      ra_tile_multiply(&t, 4, zero, zero, QUERY_CHUNK, a + (size_t)n * 4 * QUERY_CHUNK, 1, QUERY_CHUNK, b + d, columns);
+      ra_tile_add(&t, 4, c + (size_t)n * 4 * columns + d, columns);
+    }
+  }
+}
+
+// A chunk of 32 queries against a block of keys: the five products of the backward pass.
+RA_KERNEL void backward_step(const exact *e, uint32_t query0, uint32_t key0, uint32_t keys) {
+  const ra_problem *p = e->p;
+  uint32_t last = ra_min_u32(query0 + QUERY_CHUNK, p->query_length) - 1, limit = ra_key_limit(p, last);
+  if (limit <= key0) return;
+  uint32_t panels = ra_ceil_div(ra_min_u32(keys, limit - key0), 4), strip0 = query0 / LANES;
+  const float *k_panel = e->k_panel + (size_t)key0 * e->D, *v_panel = e->v_panel + (size_t)key0 * e->Dv;
+
+  // in the forward pass this was s = q.k, P = 2^(s - lse)
+  for (uint32_t n = 0; n < 4; n++)
+    product_tiles(k_panel, e->q_strip + (size_t)(strip0 + n) * e->D * LANES, e->D, panels,
+                  e->lse2 + (strip0 + n) * LANES, e->weight + n * LANES);
+  if (ra_key_limit(p, query0) < key0 + 4 * panels || last != query0 + QUERY_CHUNK - 1)
+    mask_block(e->weight, 4 * panels, p, query0, key0);
+  weigh_block(e->weight, 4 * panels);
+
+  // in the forward pass this was out += P v, so now dP = dout v^T and dS = P (dP - delta)
+  for (uint32_t n = 0; n < 4; n++)
+    product_tiles_weighted(v_panel, e->dout_strip + (size_t)(strip0 + n) * e->Dv * LANES, e->Dv, panels,
+                           e->delta + (strip0 + n) * LANES, e->weight + n * LANES, e->ds + n * LANES);
+  accumulate_rows(e->weight, panels, e->dout_rows + (size_t)query0 * e->Dvp, e->Dvp, e->dv_block);
+
+  // undoes s = q.k on both sides
+  accumulate_rows(e->ds, panels, e->q_rows + (size_t)query0 * e->Dp, e->Dp, e->dk_block);
+  for (uint32_t n = 0; n < 4; n++)
+    ra_add_columns(e->k_rows + (size_t)key0 * e->Dp, e->Dp, e->Dp, e->ds + n * LANES, QUERY_CHUNK, 4 * panels,
+                   e->dq_t + (size_t)(strip0 + n) * e->Dp * LANES, LANES);
+}
+
+// One block of keys against all queries of a head; dk, dv of the block are overwritten, or added to (`add`).
+RA_KERNEL void backward_block(const exact *e, uint32_t key0, float *dk, float *dv, int add) {
+  const ra_problem *p = e->p;
+  uint32_t keys = ra_min_u32(KEY_BLOCK, p->key_length - key0);
+  ra_fill(e->dk_block, (size_t)KEY_BLOCK * e->Dp, 0);
+  ra_fill(e->dv_block, (size_t)KEY_BLOCK * e->Dvp, 0);
+  for (uint32_t i = ra_query_start(p, key0) / QUERY_CHUNK * QUERY_CHUNK; i < p->query_length; i += QUERY_CHUNK)
+    backward_step(e, i, key0, keys);
+
+  // queries carried scale * log2 e
+  ra_rotary_rows(&e->state->k_rotary, e->dk_block, e->Dp, e->dk_block, e->Dp, keys, key0, 1, (float)RA_LN_2);
+  for (uint32_t j = 0; j < keys; j++) {
+    const float *dk_block = e->dk_block + (size_t)j * e->Dp, *dv_block = e->dv_block + (size_t)j * e->Dvp;
+    float *dk_j = dk + (size_t)(key0 + j) * e->D, *dv_j = dv + (size_t)(key0 + j) * e->Dv;
+    for (uint32_t d = 0; d < e->D; d++) dk_j[d] = add ? dk_j[d] + dk_block[d] : dk_block[d];
+    for (uint32_t d = 0; d < e->Dv; d++) dv_j[d] = add ? dv_j[d] + dv_block[d] : dv_block[d];
+  }
+}
+
+// dq of a head, back to rows and back-rotated.
+RA_KERNEL void finish_queries(const exact *e, float *dq) {
+  const ra_problem *p = e->p;
+  for (uint32_t i = 0; i < p->query_length; i += 32) {
+    uint32_t rows = ra_min_u32(32, p->query_length - i);
+    for (uint32_t r = 0; r < rows; r += LANES)
+      ra_transpose(e->dq_t + (size_t)(i + r) * e->Dp, LANES, e->Dp, LANES, e->rows + r * e->Dp, e->Dp);
+    ra_rotary_rows(&e->state->q_rotary, e->rows, e->Dp, dq + (size_t)i * e->D, e->D, rows, (int64_t)i + p->query_offset,
+                   1, p->scale);
+  }
+}
+
+// --- Units --------------------------------------------------------------------------------------------------------
+
+static uint32_t blocks_per_head(const ra_problem *p, uint32_t pass) {
+  return pass == RA_FORWARD ? ra_ceil_div(p->query_length, QUERY_BLOCK) : ra_ceil_div(p->key_length, KEY_BLOCK);
+}
+
+static uint32_t units(const ra_problem *p, uint32_t pass) { return p->batch * p->heads * blocks_per_head(p, pass); }
+
+static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *workspace, uint32_t first, uint32_t last) {
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  exact e = arrange(p, pass, &cursor);
+  size_t Nq = p->query_length, Nk = p->key_length, D = e.D, Dv = e.Dv;
+  uint32_t blocks = blocks_per_head(p, pass), group = ra_group(p);
+  for (uint32_t unit = first; unit < last; unit++) {
+    uint32_t head = unit / blocks, block = unit % blocks, kv = head / group;
+    const float *q = x->q + head * Nq * D, *k = x->k + kv * Nk * D, *v = x->v + kv * Nk * Dv;
+    if (unit == 0) {
+      ra_rotary_init(&e.state->q_rotary, p, e.q_space);
+      ra_rotary_init(&e.state->k_rotary, p, e.k_space);
+    }
+    if (block == 0 && head % group == 0) {
+      prepare_keys(&e, k);
+      if (pass == RA_BACKWARD) pack(v, Dv, p->key_length, e.Dv, 4, e.v_panel);
+    }
+    if (pass == RA_FORWARD) {
+      forward_block(&e, q, v, block * QUERY_BLOCK, x->out + head * Nq * Dv, x->lse + head * Nq);
+      continue;
+    }
+    if (block == 0) prepare_queries(&e, q, x->out + head * Nq * Dv, x->lse + head * Nq, x->dout + head * Nq * Dv);
+    backward_block(&e, block * KEY_BLOCK, x->dk + kv * Nk * D, x->dv + kv * Nk * Dv, head % group != 0);
+    if (block == blocks - 1) finish_queries(&e, x->dq + head * Nq * D);
+  }
+  return RA_OK;
+}
+
+const ra_engine ra_exact_engine = {layout, units, run};

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: MIT
+//
+// The multiply-add peak of one thread, the yardstick of the benchmarks: twelve independent accumulators that never leave
+// registers (kind 0), or the matrix micro-kernel on operands in L1 (kind 1). The better one counts: engines that fuse a
+// multiply and an add reach it by the first, others by the second.
+
+#include "rope_attention.h"
+#include "tile.h"
+
+static float registers(uint32_t iterations) {
+  f32x4 a = f32x4_splat(0.5f), b = f32x4_splat(0.999f), c[12];
+  for (int i = 0; i < 12; i++) c[i] = f32x4_splat((float)i);
+  RA_ROLLED
+  for (uint32_t n = 0; n < iterations; n++)
+    for (int i = 0; i < 12; i++) c[i] = f32x4_madd(c[i], b, a);
+  for (int i = 1; i < 12; i++) c[0] = f32x4_add(c[0], c[i]);
+  return f32x4_sum(c[0]);
+}
+
+static float tiles(uint32_t iterations) {
+  enum { COUNT = 192 };
+  float a[COUNT * 4], b[COUNT * 8], sum = 0;
+  for (int n = 0; n < COUNT * 4; n++) a[n] = 0.25f;
+  for (int n = 0; n < COUNT * 8; n++) b[n] = 0.5f;
+  RA_ROLLED
+  for (uint32_t n = 0; n < iterations; n += COUNT) {
+    ra_tile t;
+    ra_tile_multiply(&t, 4, f32x4_splat(sum), f32x4_splat(0), COUNT, a, 4, 1, b, 8);
+    sum = f32x4_sum(t.c[0][0]) * 1e-9f;
+  }
+  return sum;
+}
+
+float ra_peak(uint32_t kind, uint32_t iterations) { return kind == 0 ? registers(iterations) : tiles(iterations); }

@@ -1,0 +1,589 @@
+// SPDX-License-Identifier: MIT
+//
+// Polynomial attention: exp(s) ~ p(s) = sum_m c_m s^m of degree g, so that the weights A_ij = phi(x_i)^T W phi(y_j) have
+// rank C(D + g, g) and every product with A goes through a state of that many rows.
+// O(N rank (Dv + 1)) time, O(rank Dv) workspace whatever N is, forward and backward.
+//
+//   x_i = scale R q_i,   y_j = R k_j - mean,   u_j = [v_j - mean, 1]
+//
+// The means change nothing in softmax attention (x.mean is a constant of a row; v's mean comes back at the end) and make
+// scores and sums smaller. Forward:
+//
+//   Z = W sum_j phi(y_j) u_j^T   over the keys seen so far;   [numerator, denominator]_i = phi(x_i)^T Z
+//
+// Causal: queries go in chunks of 32. Keys before the chunk come through Z, keys beside it are done exactly, with exp.
+// Backward is the derivative of exactly this function, c_m held fixed. With h_i = [dout_i, -dout_i.out_i] / denominator_i
+// the gradient by A_ij is h_i.u_j, and so
+//
+//   dphi(x_i) = Z h_i                       a sweep forwards, with the same Z
+//   Y = W sum_i phi(x_i) h_i^T,   dphi(y_j) = Y u_j,   du_j = Y^T phi(y_j)      a sweep backwards
+//
+// and the Jacobian of phi takes dphi to dx, dy. Nothing of size N x rank is ever stored.
+//
+// This work is based on:
+//   Alman, Song. Fast Attention Requires Bounded Entries. 2023 (2302.13214): forward
+//   Alman, Song. RoPE Attention Can Be Trained in Almost Linear Time. 2024 (2412.17316v3): gradient; h u^T is its
+//   beta - rowsum(s o beta), dA o A its gamma
+//   Katharopoulos et al. Transformers are RNNs. 2020 (2006.16236): running states for causal feature attention
+
+#include <math.h>
+#include <string.h>
+
+#include "engines.h"
+#include "monomials.h"
+#include "pack.h"
+#include "rotary.h"
+#include "softmax.h"
+#include "tile.h"
+
+enum {
+  CHUNK = RA_CHUNK,
+  UNIT = 256, // tokens of a unit
+};
+
+// What stays between calls.
+typedef struct polynomial_state {
+  ra_rotary q_rotary, k_rotary;
+  uint32_t edge;         // keys 0 .. edge-1 are in Z (forward sweep); keys edge .. are done (backward sweep)
+  uint32_t not_positive; // rows whose denominator was not positive and finite
+} polynomial_state;
+
+typedef struct polynomial {
+  const ra_problem *p;
+  polynomial_state *state;
+  ra_features f;
+  uint32_t D, Dv, Dp, Dvp; // Dp, Dvp: padded to 8
+  uint32_t columns, row;   // columns of u, h and the state: Dvp values, then one; length of their rows, a multiple of 4
+  char *q_space, *k_space;
+  float *weights;         // [rank] w_r
+  uint8_t *run;           // [rank]
+  float *z;               // [rank][row] Z, later Y
+  float *k_mean, *v_mean; // [Dp], [Dvp]
+  float *lower, *block;   // features [lower][32], [48][32]
+  float *x_rows, *y_rows; // [32][Dp] the chunk's queries, keys
+  float *x_t, *y_t;       // [D][32]
+  float *u_rows;          // [32][row]
+  float *sum_t;           // [columns][32] numerators and denominators, du
+  float *a;               // [32 keys][32] weights of the diagonal block
+  // backward
+  float *h_rows, *h_t;    // [32][row], [columns][32]; u_t in the backward sweep
+  float *da;              // [32][32]
+  float *dlower, *dblock; // [lower][32], [48][32]
+  float *dx_t;            // [Dp][32]
+  float *d_rows;          // [32][max(Dp, Dvp)]
+} polynomial;
+
+static polynomial arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) {
+  polynomial e = {.p = p, .D = p->head_dim, .Dv = p->value_dim};
+  size_t rank = ra_rank(p->head_dim, p->degree);
+  if (rank == RA_SIZE_OVERFLOW) {
+    w->overflow = 1;
+    return e;
+  }
+  e.Dp = (e.D + 7) / 8 * 8;
+  e.Dvp = (e.Dv + 7) / 8 * 8;
+  e.columns = e.Dvp + 1;
+  e.row = e.Dvp + 4;
+  e.state = ra_take(w, 1, 1, sizeof(polynomial_state));
+  uint32_t *tail = ra_take(w, 1, ra_features_cells(p->head_dim, p->degree), sizeof(uint32_t));
+  size_t lower = p->degree == 0 ? 1 : ra_rank(p->head_dim, p->degree - 1);
+  e.q_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
+  e.k_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
+  e.weights = ra_take_floats(w, rank, 1);
+  e.run = ra_take(w, rank, 1, 1);
+  e.z = ra_take_floats(w, rank, e.row);
+  e.k_mean = ra_take_floats(w, 1, e.Dp);
+  e.v_mean = ra_take_floats(w, 1, e.Dvp);
+  e.lower = ra_take_floats(w, lower, CHUNK);
+  e.block = ra_take_floats(w, RA_ROW_BLOCK, CHUNK);
+  e.x_rows = ra_take_floats(w, CHUNK, e.Dp);
+  e.y_rows = ra_take_floats(w, CHUNK, e.Dp);
+  e.x_t = ra_take_floats(w, e.Dp, CHUNK);
+  e.y_t = ra_take_floats(w, e.Dp, CHUNK);
+  e.u_rows = ra_take_floats(w, CHUNK, e.row);
+  e.sum_t = ra_take_floats(w, e.columns, CHUNK);
+  e.a = ra_take_floats(w, CHUNK, CHUNK);
+  if (pass == RA_BACKWARD) {
+    e.h_rows = ra_take_floats(w, CHUNK, e.row);
+    e.h_t = ra_take_floats(w, e.columns, CHUNK);
+    e.da = ra_take_floats(w, CHUNK, CHUNK);
+    e.dlower = ra_take_floats(w, lower, CHUNK);
+    e.dblock = ra_take_floats(w, RA_ROW_BLOCK, CHUNK);
+    e.dx_t = ra_take_floats(w, e.Dp, CHUNK);
+    e.d_rows = ra_take_floats(w, CHUNK, e.Dp > e.Dvp ? e.Dp : e.Dvp);
+  }
+  if (w->base) ra_features_init(&e.f, p->head_dim, p->degree, tail);
+  return e;
+}
+
+static void layout(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) { arrange(p, pass, w); }
+
+// --- Products -----------------------------------------------------------------------------------------------------
+//
+// STEP(R) for R rows at a time: sixes, then what is left.
+
+#define RA_IN_STEPS(r, rows, STEP)                                                                                     \
+  do {                                                                                                                 \
+    uint32_t r = 0;                                                                                                    \
+    RA_ROLLED                                                                                                          \
+    for (; r + 6 <= (rows); r += 6) {                                                                                  \
+      STEP(6);                                                                                                         \
+    }                                                                                                                  \
+    if (r + 4 <= (rows)) {                                                                                             \
+      STEP(4);                                                                                                         \
+      r += 4;                                                                                                          \
+    }                                                                                                                  \
+    RA_ROLLED                                                                                                          \
+    for (; r < (rows); r++) {                                                                                          \
+      STEP(1);                                                                                                         \
+    }                                                                                                                  \
+  } while (0)
+
+// c[r][32] += sum_n a[n][r] * b[n][32]: numerators from state and features, from u and diagonal weights, dx from dA.
+RA_KERNEL void add_columns(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c) {
+  f32x4 zero = f32x4_splat(0);
+  ra_tile t;
+  for (uint32_t i = 0; i < CHUNK; i += 8) {
+#define STEP(R)                                                                                                        \
+  ra_tile_multiply(&t, R, zero, zero, count, a + r, a_row, 1, b + i, CHUNK);                                           \
+  ra_tile_add(&t, R, c + (size_t)r * CHUNK + i, CHUNK)
+    RA_IN_STEPS(r, rows, STEP);
+#undef STEP
+  }
+}
+
+// c[r][32] = sum_d a[r][d] * b[d][32]: dphi from state and h, diagonal scores from keys and queries.
+RA_KERNEL void set_rows(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c) {
+  f32x4 zero = f32x4_splat(0);
+  ra_tile t;
+  for (uint32_t i = 0; i < CHUNK; i += 8) {
+#define STEP(R)                                                                                                        \
+  ra_tile_multiply(&t, R, zero, zero, count, a + r * a_row, 1, a_row, b + i, CHUNK);                                   \
+  ra_tile_store(&t, R, c + (size_t)r * CHUNK + i, CHUNK)
+    RA_IN_STEPS(r, rows, STEP);
+#undef STEP
+  }
+}
+
+// c[r][columns] = sum_i a[r][i] * b[i][columns] over a chunk, columns a multiple of 8: dk, dv of the diagonal block.
+RA_KERNEL void set_products(const float *a, uint32_t rows, const float *b, size_t b_row, uint32_t columns, float *c) {
+  f32x4 zero = f32x4_splat(0);
+  ra_tile t;
+  for (uint32_t d = 0; d < columns; d += 8) {
+#define STEP(R)                                                                                                        \
+  ra_tile_multiply(&t, R, zero, zero, CHUNK, a + (size_t)r * CHUNK, 1, CHUNK, b + d, b_row);                           \
+  ra_tile_store(&t, R, c + (size_t)r * columns + d, columns)
+    RA_IN_STEPS(r, rows, STEP);
+#undef STEP
+  }
+}
+
+// z[r] += w_r sum_i f[r][i] u[i]: a chunk joins the state. The last column, one number a token, is a dot product.
+RA_KERNEL void add_to_state(const float *weights, const float *f, uint32_t rows, const float *u, size_t u_row,
+                            uint32_t values, float *z) {
+  f32x4 zero = f32x4_splat(0);
+  ra_tile t;
+  for (uint32_t d = 0; d < values; d += 8) {
+#define STEP(R)                                                                                                        \
+  ra_tile_multiply(&t, R, zero, zero, CHUNK, f + (size_t)r * CHUNK, 1, CHUNK, u + d, u_row);                           \
+  for (int n = 0; n < R; n++) {                                                                                        \
+    f32x4 w = f32x4_load_splat(weights + r + n);                                                                       \
+    float *z_r = z + (r + (uint32_t)n) * u_row + d;                                                                    \
+    f32x4_store(z_r, f32x4_madd(w, t.c[n][0], f32x4_load(z_r)));                                                       \
+    f32x4_store(z_r + 4, f32x4_madd(w, t.c[n][1], f32x4_load(z_r + 4)));                                               \
+  }
+    RA_IN_STEPS(r, rows, STEP);
+#undef STEP
+  }
+  float last[CHUNK];
+  for (uint32_t i = 0; i < CHUNK; i++) last[i] = u[i * u_row + values];
+  RA_ROLLED
+  for (uint32_t r = 0; r < rows; r++) {
+    f32x4 sum0 = f32x4_mul(f32x4_load(f), f32x4_load(last)), sum1 = f32x4_mul(f32x4_load(f + 4), f32x4_load(last + 4));
+    for (uint32_t i = 8; i < CHUNK; i += 8) {
+      sum0 = f32x4_madd(f32x4_load(f + i), f32x4_load(last + i), sum0);
+      sum1 = f32x4_madd(f32x4_load(f + i + 4), f32x4_load(last + i + 4), sum1);
+    }
+    z[r * u_row + values] += weights[r] * f32x4_sum(f32x4_add(sum0, sum1));
+    f += CHUNK;
+  }
+}
+
+// --- Blocks of rows -----------------------------------------------------------------------------------------------
+
+// The features row0 .. of the tokens x_t: stored rows, or a block made now. *count is 48 or what is left.
+static const float *rows_at(const polynomial *e, const float *x_t, uint32_t row0, uint32_t *count) {
+  uint32_t end = row0 < e->f.lower ? e->f.lower : e->f.rank;
+  *count = ra_min_u32(RA_ROW_BLOCK, end - row0);
+  if (row0 < e->f.lower) return e->lower + (size_t)row0 * CHUNK;
+  ra_features_block(&e->f, x_t, e->lower, row0, *count, e->block);
+  return e->block;
+}
+
+// sum_t[column][token] += phi(token)^T z
+RA_KERNEL void read_state(const polynomial *e, const float *x_t) {
+  for (uint32_t row0 = 0, count; row0 < e->f.rank; row0 += count) {
+    const float *f = rows_at(e, x_t, row0, &count);
+    add_columns(e->z + (size_t)row0 * e->row, e->row, e->columns, f, count, e->sum_t);
+  }
+}
+
+// z += W phi(tokens) rows
+RA_KERNEL void update_state(const polynomial *e, const float *x_t, const float *rows) {
+  for (uint32_t row0 = 0, count; row0 < e->f.rank; row0 += count) {
+    const float *f = rows_at(e, x_t, row0, &count);
+    add_to_state(e->weights + row0, f, count, rows, e->row, e->Dvp, e->z + (size_t)row0 * e->row);
+  }
+}
+
+// dx_t += J(x)^T (z h_t): through the features that the state was read with; h_t [columns][32]
+RA_KERNEL void read_state_backward(const polynomial *e, const float *x_t, const float *h_t) {
+  const ra_features *f = &e->f;
+  set_rows(e->z, e->row, f->lower, h_t, e->columns, e->dlower);
+  for (uint32_t row0 = f->lower, count; row0 < f->rank; row0 += count) {
+    count = ra_min_u32(RA_ROW_BLOCK, f->rank - row0);
+    set_rows(e->z + (size_t)row0 * e->row, e->row, count, h_t, e->columns, e->dblock);
+    ra_features_block_backward(f, x_t, e->lower, row0, count, e->dblock, e->dlower, e->dx_t);
+  }
+  ra_features_lower_backward(f, x_t, e->lower, e->dlower, e->dx_t);
+}
+
+// --- Chunks -------------------------------------------------------------------------------------------------------
+
+// rows [count][Dp], the rest of 32 zeroed, and their transpose
+RA_KERNEL void turn(const polynomial *e, float *rows, uint32_t count, float *t) {
+  ra_fill(rows + (size_t)count * e->Dp, (size_t)(CHUNK - count) * e->Dp, 0);
+  ra_transpose(rows, e->Dp, CHUNK, e->Dp, t, CHUNK);
+}
+
+static void live_tokens(uint32_t count, float *live) {
+  for (uint32_t i = 0; i < CHUNK; i++) live[i] = i < count ? 1.0f : 0.0f;
+}
+
+// Queries i .. i + count - 1: x_rows, x_t and, if `features`, their stored features.
+RA_KERNEL void load_queries(const polynomial *e, const float *q, uint32_t i, uint32_t count, int features) {
+  float live[CHUNK];
+  ra_rotary_rows(&e->state->q_rotary, q + (size_t)i * e->D, e->D, e->x_rows, e->Dp, count,
+                 (int64_t)i + e->p->query_offset, 0, e->p->scale);
+  turn(e, e->x_rows, count, e->x_t);
+  live_tokens(count, live);
+  if (features) ra_features_lower(&e->f, e->x_t, live, e->lower);
+}
+
+// Keys j .. j + count - 1: y_rows, y_t, u_rows and, if `features`, their stored features.
+RA_KERNEL void load_keys(const polynomial *e, const float *k, const float *v, uint32_t j, uint32_t count,
+                         int features) {
+  float live[CHUNK];
+  ra_rotary_rows(&e->state->k_rotary, k + (size_t)j * e->D, e->D, e->y_rows, e->Dp, count, j, 0, 1.0f);
+  ra_fill(e->u_rows, (size_t)CHUNK * e->row, 0);
+  for (uint32_t n = 0; n < count; n++) {
+    float *y = e->y_rows + n * e->Dp, *u = e->u_rows + n * e->row;
+    const float *v_j = v + (size_t)(j + n) * e->Dv;
+    for (uint32_t d = 0; d < e->D; d++) y[d] -= e->k_mean[d];
+    for (uint32_t d = 0; d < e->Dv; d++) u[d] = v_j[d] - e->v_mean[d];
+    u[e->Dvp] = 1;
+  }
+  turn(e, e->y_rows, count, e->y_t);
+  live_tokens(count, live);
+  if (features) ra_features_lower(&e->f, e->y_t, live, e->lower);
+}
+
+// Keys before `end` join the state, those that have not yet.
+RA_KERNEL void append_keys(const polynomial *e, const float *k, const float *v, uint32_t end) {
+  while (e->state->edge < end) {
+    uint32_t count = ra_min_u32(CHUNK, end - e->state->edge);
+    load_keys(e, k, v, e->state->edge, count, 1);
+    update_state(e, e->y_t, e->u_rows);
+    e->state->edge += count;
+  }
+}
+
+// a[n][i] = exp(x_i.y_n) for keys j .. j + keys - 1 that query i + .. may see, 0 elsewhere; columns past the chunk's
+// queries mean nothing.
+RA_KERNEL void diagonal_weights(const polynomial *e, uint32_t i, uint32_t j, uint32_t keys) {
+  const ra_exp2_constants *constants = ra_exp2_load();
+  f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0);
+  float bound[CHUNK];
+  for (uint32_t n = 0; n < CHUNK; n++) {
+    uint32_t limit = ra_key_limit(e->p, i + n);
+    bound[n] = limit <= j ? 0.0f : (float)ra_min_u32(limit - j, keys);
+  }
+  set_rows(e->y_rows, e->Dp, keys, e->x_t, e->D, e->a);
+  for (uint32_t n = 0; n < keys; n++)
+    for (uint32_t c = 0; c < CHUNK; c += 4) {
+      float *at = e->a + n * CHUNK + c;
+      f32x4 weight = ra_exp2(f32x4_mul(f32x4_load(at), to_log2), constants);
+      f32x4_store(at, f32x4_where_less(f32x4_splat((float)n), f32x4_load(bound + c), weight, zero));
+    }
+}
+
+// The row constants x_i.mean that centring took off the scores.
+RA_KERNEL void row_shifts(const polynomial *e, float *shift) {
+  for (uint32_t c = 0; c < CHUNK; c += 4) {
+    f32x4 sum = f32x4_splat(0);
+    for (uint32_t d = 0; d < e->D; d++)
+      sum = f32x4_madd(f32x4_load(e->x_t + d * CHUNK + c), f32x4_load_splat(e->k_mean + d), sum);
+    f32x4_store(shift + c, sum);
+  }
+}
+
+// --- Preparation --------------------------------------------------------------------------------------------------
+
+// Means of the rotated keys and of the values: float sums of 32, double sums of those.
+RA_KERNEL void take_means(const polynomial *e, const float *k, const float *v) {
+  uint32_t Nk = e->p->key_length;
+  double k_sum[RA_MAX_HEAD_DIM] = {0};
+  ra_fill(e->k_mean, e->Dp, 0);
+  for (uint32_t j = 0; j < Nk; j += CHUNK) {
+    uint32_t count = ra_min_u32(CHUNK, Nk - j);
+    ra_rotary_rows(&e->state->k_rotary, k + (size_t)j * e->D, e->D, e->y_rows, e->Dp, count, j, 0, 1.0f);
+    for (uint32_t d = 0; d < e->D; d++) {
+      float sum = 0;
+      for (uint32_t n = 0; n < count; n++) sum += e->y_rows[n * e->Dp + d];
+      k_sum[d] += sum;
+    }
+  }
+  for (uint32_t d = 0; d < e->D; d++) e->k_mean[d] = (float)(k_sum[d] / Nk), k_sum[d] = 0;
+  double *v_sum = k_sum;
+  memset(v_sum, 0, sizeof k_sum);
+  ra_fill(e->v_mean, e->Dvp, 0);
+  for (uint32_t j = 0; j < Nk; j += CHUNK) {
+    uint32_t count = ra_min_u32(CHUNK, Nk - j);
+    for (uint32_t d = 0; d < e->Dv; d++) {
+      float sum = 0;
+      for (uint32_t n = 0; n < count; n++) sum += v[(size_t)(j + n) * e->Dv + d];
+      v_sum[d] += sum;
+    }
+  }
+  for (uint32_t d = 0; d < e->Dv; d++) e->v_mean[d] = (float)(v_sum[d] / Nk);
+}
+
+static void clear_state(const polynomial *e) { ra_fill(e->z, (size_t)e->f.rank * e->row, 0); }
+
+static void prepare_head(const polynomial *e, uint32_t kv, const float *k, const float *v) {
+  ra_features_weights(&e->f, e->p->coefficients + (size_t)kv * (e->f.degree + 1), e->weights, e->run);
+  take_means(e, k, v);
+  clear_state(e);
+  e->state->edge = 0;
+}
+
+// --- Forward ------------------------------------------------------------------------------------------------------
+
+RA_KERNEL void forward_chunk(const polynomial *e, const float *q, const float *k, const float *v, uint32_t i,
+                             uint32_t count, float *out, float *lse) {
+  const ra_problem *p = e->p;
+  uint32_t before = ra_state_keys(p, i), end = ra_key_limit(p, i + count - 1);
+  float shift[CHUNK], inverse[CHUNK];
+  ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
+  load_queries(e, q, i, count, before > 0);
+  if (before > 0) read_state(e, e->x_t);
+  if (end > before) {
+    load_keys(e, k, v, before, end - before, 0);
+    diagonal_weights(e, i, before, end - before);
+    add_columns(e->u_rows, e->row, e->columns, e->a, end - before, e->sum_t);
+  }
+  row_shifts(e, shift);
+  const float *denominator = e->sum_t + (size_t)e->Dvp * CHUNK;
+  for (uint32_t n = 0; n < CHUNK; n++) {
+    float sum = denominator[n];
+    int good = sum > 0 && sum <= 3.4e38f;
+    inverse[n] = good ? 1 / sum : 0;
+    if (n >= count) continue;
+    lse[i + n] = good ? (float)(log((double)sum) + shift[n]) : -INFINITY;
+    if (!good && ra_key_limit(p, i + n) > 0) e->state->not_positive++;
+  }
+  for (uint32_t d = 0; d < e->Dv; d++) {
+    f32x4 mean = f32x4_load_splat(e->v_mean + d);
+    for (uint32_t c = 0; c < CHUNK; c += 4) {
+      float *at = e->sum_t + d * CHUNK + c;
+      f32x4 inverse_c = f32x4_load(inverse + c), value = f32x4_madd(f32x4_load(at), inverse_c, mean);
+      f32x4_store(at, f32x4_where_less(f32x4_splat(0), inverse_c, value, f32x4_splat(0)));
+    }
+  }
+  ra_transpose(e->sum_t, CHUNK, e->Dv, count, out + (size_t)i * e->Dv, e->Dv);
+}
+
+// --- Backward -----------------------------------------------------------------------------------------------------
+
+// h_rows, h_t of a chunk: [dout, -delta] / denominator, from lse = log denominator + x.mean.
+RA_KERNEL void load_gradients(const polynomial *e, const float *out, const float *lse, const float *dout, uint32_t i,
+                              uint32_t count) {
+  float shift[CHUNK];
+  row_shifts(e, shift);
+  ra_fill(e->h_rows, (size_t)CHUNK * e->row, 0);
+  for (uint32_t n = 0; n < count; n++) {
+    if (lse[i + n] == -INFINITY) continue;
+    const float *out_i = out + (size_t)(i + n) * e->Dv, *dout_i = dout + (size_t)(i + n) * e->Dv;
+    float *h = e->h_rows + n * e->row, inverse = (float)exp((double)shift[n] - lse[i + n]);
+    double delta = 0;
+    for (uint32_t d = 0; d < e->Dv; d++) {
+      delta += (double)dout_i[d] * (out_i[d] - e->v_mean[d]);
+      h[d] = dout_i[d] * inverse;
+    }
+    h[e->Dvp] = (float)-delta * inverse;
+  }
+  ra_transpose(e->h_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
+}
+
+// y[n][0 .. columns-1] += x[n], count rows
+RA_KERNEL void add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns, float *y) {
+  for (uint32_t n = 0; n < count; n++)
+    for (uint32_t d = 0; d < columns; d++) y[(size_t)n * columns + d] += x[n * x_row + d];
+}
+
+// The sweep forwards, one chunk of one query head: dq, and what the diagonal block gives to dk and dv.
+RA_KERNEL void backward_queries(const polynomial *e, const ra_arrays *x, size_t head, size_t kv, uint32_t i,
+                                uint32_t count) {
+  const ra_problem *p = e->p;
+  size_t Nq = p->query_length, Nk = p->key_length, D = e->D, Dv = e->Dv;
+  uint32_t before = ra_state_keys(p, i), end = ra_key_limit(p, i + count - 1);
+  load_queries(e, x->q + head * Nq * D, i, count, before > 0);
+  load_gradients(e, x->out + head * Nq * Dv, x->lse + head * Nq, x->dout + head * Nq * Dv, i, count);
+  ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
+
+  // in the forward pass this was sum = phi(x) Z
+  if (before > 0) read_state_backward(e, e->x_t, e->h_t);
+
+  // in the forward pass this was sum += A u, A = exp(x.y)
+  if (end > before) {
+    uint32_t keys = end - before;
+    load_keys(e, x->k + kv * Nk * D, x->v + kv * Nk * Dv, before, keys, 0);
+    diagonal_weights(e, i, before, keys);
+    set_rows(e->u_rows, e->row, keys, e->h_t, e->columns, e->da);
+    for (uint32_t n = 0; n < keys * CHUNK; n += 4)
+      f32x4_store(e->da + n, f32x4_mul(f32x4_load(e->da + n), f32x4_load(e->a + n)));
+    add_columns(e->y_rows, e->Dp, e->D, e->da, keys, e->dx_t);
+    set_products(e->da, keys, e->x_rows, e->Dp, e->Dp, e->d_rows);
+    add_rows(e->d_rows, e->Dp, keys, e->D, x->dk + (kv * Nk + before) * D);
+    set_products(e->a, keys, e->h_rows, e->row, e->Dvp, e->d_rows);
+    add_rows(e->d_rows, e->Dvp, keys, e->Dv, x->dv + (kv * Nk + before) * Dv);
+  }
+  // in the forward pass this was x = scale R q
+  ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);
+  ra_rotary_rows(&e->state->q_rotary, e->d_rows, e->Dp, x->dq + (head * Nq + i) * D, D, count,
+                 (int64_t)i + p->query_offset, 1, p->scale);
+}
+
+// The sweep backwards: keys start .. edge-1 take their gradients from the state of all queries that saw them through Z.
+RA_KERNEL void retire_keys(const polynomial *e, const ra_arrays *x, size_t kv, uint32_t start) {
+  size_t Nk = e->p->key_length, D = e->D, Dv = e->Dv;
+  while (e->state->edge > start) {
+    uint32_t left = e->state->edge - start, count = left % CHUNK ? left % CHUNK : CHUNK, j = e->state->edge - count;
+    load_keys(e, x->k + kv * Nk * D, x->v + kv * Nk * Dv, j, count, 1);
+    ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
+    ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
+    read_state(e, e->y_t);
+    ra_transpose(e->sum_t, CHUNK, e->Dvp, CHUNK, e->d_rows, e->Dvp);
+    add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + (kv * Nk + j) * Dv);
+    ra_transpose(e->u_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
+    read_state_backward(e, e->y_t, e->h_t);
+    ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);
+    add_rows(e->d_rows, e->Dp, count, e->D, x->dk + (kv * Nk + j) * D);
+    e->state->edge = j;
+  }
+}
+
+// One chunk of one query head joins Y.
+RA_KERNEL void append_queries(const polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
+  size_t Nq = e->p->query_length, Dv = e->Dv;
+  load_queries(e, x->q + head * Nq * e->D, i, count, 1);
+  load_gradients(e, x->out + head * Nq * Dv, x->lse + head * Nq, x->dout + head * Nq * Dv, i, count);
+  update_state(e, e->x_t, e->h_rows);
+}
+
+// dk is so far the gradient by y = R k - mean: take out its mean (the path through the mean), rotate back.
+RA_KERNEL void finish_keys(const polynomial *e, float *dk) {
+  uint32_t Nk = e->p->key_length;
+  for (uint32_t d = 0; d < e->D; d++) {
+    double sum = 0;
+    for (uint32_t j = 0; j < Nk; j++) sum += dk[(size_t)j * e->D + d];
+    float mean = (float)(sum / Nk);
+    for (uint32_t j = 0; j < Nk; j++) dk[(size_t)j * e->D + d] -= mean;
+  }
+  for (uint32_t j = 0; j < Nk; j += CHUNK)
+    ra_rotary_rows(&e->state->k_rotary, dk + (size_t)j * e->D, e->D, dk + (size_t)j * e->D, e->D,
+                   ra_min_u32(CHUNK, Nk - j), j, 1, 1.0f);
+}
+
+// --- Units --------------------------------------------------------------------------------------------------------
+//
+// Per key/value head. Forward: blocks of 256 keys that every query sees through the state (all keys when not causal),
+// then blocks of 256 queries of all heads of the group. Backward: the same, then the query blocks again from the last to
+// the first, then the key blocks from the last to the first.
+
+typedef struct plan {
+  uint32_t key_blocks, query_blocks, per_head;
+} plan;
+
+static plan plan_units(const ra_problem *p, uint32_t pass) {
+  plan n = {ra_ceil_div(ra_state_keys(p, 0), UNIT), ra_ceil_div(p->query_length, UNIT), 0};
+  n.per_head = (n.key_blocks + n.query_blocks) * (pass == RA_FORWARD ? 1 : 2);
+  return n;
+}
+
+static uint32_t units(const ra_problem *p, uint32_t pass) {
+  return p->batch * p->kv_heads * plan_units(p, pass).per_head;
+}
+
+static void forward_queries(const polynomial *e, const ra_arrays *x, size_t kv, uint32_t block, uint32_t pass) {
+  const ra_problem *p = e->p;
+  size_t Nq = p->query_length, Nk = p->key_length, group = ra_group(p);
+  const float *k = x->k + kv * Nk * e->D, *v = x->v + kv * Nk * e->Dv;
+  for (uint32_t i = block * UNIT; i < ra_min_u32(block * UNIT + UNIT, p->query_length); i += CHUNK) {
+    uint32_t count = ra_min_u32(CHUNK, p->query_length - i);
+    append_keys(e, k, v, ra_state_keys(p, i));
+    for (size_t head = kv * group; head < (kv + 1) * group; head++) {
+      if (pass == RA_FORWARD)
+        forward_chunk(e, x->q + head * Nq * e->D, k, v, i, count, x->out + head * Nq * e->Dv, x->lse + head * Nq);
+      else backward_queries(e, x, head, kv, i, count);
+    }
+  }
+}
+
+static void sweep_back(const polynomial *e, const ra_arrays *x, size_t kv, uint32_t block) {
+  const ra_problem *p = e->p;
+  size_t group = ra_group(p);
+  uint32_t end = ra_min_u32(block * UNIT + UNIT, p->query_length), chunks = ra_ceil_div(end - block * UNIT, CHUNK);
+  while (chunks-- > 0) {
+    uint32_t i = block * UNIT + chunks * CHUNK, count = ra_min_u32(CHUNK, end - i), before = ra_state_keys(p, i);
+    if (before < e->state->edge) retire_keys(e, x, kv, before);
+    if (before == 0) continue;
+    for (size_t head = kv * group; head < (kv + 1) * group; head++) append_queries(e, x, head, i, count);
+  }
+}
+
+static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *workspace, uint32_t first, uint32_t last) {
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  polynomial e = arrange(p, pass, &cursor);
+  plan n = plan_units(p, pass);
+  size_t Nk = p->key_length;
+  uint32_t blocks = n.key_blocks + n.query_blocks, all = units(p, pass);
+  if (first == 0) {
+    e.state->not_positive = 0;
+    ra_rotary_init(&e.state->q_rotary, p, e.q_space);
+    ra_rotary_init(&e.state->k_rotary, p, e.k_space);
+  }
+  for (uint32_t unit = first; unit < last; unit++) {
+    uint32_t kv = unit / n.per_head, at = unit % n.per_head;
+    const float *k = x->k + kv * Nk * e.D, *v = x->v + kv * Nk * e.Dv;
+    if (at == 0) {
+      prepare_head(&e, kv, k, v);
+      if (pass == RA_BACKWARD) {
+        ra_fill(x->dk + kv * Nk * e.D, Nk * e.D, 0);
+        ra_fill(x->dv + kv * Nk * e.Dv, Nk * e.Dv, 0);
+      }
+    }
+    if (at == blocks) { // keys that no query saw through the state are done
+      clear_state(&e);
+      e.state->edge = ra_state_keys(p, (p->query_length - 1) / CHUNK * CHUNK);
+    }
+    if (at < n.key_blocks) append_keys(&e, k, v, ra_min_u32((at + 1) * UNIT, ra_state_keys(p, 0)));
+    else if (at < blocks) forward_queries(&e, x, kv, at - n.key_blocks, pass);
+    else if (at < blocks + n.query_blocks) sweep_back(&e, x, kv, blocks + n.query_blocks - 1 - at);
+    else retire_keys(&e, x, kv, (n.per_head - 1 - at) * UNIT);
+    if (pass == RA_BACKWARD && at == n.per_head - 1) finish_keys(&e, x->dk + kv * Nk * e.D);
+  }
+  return last == all && e.state->not_positive > 0 ? RA_NOT_POSITIVE : RA_OK;
+}
+
+const ra_engine ra_polynomial_engine = {layout, units, run};

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: MIT
+//
+// rope-attention: softmax attention with rotary position embedding (RoPE), forward and backward, by two engines:
+//
+//   exact       O(N^2 D) time, O(N D) memory: tiled online softmax;
+//   polynomial  O(N rank Dv) time, O(N D + rank Dv) memory: exp replaced by a polynomial of low degree, so that the
+//               matrix of scores becomes an inner product of monomial features.
+//
+// This work is based on:
+//   Alman, Song. Fast RoPE Attention: Combining the Polynomial Method and Fast Fourier Transform. 2025 (2505.11892)
+//   Alman, Song et al. RoPE Attention Can Be Trained in Almost Linear Time. 2024 (2412.17316v3)
+//   Alman, Song. Fast Attention Requires Bounded Entries. 2023 (2302.13214)
+//   Su et al. RoFormer: Enhanced Transformer with Rotary Position Embedding. 2021 (2104.09864)
+//   Dao et al. FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness. 2022 (2205.14135)
+// The derivations are in MATH.md beside this file.
+//
+// What is computed, for every head (query head h reads key/value head floor(h * kv_heads / heads)):
+//
+//   s_ij  = scale * (R_{i + query_offset} q_i) . (R_j k_j)       allowed: all pairs, or j <= i + query_offset (causal)
+//   P     = softmax of s over the allowed j;   out_i = sum_j P_ij v_j;   lse_i = log sum_j exp(s_ij)
+//   dP_ij = dout_i . v_j;   delta_i = dout_i . out_i;   dS_ij = P_ij (dP_ij - delta_i)
+//   dv_j  = sum_i P_ij dout_i;   dq_i = scale R^T sum_j dS_ij (R k)_j;   dk_j = scale R^T sum_i dS_ij (R q)_i
+//
+// A row with no allowed key gives out = 0, lse = -infinity and no gradient.
+//
+// Size letters, everywhere in this folder: B batch, H heads, N length (Nq queries, Nk keys), D head size, Dv value size.
+//
+// Promises of every function here: nothing is allocated, printed or kept between calls; nothing outside the named
+// arrays and the workspace is touched; the stack use is below 16 KB. Arrays must not overlap one another. Arrays need
+// the alignment of a float, the workspace 16 bytes. NaN and infinity in an input spread to the outputs that depend on
+// them and do no other harm.
+
+#ifndef ROPE_ATTENTION_H
+#define ROPE_ATTENTION_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifdef __wasm__
+#define RA_API(name) __attribute__((export_name(#name))) name
+#else
+#define RA_API(name) name
+#endif
+
+// Results of the functions that return int.
+enum {
+  RA_OK = 0,
+  RA_ERROR_PROBLEM = -1, // a field of ra_problem is outside its stated range
+  RA_ERROR_UNITS = -2,   // first > last, or last > ra_units()
+  RA_NOT_POSITIVE = -3,  // polynomial engine: some row's weights do not add up to a positive finite number; the rows
+                         // concerned are zeros, all others are right
+};
+
+// A size that does not fit size_t (32 bits in WebAssembly).
+#define RA_SIZE_OVERFLOW ((size_t)-1)
+
+// Engines, ra_problem.method.
+enum {
+  RA_NAIVE = 0,      // the oracle: plain loops over whole rows, one float sum each; O(N^2 D); for tests
+  RA_EXACT = 1,      // tiled online softmax
+  RA_POLYNOMIAL = 2, // exp(s) ~ sum_m coefficients[m] s^m
+};
+
+// Directions, the argument `pass`.
+enum {
+  RA_FORWARD = 0,  // reads q, k, v; overwrites out, lse
+  RA_BACKWARD = 1, // reads q, k, v, out, lse, dout; overwrites dq, dk, dv
+};
+
+// The largest sizes that are accepted: with them no index product inside one head overflows 32 bits.
+#define RA_MAX_HEAD_DIM 1024u
+#define RA_MAX_DEGREE 8u
+
+typedef struct ra_problem {
+  uint32_t batch, heads, kv_heads;   // >= 1; heads is a multiple of kv_heads
+  uint32_t query_length, key_length; // Nq, Nk >= 1
+  uint32_t head_dim, value_dim;      // D, Dv in 1 .. RA_MAX_HEAD_DIM
+  uint32_t rotary_dim;               // even, 0 (no rotation) .. D; dimensions past it are left alone
+  uint32_t interleaved;              // pairs are 0: (p, p + rotary_dim/2)   1: (2p, 2p + 1)
+  uint32_t causal;                   // 0, or 1: key j is allowed for query i when j <= i + query_offset
+  int32_t query_offset;              // position of query 0; key 0 is at position 0
+  float scale;                       // factor on the scores
+  const double *frequencies;         // [rotary_dim/2] radians per position; NULL when rotary_dim is 0
+  uint32_t method;                   // RA_NAIVE, RA_EXACT, RA_POLYNOMIAL
+  uint32_t degree;                   // polynomial: g, 0 .. RA_MAX_DEGREE
+  const float *coefficients; // polynomial: [B * kv_heads][g + 1], c_0 .. c_g of p(s) for each key/value head, for s
+                             // taken with the mean of the rotated keys subtracted from every rotated key
+} ra_problem;
+
+// All row-major and contiguous. A pointer that the pass does not name may be NULL.
+typedef struct ra_arrays {
+  const float *q;    // [B][H][Nq][D]
+  const float *k;    // [B][kv_heads][Nk][D]
+  const float *v;    // [B][kv_heads][Nk][Dv]
+  float *out;        // [B][H][Nq][Dv]
+  float *lse;        // [B][H][Nq]
+  const float *dout; // [B][H][Nq][Dv]
+  float *dq;         // [B][H][Nq][D]
+  float *dk;         // [B][kv_heads][Nk][D], summed over the query heads of its group
+  float *dv;         // [B][kv_heads][Nk][Dv], likewise
+} ra_arrays;
+
+// --- The contract: any engine, either pass -----------------------------------------------------------------------
+//
+// A pass is a fixed list of units of work (a block of queries or keys of one head), run in order, as few or as many at
+// a time as the caller likes: a thread that must answer messages runs a few, then looks up. State between the calls
+// lives in the workspace only.
+
+// Bytes of workspace for a pass, RA_SIZE_OVERFLOW when they do not fit size_t, 0 when the problem is not valid.
+size_t RA_API(ra_workspace)(const ra_problem *p, uint32_t pass);
+
+// Number of units of a pass, 0 when the problem is not valid.
+uint32_t RA_API(ra_units)(const ra_problem *p, uint32_t pass);
+
+// Runs units first .. last-1. Every unit must be run once, in order, with the same arguments otherwise.
+// RA_NOT_POSITIVE, where it applies, is returned by the call that runs the last unit.
+int RA_API(ra_run)(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *workspace, uint32_t first,
+                   uint32_t last);
+
+// Features of the polynomial engine: C(D + g, g); RA_SIZE_OVERFLOW when that does not fit size_t.
+size_t RA_API(ra_rank)(uint32_t head_dim, uint32_t degree);
+
+// --- Rotation alone -----------------------------------------------------------------------------------------------
+
+// Rotates `rows` rows [rows][D] of x into y (y may be x): row r is at position `position` + r. inverse: 0 rotates by
+// +angle, 1 by -angle (the transpose). Uses head_dim, rotary_dim, interleaved, frequencies. Cost O(rows D).
+size_t RA_API(ra_rotate_workspace)(const ra_problem *p);
+int RA_API(ra_rotate)(const ra_problem *p, const float *x, float *y, uint32_t rows, int32_t position, uint32_t inverse,
+                      void *workspace);
+
+// --- Looking at the data: what a planner needs ----------------------------------------------------------------------
+
+// Bounds over one key/value head and its group of query heads. |s_ij| <= scale * q_norm * k_norm, and, after a shift by a
+// constant of the row (which softmax does not see), |s_ij| <= scale * q_norm * k_centred_norm.
+typedef struct ra_bounds {
+  float q_entry, k_entry; // max |entry| of q, of k
+  float q_norm;           // max |q_i|
+  float k_norm;           // max |k_j|
+  float k_centred_norm;   // max |R k_j - mean of R k|
+  float v_half_range;     // max over columns of (max - min) / 2 of v; 0 when x->v is NULL
+  uint32_t q_argmax;      // flat row (head in group * Nq + i) of the largest query
+  uint32_t k_argmax;      // row of the largest centred key
+  uint32_t finite;        // 1 when q, k (and v unless NULL) have no NaN and no infinity
+} ra_bounds;
+
+// Prepares one key/value head (0 .. B*kv_heads-1) for the calls below, O(Nk D): rotated centred keys are kept in the
+// workspace. Fills *bounds.
+size_t RA_API(ra_sample_workspace)(const ra_problem *p);
+int RA_API(ra_sample_prepare)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, ra_bounds *bounds,
+                              void *workspace);
+
+// Scores of up to 8 queries of one group against every `stride`-th key, centred as above, masked pairs left out.
+// rows[count] are flat rows (head in group * Nq + i). Writes at most count * ceil(Nk / stride) floats to `scores` and
+// returns how many.
+uint32_t RA_API(ra_sample_scores)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
+                                  uint32_t count, uint32_t stride, float *scores, void *workspace);
+
+// Up to 8 rows of the forward pass, and of dq unless dq is NULL, with exp (coefficients NULL) or with the polynomial
+// coefficients[degree + 1] as the polynomial engine would use it (exact inside the causal diagonal block), directly from
+// the scores: O(count Nk (D + Dv)). out [count][Dv], lse [count], dq [count][D]. The gradient reads x->dout only.
+int RA_API(ra_sample_rows)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
+                           uint32_t count, const float *coefficients, uint32_t degree, float *out, float *lse,
+                           float *dq, void *workspace);
+
+// Up to 8 rows of dk and dv (keys[count], ascending) from exact weights, with lse and out taken from x->lse and x->out:
+// O(count heads/kv_heads Nq (D + Dv)). dk [count][D], dv [count][Dv].
+int RA_API(ra_sample_columns)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys,
+                              uint32_t count, float *dk, float *dv, void *workspace);
+
+// --- What this build is ---------------------------------------------------------------------------------------------
+
+// 1 when compiled with relaxed SIMD (fused multiply-add), else 0.
+uint32_t RA_API(ra_relaxed)(void);
+
+// Multiply-adds at the rate that benchmarks divide by. kind 0: in registers, iterations * 96 floating-point operations;
+// kind 1: the matrix micro-kernel in L1, 64 operations an iteration, rounded up to a multiple of 192 iterations.
+float RA_API(ra_peak)(uint32_t kind, uint32_t iterations);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

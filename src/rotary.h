@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: MIT
+//
+// Rotary position embedding: pair p of the row at position m turns by m * theta_p,
+//   (x1, x2) -> (x1 cos - x2 sin, x1 sin + x2 cos).
+// Su et al. RoFormer. 2021.
+//
+// cos and sin are not evaluated for every position: position = anchor + r with r < 32, the angle-addition theorem joins a
+// table over r with one row for the anchor. Anchors 32 apart follow from one another by a rotation in double precision, so
+// rows taken in order, upwards or downwards, cost no call of sin or cos at all. Error of cos and sin: below 2e-7 at any
+// position up to 2^31 (double-precision angles; two float products).
+
+#ifndef RA_ROTARY_H
+#define RA_ROTARY_H
+
+#include "rope_attention.h"
+
+#define RA_ROTARY_BLOCK 32
+
+typedef struct ra_rotary {
+  uint32_t half, interleaved, head_dim; // 2 half of head_dim dimensions rotate
+  const double *frequencies;            // [half]
+  int64_t anchor;                       // position that `turn` stands at
+  double *turn;                         // [half][2] cos, sin of anchor * theta
+  float *coarse;                        // [2][half] the same as floats
+  double *step;                         // [half][2] cos, sin of 32 * theta
+  float *fine;                          // [32][2][half] cos, sin of r * theta
+  float *row;                           // [2][half] cos, sin of the row being rotated
+} ra_rotary;
+
+// Bytes that ra_rotary_init needs, a multiple of 16.
+size_t ra_rotary_bytes(const ra_problem *p);
+
+// Fills *r; `space` stays in use.
+void ra_rotary_init(ra_rotary *r, const ra_problem *p, void *space);
+
+// y[row] = factor * R^(+-1) x[row] for rows at position, position + 1, ...; columns head_dim .. y_row - 1 of y are left
+// alone. y may be x. Cost O(rows D).
+void ra_rotary_rows(ra_rotary *r, const float *x, size_t x_row, float *y, size_t y_row, uint32_t rows, int64_t position,
+                    int inverse, float factor);
+
+#endif

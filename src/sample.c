@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: MIT
+//
+// A look at the data: bounds of one key/value head, scores of a few queries, a few exact rows of the output and of the
+// gradients. O(N D) to prepare, O(N (D + Dv)) a row. A planner decides by these what to run, and checks what was run.
+//
+// Up to eight rows go together, as lanes. Keys are taken with their mean subtracted, as the polynomial engine does.
+
+#include <float.h>
+#include <math.h>
+
+#include "engines.h"
+#include "monomials.h"
+#include "pack.h"
+#include "products.h"
+#include "rotary.h"
+#include "softmax.h"
+
+enum {
+  LANES = 8,
+  TILE = 128, // keys, or queries, that are weighed together
+};
+
+typedef struct sample_state {
+  ra_rotary q_rotary, k_rotary;
+} sample_state;
+
+typedef struct sample {
+  const ra_problem *p;
+  sample_state *state;
+  size_t Nq, Nk, D, Dv, Dp; // Dp: D padded to 4
+  size_t group;
+  char *q_space, *k_space;
+  float *k_mean;      // [Dp]
+  float *k_rows;      // [Nk][Dp] rotated, centred
+  float *rows;        // [TILE][Dp]
+  float *strip;       // [Dp][8] the eight rows as lanes
+  float *v_strip;     // [Dv][8] their values, or their dout
+  float *s;           // [max(Nk, TILE)][8]
+  float *weight, *ds; // [TILE][8]
+  float *sum_t, *d_t; // [Dv][8], [Dp][8]
+} sample;
+
+static sample arrange(const ra_problem *p, ra_workspace_cursor *w) {
+  sample e = {.p = p, .Nq = p->query_length, .Nk = p->key_length, .D = p->head_dim, .Dv = p->value_dim};
+  e.Dp = (e.D + 3) / 4 * 4;
+  e.group = ra_group(p);
+  e.state = ra_take(w, 1, 1, sizeof(sample_state));
+  e.q_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
+  e.k_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
+  e.k_mean = ra_take_floats(w, 1, e.Dp);
+  e.k_rows = ra_take_floats(w, e.Nk, e.Dp);
+  e.rows = ra_take_floats(w, TILE, e.Dp);
+  e.strip = ra_take_floats(w, e.Dp, LANES);
+  e.v_strip = ra_take_floats(w, e.Dv, LANES);
+  e.s = ra_take_floats(w, e.Nk > TILE ? e.Nk : TILE, LANES);
+  e.weight = ra_take_floats(w, TILE, LANES);
+  e.ds = ra_take_floats(w, TILE, LANES);
+  e.sum_t = ra_take_floats(w, e.Dv, LANES);
+  e.d_t = ra_take_floats(w, e.Dp, LANES);
+  return e;
+}
+
+size_t ra_sample_workspace(const ra_problem *p) {
+  if (ra_check(p) != RA_OK) return 0;
+  ra_workspace_cursor w = {NULL, 0, 0};
+  arrange(p, &w);
+  return w.overflow ? RA_SIZE_OVERFLOW : w.used;
+}
+
+// --- Bounds -------------------------------------------------------------------------------------------------------
+
+// Raises *entry to max |x|, returns the sum of squares; a NaN comes out in the sum.
+static float measure_row(const float *x, size_t columns, float *entry) {
+  f32x4 most = f32x4_splat(0), squares = most;
+  size_t d = 0;
+  for (; d + 4 <= columns; d += 4) {
+    f32x4 value = f32x4_load(x + d);
+    most = f32x4_max(most, f32x4_abs(value));
+    squares = f32x4_madd(value, value, squares);
+  }
+  float lane[4], sum = f32x4_sum(squares);
+  f32x4_store(lane, most);
+  for (int i = 0; i < 4; i++)
+    if (lane[i] > *entry) *entry = lane[i];
+  for (; d < columns; d++) {
+    if (fabsf(x[d]) > *entry) *entry = fabsf(x[d]);
+    sum += x[d] * x[d];
+  }
+  return sum;
+}
+
+static int is_finite(float entry, float squares) { return entry <= FLT_MAX && squares == squares; }
+
+static void measure_queries(const sample *e, const float *q, ra_bounds *b) {
+  float largest = 0;
+  for (size_t n = 0; n < e->group * e->Nq; n++) {
+    float squares = measure_row(q + n * e->D, e->D, &b->q_entry);
+    if (!is_finite(b->q_entry, squares)) b->finite = 0;
+    if (squares > largest) largest = squares, b->q_argmax = (uint32_t)n;
+  }
+  b->q_norm = sqrtf(largest);
+}
+
+static void measure_values(const float *v, size_t Nk, size_t Dv, ra_bounds *b) {
+  for (size_t d = 0; d < Dv; d += 4) {
+    size_t lanes = Dv - d < 4 ? Dv - d : 4;
+    float low[4], high[4];
+    for (size_t i = 0; i < lanes; i++) low[i] = high[i] = v[d + i];
+    for (size_t j = 0; j < Nk; j++)
+      for (size_t i = 0; i < lanes; i++) {
+        float value = v[j * Dv + d + i];
+        if (!(fabsf(value) <= FLT_MAX)) b->finite = 0;
+        if (value < low[i]) low[i] = value;
+        if (value > high[i]) high[i] = value;
+      }
+    for (size_t i = 0; i < lanes; i++) {
+      float half = high[i] / 2 - low[i] / 2;
+      if (half > b->v_half_range) b->v_half_range = half;
+    }
+  }
+}
+
+// Rotates the keys, finds and subtracts their mean (float sums of 32 rows, double sums of those).
+static void centre_keys(const sample *e, const float *k) {
+  double sum[RA_MAX_HEAD_DIM] = {0};
+  ra_fill(e->k_rows, e->Nk * e->Dp, 0);
+  for (size_t j = 0; j < e->Nk; j += RA_CHUNK) {
+    size_t count = e->Nk - j < RA_CHUNK ? e->Nk - j : RA_CHUNK;
+    ra_rotary_rows(&e->state->k_rotary, k + j * e->D, e->D, e->k_rows + j * e->Dp, e->Dp, (uint32_t)count, (int64_t)j,
+                   0, 1.0f);
+    for (size_t d = 0; d < e->D; d++) {
+      float chunk = 0;
+      for (size_t n = j; n < j + count; n++) chunk += e->k_rows[n * e->Dp + d];
+      sum[d] += chunk;
+    }
+  }
+  ra_fill(e->k_mean, e->Dp, 0);
+  for (size_t d = 0; d < e->D; d++) e->k_mean[d] = (float)(sum[d] / (double)e->Nk);
+  for (size_t j = 0; j < e->Nk; j++)
+    for (size_t d = 0; d < e->Dp; d += 4) {
+      float *at = e->k_rows + j * e->Dp + d;
+      f32x4_store(at, f32x4_sub(f32x4_load(at), f32x4_load(e->k_mean + d)));
+    }
+}
+
+int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, ra_bounds *bounds, void *workspace) {
+  if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return RA_ERROR_PROBLEM;
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  sample e = arrange(p, &cursor);
+  const float *k = x->k + kv_head * e.Nk * e.D;
+  ra_rotary_init(&e.state->q_rotary, p, e.q_space);
+  ra_rotary_init(&e.state->k_rotary, p, e.k_space);
+  *bounds = (ra_bounds){.finite = 1};
+  measure_queries(&e, x->q + kv_head * e.group * e.Nq * e.D, bounds);
+  if (x->v) measure_values(x->v + kv_head * e.Nk * e.Dv, e.Nk, e.Dv, bounds);
+  centre_keys(&e, k);
+  float largest = 0, largest_centred = 0, ignored = 0;
+  for (size_t j = 0; j < e.Nk; j++) {
+    float squares = measure_row(k + j * e.D, e.D, &bounds->k_entry);
+    float centred = measure_row(e.k_rows + j * e.Dp, e.D, &ignored);
+    if (!is_finite(bounds->k_entry, squares)) bounds->finite = 0;
+    if (squares > largest) largest = squares;
+    if (centred > largest_centred) largest_centred = centred, bounds->k_argmax = (uint32_t)j;
+  }
+  bounds->k_norm = sqrtf(largest);
+  bounds->k_centred_norm = sqrtf(largest_centred);
+  return RA_OK;
+}
+
+// --- Rows ---------------------------------------------------------------------------------------------------------
+
+// Eight queries: where they are, what they see, and x = scale R q as lanes. Lanes past `count` repeat the last one.
+typedef struct lanes {
+  uint32_t i[LANES], limit[LANES], before[LANES]; // before: keys that the polynomial engine takes through its state
+  size_t row[LANES];                              // flat row in [B][H][Nq]
+  uint32_t end;                                   // the largest limit
+} lanes;
+
+static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count) {
+  lanes l = {.end = 0};
+  for (uint32_t n = 0; n < LANES; n++) {
+    uint32_t row = rows[n < count ? n : count - 1];
+    l.i[n] = row % e->p->query_length;
+    l.row[n] = kv_head * e->group * e->Nq + row;
+    l.limit[n] = ra_key_limit(e->p, l.i[n]);
+    l.before[n] = ra_state_keys(e->p, l.i[n] / RA_CHUNK * RA_CHUNK);
+    if (l.limit[n] > l.end) l.end = l.limit[n];
+    ra_rotary_rows(&e->state->q_rotary, x->q + l.row[n] * e->D, e->D, e->rows + n * e->Dp, e->Dp, 1,
+                   (int64_t)l.i[n] + e->p->query_offset, 0, e->p->scale);
+  }
+  ra_transpose(e->rows, e->Dp, LANES, e->D, e->strip, LANES);
+  return l;
+}
+
+uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
+                          uint32_t count, uint32_t stride, float *scores, void *workspace) {
+  if (ra_check(p) != RA_OK || count == 0 || count > LANES || stride == 0) return 0;
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  sample e = arrange(p, &cursor);
+  lanes l = load_lanes(&e, x, kv_head, rows, count);
+  uint32_t written = 0;
+  for (uint64_t j = 0; j < l.end; j += stride) {
+    float s[LANES];
+    ra_set_rows(e.k_rows + j * e.Dp, e.Dp, 1, e.strip, LANES, (uint32_t)e.D, s, LANES);
+    for (uint32_t n = 0; n < count; n++)
+      if (j < l.limit[n]) scores[written++] = s[n];
+  }
+  return written;
+}
+
+// What weighs a score: exp(s - reference), or a polynomial for the keys before `before`.
+typedef struct weigher {
+  const float *coefficients; // [degree + 1], NULL for exp
+  uint32_t degree;
+  float reference[LANES];
+} weigher;
+
+// sum_m c_m s^m, or its derivative
+static f32x4 horner(const weigher *w, int derivative, f32x4 s) {
+  f32x4 sum = f32x4_splat(0);
+  for (uint32_t m = w->degree + 1; m-- > (derivative ? 1u : 0u);)
+    sum = f32x4_madd(sum, s, f32x4_splat(w->coefficients[m] * (derivative ? (float)m : 1.0f)));
+  return sum;
+}
+
+// weight[n][8] of keys j0 .. j0 + count - 1 (derivative: of the weight by the score); 0 where not allowed.
+static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0, uint32_t count, int derivative,
+                  float *weight) {
+  const ra_exp2_constants *constants = ra_exp2_load();
+  f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0);
+  float limit[LANES], before[LANES];
+  for (int i = 0; i < LANES; i++) {
+    limit[i] = l->limit[i] <= j0 ? 0.0f : (float)ra_min_u32(l->limit[i] - j0, count);
+    before[i] = w->coefficients == NULL || l->before[i] <= j0 ? 0.0f : (float)ra_min_u32(l->before[i] - j0, count);
+  }
+  for (uint32_t n = 0; n < count; n++)
+    for (int h = 0; h < LANES; h += 4) {
+      f32x4 key = f32x4_splat((float)n), s_n = f32x4_load(s + n * LANES + h);
+      f32x4 exponent = f32x4_mul(f32x4_sub(s_n, f32x4_load(w->reference + h)), to_log2),
+            value = ra_exp2(exponent, constants);
+      if (w->coefficients) value = f32x4_where_less(key, f32x4_load(before + h), horner(w, derivative, s_n), value);
+      f32x4_store(weight + n * LANES + h, f32x4_where_less(key, f32x4_load(limit + h), value, zero));
+    }
+}
+
+int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
+                   const float *coefficients, uint32_t degree, float *out, float *lse, float *dq, void *workspace) {
+  if (ra_check(p) != RA_OK || count == 0 || count > LANES || degree > RA_MAX_DEGREE) return RA_ERROR_PROBLEM;
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  sample e = arrange(p, &cursor);
+  lanes l = load_lanes(&e, x, kv_head, rows, count);
+  const float *v = x->v + kv_head * e.Nk * e.Dv;
+  weigher w = {coefficients, degree, {0}};
+  double sum[LANES] = {0};
+
+  // pass 1: scores, and for exp their maximum
+  ra_set_rows(e.k_rows, e.Dp, l.end, e.strip, LANES, (uint32_t)e.D, e.s, LANES);
+  for (int i = 0; i < LANES && !coefficients; i++) {
+    w.reference[i] = l.limit[i] ? e.s[i] : 0;
+    for (uint32_t j = 1; j < l.limit[i]; j++)
+      if (e.s[(size_t)j * LANES + i] > w.reference[i]) w.reference[i] = e.s[(size_t)j * LANES + i];
+  }
+
+  // pass 2: weights, their sums, weighted values
+  ra_fill(e.sum_t, e.Dv * LANES, 0);
+  for (uint32_t j = 0; j < l.end; j += TILE) {
+    uint32_t keys = ra_min_u32(TILE, l.end - j);
+    float tile[LANES] = {0};
+    weigh(&l, &w, e.s + (size_t)j * LANES, j, keys, 0, e.weight);
+    for (uint32_t n = 0; n < keys; n++)
+      for (int i = 0; i < LANES; i++) tile[i] += e.weight[n * LANES + i];
+    for (int i = 0; i < LANES; i++) sum[i] += tile[i];
+    ra_add_columns(v + j * e.Dv, e.Dv, (uint32_t)e.Dv, e.weight, LANES, keys, e.sum_t, LANES);
+  }
+  for (uint32_t n = 0; n < count; n++) {
+    double shift = 0, inverse = sum[n] > 0 ? 1 / sum[n] : 0;
+    for (size_t d = 0; d < e.D; d++) shift += (double)e.rows[n * e.Dp + d] * e.k_mean[d];
+    lse[n] = sum[n] > 0 ? (float)(log(sum[n]) + w.reference[n] + shift) : -INFINITY;
+    for (size_t d = 0; d < e.Dv; d++) out[n * e.Dv + d] = (float)(e.sum_t[d * LANES + n] * inverse);
+  }
+  if (!dq) return RA_OK;
+
+  // pass 3: dS = weight' / sum (dout.v - dout.out), dq = scale R^T sum_j dS k
+  float delta[LANES] = {0}, inverse[LANES] = {0};
+  ra_fill(e.v_strip, e.Dv * LANES, 0);
+  ra_fill(e.d_t, e.Dp * LANES, 0);
+  for (uint32_t n = 0; n < count; n++) {
+    const float *dout = x->dout + l.row[n] * e.Dv;
+    double dot = 0;
+    for (size_t d = 0; d < e.Dv; d++) dot += (double)dout[d] * out[n * e.Dv + d], e.v_strip[d * LANES + n] = dout[d];
+    delta[n] = (float)dot;
+    inverse[n] = sum[n] > 0 ? (float)(1 / sum[n]) : 0;
+  }
+  for (uint32_t j = 0; j < l.end; j += TILE) {
+    uint32_t keys = ra_min_u32(TILE, l.end - j);
+    weigh(&l, &w, e.s + (size_t)j * LANES, j, keys, 1, e.weight);
+    ra_set_rows(v + j * e.Dv, e.Dv, keys, e.v_strip, LANES, (uint32_t)e.Dv, e.ds, LANES);
+    for (uint32_t n = 0; n < keys; n++)
+      for (int h = 0; h < LANES; h += 4) {
+        float *at = e.ds + n * LANES + h;
+        f32x4 weight = f32x4_mul(f32x4_load(e.weight + n * LANES + h), f32x4_load(inverse + h));
+        f32x4_store(at, f32x4_mul(weight, f32x4_sub(f32x4_load(at), f32x4_load(delta + h))));
+      }
+    ra_add_columns(e.k_rows + j * e.Dp, e.Dp, (uint32_t)e.D, e.ds, LANES, keys, e.d_t, LANES);
+  }
+  ra_transpose(e.d_t, LANES, e.D, LANES, e.rows, e.Dp);
+  for (uint32_t n = 0; n < count; n++)
+    ra_rotary_rows(&e.state->q_rotary, e.rows + n * e.Dp, e.Dp, dq + n * e.D, e.D, 1, (int64_t)l.i[n] + p->query_offset,
+                   1, p->scale);
+  return RA_OK;
+}
+
+// --- Columns ------------------------------------------------------------------------------------------------------
+
+// Queries i0 .. i0 + count - 1 of one head against the eight keys in the lanes of strip and v_strip.
+static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32_t i0, uint32_t count,
+                        const uint32_t *keys) {
+  const ra_exp2_constants *constants = ra_exp2_load();
+  size_t row = head * e->Nq + i0;
+  const float *dout = x->dout + row * e->Dv;
+  ra_rotary_rows(&e->state->q_rotary, x->q + row * e->D, e->D, e->rows, e->Dp, count, (int64_t)i0 + e->p->query_offset,
+                 0, e->p->scale);
+  ra_set_rows(e->rows, e->Dp, count, e->strip, LANES, (uint32_t)e->D, e->s, LANES);
+  ra_set_rows(dout, e->Dv, count, e->v_strip, LANES, (uint32_t)e->Dv, e->ds, LANES);
+  for (uint32_t n = 0; n < count; n++) {
+    const float *out = x->out + (row + n) * e->Dv;
+    uint32_t limit = ra_key_limit(e->p, i0 + n);
+    double shift = 0, delta = 0, reference = limit ? x->lse[row + n] : 0;
+    for (size_t d = 0; d < e->D; d++) shift += (double)e->rows[n * e->Dp + d] * e->k_mean[d];
+    for (size_t d = 0; d < e->Dv; d++) delta += (double)dout[n * e->Dv + d] * out[d];
+    float live[LANES];
+    for (int i = 0; i < LANES; i++) live[i] = keys[i] < limit ? 1.0f : 0.0f;
+    for (int h = 0; h < LANES; h += 4) {
+      float *s = e->s + n * LANES + h, *weight = e->weight + n * LANES + h, *ds = e->ds + n * LANES + h;
+      f32x4 exponent =
+          f32x4_mul(f32x4_add(f32x4_load(s), f32x4_splat((float)(shift - reference))), f32x4_splat((float)RA_LOG2_E));
+      f32x4 p = f32x4_where_less(f32x4_splat(0), f32x4_load(live + h), ra_exp2(exponent, constants), f32x4_splat(0));
+      f32x4_store(weight, p);
+      f32x4_store(ds, f32x4_mul(p, f32x4_sub(f32x4_load(ds), f32x4_splat((float)delta))));
+    }
+  }
+  ra_add_columns(dout, e->Dv, (uint32_t)e->Dv, e->weight, LANES, count, e->sum_t, LANES);
+  ra_add_columns(e->rows, e->Dp, (uint32_t)e->D, e->ds, LANES, count, e->d_t, LANES);
+}
+
+int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys, uint32_t count,
+                      float *dk, float *dv, void *workspace) {
+  if (ra_check(p) != RA_OK || count == 0 || count > LANES) return RA_ERROR_PROBLEM;
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  sample e = arrange(p, &cursor);
+  uint32_t lane_keys[LANES], first = UINT32_MAX;
+  for (uint32_t n = 0; n < LANES; n++) {
+    uint32_t j = lane_keys[n] = keys[n < count ? n : count - 1];
+    if (j < first) first = j;
+    ra_transpose(e.k_rows + j * e.Dp, e.Dp, 1, e.D, e.strip + n, LANES);
+    ra_transpose(x->v + (kv_head * e.Nk + j) * e.Dv, e.Dv, 1, e.Dv, e.v_strip + n, LANES);
+  }
+  ra_fill(e.sum_t, e.Dv * LANES, 0);
+  ra_fill(e.d_t, e.Dp * LANES, 0);
+  for (size_t head = kv_head * e.group; head < (kv_head + 1) * e.group; head++)
+    for (uint32_t i = ra_query_start(p, first); i < p->query_length; i += TILE)
+      add_queries(&e, x, head, i, ra_min_u32(TILE, p->query_length - i), lane_keys);
+  ra_transpose(e.d_t, LANES, e.D, LANES, e.rows, e.Dp);
+  for (uint32_t n = 0; n < count; n++) {
+    ra_transpose(e.sum_t + n, LANES, e.Dv, 1, dv + n * e.Dv, e.Dv);
+    ra_rotary_rows(&e.state->k_rotary, e.rows + n * e.Dp, e.Dp, dk + n * e.D, e.D, 1, keys[n], 1, 1.0f);
+  }
+  return RA_OK;
+}

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: MIT
+//
+// The small parts, each against its definition in double precision: 2^x, rotation, transposition, micro-kernel, monomials.
+
+#include "check.h"
+#include "monomials.h"
+#include "pack.h"
+#include "products.h"
+#include "rotary.h"
+#include "softmax.h"
+#include "tile.h"
+
+static void exp2_is_accurate(void) {
+  double worst = 0;
+  for (int n = -126 * 64; n < 127 * 64; n++) {
+    float x[4] = {(float)n / 64, (float)n / 64 + 0.003f, (float)n / 64 + 0.007f, (float)n / 64 + 0.011f}, y[4];
+    f32x4_store(y, ra_exp2(f32x4_load(x), ra_exp2_load()));
+    for (int i = 0; i < 4; i++) worst = fmax(worst, fabs(y[i] / exp2((double)x[i]) - 1));
+  }
+  CHECK(worst < 2.5e-7, "relative error %g", worst); // polynomial 0.94e-7, rounding of six steps
+
+  float edge[4] = {-127.0f, -1e30f, -INFINITY, 0.0f}, y[4];
+  f32x4_store(y, ra_exp2(f32x4_load(edge), ra_exp2_load()));
+  CHECK(y[0] == 0 && y[1] == 0 && y[2] == 0 && y[3] == 1, "%g %g %g %g", y[0], y[1], y[2], y[3]);
+  f32x4_store(y, ra_exp2(f32x4_splat(NAN), ra_exp2_load()));
+  CHECK(isnan(y[0]), "%g", y[0]);
+}
+
+static void rotation_is_accurate(uint32_t dim, uint32_t interleaved, int64_t position, uint32_t rows) {
+  double frequencies[64];
+  for (uint32_t i = 0; i < dim / 2; i++) frequencies[i] = pow(10000, -2.0 * i / dim);
+  ra_problem p = {.head_dim = dim + 3, .rotary_dim = dim, .interleaved = interleaved, .frequencies = frequencies};
+  guarded x = guarded_new((size_t)rows * (dim + 3), 1, 1), y = guarded_new(x.count, 2, 1),
+          z = guarded_new(x.count, 3, 1);
+  void *space = malloc(ra_rotary_bytes(&p));
+  ra_rotary r;
+  ra_rotary_init(&r, &p, space);
+  ra_rotary_rows(&r, x.data, dim + 3, y.data, dim + 3, rows, position, 0, 1.0f);
+  double worst = 0;
+  for (uint32_t n = 0; n < rows; n++)
+    for (uint32_t i = 0; i < dim / 2; i++) {
+      uint32_t first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : i + dim / 2;
+      const float *x_n = x.data + n * (dim + 3), *y_n = y.data + n * (dim + 3);
+      double angle = (double)(position + n) * frequencies[i];
+      worst = fmax(worst, fabs(y_n[first] - (x_n[first] * cos(angle) - x_n[second] * sin(angle))));
+      worst = fmax(worst, fabs(y_n[second] - (x_n[first] * sin(angle) + x_n[second] * cos(angle))));
+    }
+  CHECK(worst < 4e-7, "dim %u at %lld: %g", dim, (long long)position, worst); // 2e-7 each in cos and sin, rows below 1
+  for (uint32_t n = 0; n < rows; n++)
+    for (uint32_t d = dim; d < dim + 3; d++)
+      CHECK(y.data[n * (dim + 3) + d] == x.data[n * (dim + 3) + d], "column %u moved", d);
+  ra_rotary_rows(&r, y.data, dim + 3, z.data, dim + 3, rows, position, 1, 1.0f);
+  CHECK(check_error(z.data, x.data, x.count) < 6e-7, "not undone");
+
+  // block by block downwards is the same as all at once upwards
+  for (int64_t n = (int64_t)(rows - 1) / RA_ROTARY_BLOCK * RA_ROTARY_BLOCK; n >= 0; n -= RA_ROTARY_BLOCK) {
+    uint32_t count = rows - n < RA_ROTARY_BLOCK ? (uint32_t)(rows - n) : RA_ROTARY_BLOCK;
+    ra_rotary_rows(&r, x.data + n * (dim + 3), dim + 3, z.data + n * (dim + 3), dim + 3, count, position + n, 0, 1.0f);
+  }
+  CHECK(check_error(z.data, y.data, x.count) < 1e-7, "order matters");
+  CHECK(guarded_intact(&y) && guarded_intact(&z), "canary");
+  free(space), guarded_free(&x), guarded_free(&y), guarded_free(&z);
+}
+
+static void transposes_any_size(void) {
+  for (size_t rows = 1; rows < 10; rows++)
+    for (size_t columns = 1; columns < 10; columns++) {
+      guarded x = guarded_new(rows * columns, rows, 1), y = guarded_new(rows * columns, 2, 1);
+      ra_transpose(x.data, columns, rows, columns, y.data, rows);
+      int same = 1;
+      for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < columns; c++) same &= x.data[r * columns + c] == y.data[c * rows + r];
+      CHECK(same && guarded_intact(&y), "%zu x %zu", rows, columns);
+      guarded_free(&x), guarded_free(&y);
+    }
+}
+
+static void products_match_loops(void) {
+  for (uint32_t rows = 1; rows < 12; rows++)
+    for (uint32_t count = 1; count < 40; count += 13) {
+      guarded a = guarded_new((size_t)rows * count, rows, 1), b = guarded_new((size_t)count * 8, count, 1);
+      guarded c = guarded_new((size_t)rows * 8, 3, 1), d = guarded_new((size_t)rows * 8, 3, 1);
+      ra_add_columns(a.data, rows, rows, b.data, 8, count, c.data, 8);
+      float *expected = malloc(sizeof(float) * rows * 8);
+      for (uint32_t r = 0; r < rows; r++)
+        for (int i = 0; i < 8; i++) {
+          double sum = d.data[r * 8 + i];
+          for (uint32_t n = 0; n < count; n++) sum += (double)a.data[n * rows + r] * b.data[n * 8 + i];
+          expected[r * 8 + i] = (float)sum;
+        }
+      CHECK(check_error(c.data, expected, c.count) < 1e-6 && guarded_intact(&c), "add %u %u", rows, count);
+      ra_set_rows(a.data, count, rows, b.data, 8, count, c.data, 8);
+      for (uint32_t r = 0; r < rows; r++)
+        for (int i = 0; i < 8; i++) {
+          double sum = 0;
+          for (uint32_t n = 0; n < count; n++) sum += (double)a.data[r * count + n] * b.data[n * 8 + i];
+          expected[r * 8 + i] = (float)sum;
+        }
+      CHECK(check_error(c.data, expected, c.count) < 2e-6 && guarded_intact(&c), "set %u %u", rows, count);
+      free(expected), guarded_free(&a), guarded_free(&b), guarded_free(&c), guarded_free(&d);
+    }
+}
+
+// sum_r w_r phi_r(x) phi_r(y) = sum_m c_m (x.y)^m, and J^T dphi against central differences of sum_r dphi_r phi_r(x).
+static void features_are_the_multinomial_theorem(uint32_t D, uint32_t degree) {
+  float coefficients[RA_MAX_DEGREE + 1], live[RA_CHUNK];
+  for (uint32_t m = 0; m <= degree; m++) coefficients[m] = 1.0f / (float)(m + 1) - 0.3f;
+  uint32_t *tail = malloc(ra_features_cells(D, degree) * sizeof *tail);
+  ra_features f;
+  ra_features_init(&f, D, degree, tail);
+  CHECK(f.rank == ra_rank(D, degree), "rank %u", f.rank);
+  size_t lower = (size_t)f.lower * RA_CHUNK, top = (size_t)(f.rank - f.lower) * RA_CHUNK;
+  float *weights = malloc(sizeof(float) * f.rank);
+  uint8_t *run = malloc(f.rank);
+  ra_features_weights(&f, coefficients, weights, run);
+  guarded x = guarded_new((size_t)D * RA_CHUNK, 5, 0.7f), y = guarded_new((size_t)D * RA_CHUNK, 6, 0.7f);
+  guarded phi_x = guarded_new(lower + top, 1, 1), phi_y = guarded_new(lower + top, 1, 1);
+  for (int i = 0; i < RA_CHUNK; i++) live[i] = i < 29;
+  for (int side = 0; side < 2; side++) {
+    const float *tokens = side ? y.data : x.data;
+    float *phi = side ? phi_y.data : phi_x.data;
+    ra_features_lower(&f, tokens, live, phi);
+    for (uint32_t row = f.lower; row < f.rank; row += 7) // blocks of an awkward size
+      ra_features_block(&f, tokens, phi, row, f.rank - row < 7 ? f.rank - row : 7, phi + (size_t)row * RA_CHUNK);
+  }
+  CHECK(guarded_intact(&phi_x) && guarded_intact(&phi_y), "canary");
+  double worst = 0;
+  for (int i = 0; i < 29; i++) {
+    double dot = 0, p = 0, sum = 0;
+    for (uint32_t d = 0; d < D; d++) dot += (double)x.data[d * RA_CHUNK + i] * y.data[d * RA_CHUNK + i];
+    for (uint32_t m = degree + 1; m-- > 0;) p = p * dot + coefficients[m];
+    for (size_t r = 0; r < f.rank; r++)
+      sum += (double)weights[r] * phi_x.data[r * RA_CHUNK + i] * phi_y.data[r * RA_CHUNK + i];
+    worst = fmax(worst, fabs(sum - p));
+  }
+  CHECK(worst < 5e-6, "D %u degree %u: %g", D, degree, worst);
+  for (int i = 29; i < RA_CHUNK; i++) CHECK(phi_x.data[i] == 0, "padding has features");
+
+  if (degree > 0) {
+    guarded dphi = guarded_new(lower + top, 8, 1), dx = guarded_new((size_t)D * RA_CHUNK, 9, 1);
+    guarded dphi_before = guarded_new(lower + top, 8, 1);
+    memset(dx.data, 0, sizeof(float) * dx.count);
+    for (uint32_t row = f.lower; row < f.rank; row += 7)
+      ra_features_block_backward(&f, x.data, phi_x.data, row, f.rank - row < 7 ? f.rank - row : 7,
+                                 dphi.data + (size_t)row * RA_CHUNK, dphi.data, dx.data);
+    ra_features_lower_backward(&f, x.data, phi_x.data, dphi.data, dx.data);
+    worst = 0;
+    for (uint32_t d = 0; d < D; d++) {
+      double change[RA_CHUNK] = {0};
+      float step = 1.0f / 64;
+      for (int sign = -1; sign <= 1; sign += 2) {
+        guarded moved = guarded_new(x.count, 5, 0.7f);
+        for (int i = 0; i < RA_CHUNK; i++) moved.data[d * RA_CHUNK + i] += (float)sign * step;
+        ra_features_lower(&f, moved.data, live, phi_y.data);
+        ra_features_block(&f, moved.data, phi_y.data, f.lower, f.rank - f.lower, phi_y.data + lower);
+        for (size_t r = 0; r < f.rank; r++)
+          for (int i = 0; i < RA_CHUNK; i++)
+            change[i] += sign * (double)dphi_before.data[r * RA_CHUNK + i] * phi_y.data[r * RA_CHUNK + i] / (2 * step);
+        guarded_free(&moved);
+      }
+      for (int i = 0; i < 29; i++) worst = fmax(worst, fabs(change[i] - dx.data[d * RA_CHUNK + i]));
+    }
+    CHECK(worst < 2e-2, "Jacobian, D %u degree %u: %g", D, degree,
+          worst); // third derivative times step^2 / 6, summed over rows
+    guarded_free(&dphi), guarded_free(&dx), guarded_free(&dphi_before);
+  }
+  free(tail), free(weights), free(run);
+  guarded_free(&x), guarded_free(&y), guarded_free(&phi_x), guarded_free(&phi_y);
+}
+
+int main(void) {
+  exp2_is_accurate();
+  rotation_is_accurate(16, 0, 0, 70);
+  rotation_is_accurate(16, 1, 1000000, 33);
+  rotation_is_accurate(6, 0, -40, 65);
+  rotation_is_accurate(2, 1, 7, 1);
+  transposes_any_size();
+  products_match_loops();
+  features_are_the_multinomial_theorem(1, 6);
+  features_are_the_multinomial_theorem(2, 8);
+  features_are_the_multinomial_theorem(3, 5);
+  features_are_the_multinomial_theorem(7, 3);
+  features_are_the_multinomial_theorem(16, 2);
+  features_are_the_multinomial_theorem(5, 1);
+  features_are_the_multinomial_theorem(5, 0);
+  CHECK(ra_rank(64, 2) == 2145 && ra_rank(64, 3) == 47905 && ra_rank(16, 4) == 4845, "ranks");
+  CHECK(ra_rank(1024, 8) == RA_SIZE_OVERFLOW, "overflow");
+  return check_report();
+}
