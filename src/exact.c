@@ -34,7 +34,7 @@ enum {
 // 2^8, which costs no precision.
 #define LAZY 8.0f
 
-typedef struct exact_workspace {
+typedef struct exact_state {
   ra_rotary q_rotary, k_rotary;
 } exact_state;
 
