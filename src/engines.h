@@ -38,10 +38,11 @@ static inline uint32_t ra_query_start(const ra_problem *p, uint32_t j) {
 }
 
 // Keys that the polynomial engine takes through its state for a chunk of queries that begins at i: all when not causal, else
-// those before the chunk's first query. The chunk's other keys are done exactly.
+// those at positions before the chunk's first query. The chunk's other keys are done exactly.
 static inline uint32_t ra_state_keys(const ra_problem *p, uint32_t i) {
-  uint32_t limit = ra_key_limit(p, i);
-  return !p->causal ? limit : limit > 0 ? limit - 1 : 0;
+  if (!p->causal) return p->key_length;
+  int64_t keys = (int64_t)i + p->query_offset;
+  return keys <= 0 ? 0 : keys < p->key_length ? (uint32_t)keys : p->key_length;
 }
 
 // Query heads that share a key/value head.

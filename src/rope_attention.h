@@ -28,7 +28,8 @@
 // Promises of every function here: nothing is allocated, printed or kept between calls; nothing outside the named
 // arrays and the workspace is touched; the stack use is below 16 KB. Arrays must not overlap one another. Arrays need
 // the alignment of a float, the workspace 16 bytes. NaN and infinity in an input spread to the outputs that depend on
-// them and do no other harm.
+// them, under a causal mask also to rows that share a tile with those (up to 128 positions earlier), in the polynomial
+// engine to the whole head; they do no other harm.
 
 #ifndef ROPE_ATTENTION_H
 #define ROPE_ATTENTION_H
@@ -162,6 +163,7 @@ uint32_t RA_API(ra_sample_scores)(const ra_problem *p, const ra_arrays *x, uint3
 // Up to 8 rows of the forward pass, and of dq unless dq is NULL, with exp (coefficients NULL) or with the polynomial
 // coefficients[degree + 1] as the polynomial engine would use it (exact inside the causal diagonal block), directly from
 // the scores: O(count Nk (D + Dv)). out [count][Dv], lse [count], dq [count][D]. The gradient reads x->dout only.
+// RA_NOT_POSITIVE when a row's weights do not add up to a positive finite number.
 int RA_API(ra_sample_rows)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
                            uint32_t count, const float *coefficients, uint32_t degree, float *out, float *lse,
                            float *dq, void *workspace);

@@ -272,13 +272,15 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
     for (int i = 0; i < LANES; i++) sum[i] += tile[i];
     ra_add_columns(v + j * e.Dv, e.Dv, (uint32_t)e.Dv, e.weight, LANES, keys, e.sum_t, LANES);
   }
+  int status = RA_OK;
   for (uint32_t n = 0; n < count; n++) {
     double shift = 0, inverse = sum[n] > 0 ? 1 / sum[n] : 0;
+    if (coefficients && l.limit[n] > 0 && !(sum[n] > 0 && sum[n] <= (double)FLT_MAX)) status = RA_NOT_POSITIVE;
     for (size_t d = 0; d < e.D; d++) shift += (double)e.rows[n * e.Dp + d] * e.k_mean[d];
     lse[n] = sum[n] > 0 ? (float)(log(sum[n]) + w.reference[n] + shift) : -INFINITY;
     for (size_t d = 0; d < e.Dv; d++) out[n * e.Dv + d] = (float)(e.sum_t[d * LANES + n] * inverse);
   }
-  if (!dq) return RA_OK;
+  if (!dq) return status;
 
   // pass 3: dS = weight' / sum (dout.v - dout.out), dq = scale R^T sum_j dS k
   float delta[LANES] = {0}, inverse[LANES] = {0};
@@ -307,7 +309,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   for (uint32_t n = 0; n < count; n++)
     ra_rotary_rows(&e.state->q_rotary, e.rows + n * e.Dp, e.Dp, dq + n * e.D, e.D, 1, (int64_t)l.i[n] + p->query_offset,
                    1, p->scale);
-  return RA_OK;
+  return status;
 }
 
 // --- Columns ------------------------------------------------------------------------------------------------------

@@ -241,6 +241,14 @@ static void negative_sums_are_reported(void) {
   void *workspace = aligned_alloc(16, ra_workspace(&r.p, RA_FORWARD));
   CHECK(ra_run(&r.p, &r.x, RA_FORWARD, workspace, 0, ra_units(&r.p, RA_FORWARD)) == RA_NOT_POSITIVE, "p = -1");
   for (size_t n = 0; n < r.out.count; n++) CHECK(r.out.data[n] == 0, "row not zero");
+
+  float out[9], lse, bad[] = {-1, 0};
+  ra_bounds b;
+  uint32_t row = 7;
+  void *sample = aligned_alloc(16, ra_sample_workspace(&r.p));
+  CHECK(ra_sample_prepare(&r.p, &r.x, 0, &b, sample) == RA_OK, "prepare");
+  CHECK(ra_sample_rows(&r.p, &r.x, 0, &row, 1, bad, 1, out, &lse, NULL, sample) == RA_NOT_POSITIVE, "p = -1, sampled");
+  free(sample);
   free(workspace), finish(&r);
 }
 
