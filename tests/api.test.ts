@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: MIT
+//
+// The synchronous API as a caller meets it: what every option refuses and how it says so, what a call leaves untouched, and
+// what an instance survives.
+
+import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+
+import { createRopeAttention, reference } from '../dist/index.js';
+import { createAttention } from '../dist/attention.js';
+import type { BackwardArgs, CreateOptions, RopeAttention } from '../dist/index.js';
+import { maxAbs, maxDifference, problem } from './support.js';
+
+const SHAPE = { batch: 2, heads: 4, kvHeads: 2, queryLength: 5, keyLength: 7, headDim: 8, valueDim: 6 };
+const args = problem({ shape: SHAPE }, 1);
+const { dOutput, ...forwardArgs } = args;
+const planArgs = forwardArgs;
+const rotateArgs = { x: args.q, shape: SHAPE };
+
+let attention: RopeAttention;
+beforeAll(async () => {
+  attention = await createRopeAttention();
+});
+afterAll(() => attention.dispose());
+
+/** A call with arguments that the types would not let through. */
+function call(name: 'forward' | 'backward' | 'plan' | 'rotate', changes: unknown): () => unknown {
+  const valid = { forward: forwardArgs, backward: args, plan: planArgs, rotate: rotateArgs }[name];
+  const given = typeof changes === 'object' && changes !== null ? { ...valid, ...changes } : changes;
+  return () => (attention[name] as (given: unknown) => unknown)(given);
+}
+
+type Case = [changes: Record<string, unknown>, kind: typeof TypeError | typeof RangeError, message: string];
+
+/** Options that forward, backward and plan share; `@` stands for the function's name. */
+const COMMON: Case[] = [
+  [{ q: undefined }, TypeError, '@: q must be a Float32Array, got undefined'],
+  [{ q: Array.from(args.q) }, TypeError, '@: q must be a Float32Array, got an array'],
+  [{ q: Float64Array.from(args.q) }, TypeError, '@: q must be a Float32Array, got a Float64Array'],
+  [{ q: args.q.buffer }, TypeError, '@: q must be a Float32Array, got a ArrayBuffer'],
+  [{ q: args.q.subarray(1) }, RangeError, '@: q has 319 values, shape needs 320'],
+  [{ k: new Float32Array(96) }, RangeError, '@: k has 96 values, shape needs 224'],
+  [{ k: null }, TypeError, '@: k must be a Float32Array, got null'],
+  [{ v: new Float32Array(0) }, RangeError, '@: v has 0 values, shape needs 168'],
+  [{ v: new Uint8Array(168) }, TypeError, '@: v must be a Float32Array, got a Uint8Array'],
+  [{ shape: undefined }, TypeError, '@: shape must be an object, got undefined'],
+  [{ shape: [2, 4, 5, 8] }, TypeError, '@: shape must be an object, got an array'],
+  [{ shape: { ...SHAPE, dim: 8 } }, TypeError, '@: there is no option shape.dim; known are batch, heads, kvHeads'],
+  [{ shape: { ...SHAPE, heads: '4' } }, TypeError, "@: shape.heads must be a number, got '4'"],
+  [{ shape: { ...SHAPE, heads: undefined } }, TypeError, '@: shape.heads must be a number, got undefined'],
+  [{ shape: { ...SHAPE, batch: 0 } }, RangeError, '@: shape.batch must be an integer from 1 to 2147483647, got 0'],
+  [{ shape: { ...SHAPE, heads: -4 } }, RangeError, '@: shape.heads must be an integer'],
+  [{ shape: { ...SHAPE, kvHeads: 3 } }, RangeError, '@: shape.heads must be a multiple of shape.kvHeads, got 4 and 3'],
+  [{ shape: { ...SHAPE, kvHeads: 8 } }, RangeError, '@: shape.heads must be a multiple of shape.kvHeads, got 4 and 8'],
+  [{ shape: { ...SHAPE, queryLength: 2.5 } }, RangeError, '@: shape.queryLength must be an integer from 1 to 2147483647, got 2.5'],
+  [{ shape: { ...SHAPE, keyLength: NaN } }, RangeError, '@: shape.keyLength must be an integer'],
+  [{ shape: { ...SHAPE, keyLength: 2 ** 32 } }, RangeError, '@: shape.keyLength must be an integer'],
+  [{ shape: { ...SHAPE, headDim: 1025 } }, RangeError, '@: shape.headDim must be an integer from 1 to 1024, got 1025'],
+  [{ shape: { ...SHAPE, valueDim: Infinity } }, RangeError, '@: shape.valueDim must be an integer from 1 to 1024, got Infinity'],
+  [{ shape: { ...SHAPE, batch: 2 ** 31 - 1, heads: 2 ** 30, kvHeads: 1, queryLength: 2 ** 30 } }, RangeError, 'which is beyond any array'],
+  [{ shape: { ...SHAPE, headDim: 7 } }, RangeError, '@: rotary.dim is headDim by default and must be even, headDim is 7; give an even rotary.dim, such as 6'],
+  [{ rotary: true }, TypeError, '@: rotary must be false or an object, got true'],
+  [{ rotary: null }, TypeError, '@: rotary must be an object, got null'],
+  [{ rotary: { theta: 1 } }, TypeError, '@: there is no option rotary.theta; known are base, dim, interleaved, frequencies'],
+  [{ rotary: { base: 0 } }, RangeError, '@: rotary.base must be positive and finite, got 0'],
+  [{ rotary: { base: NaN } }, RangeError, '@: rotary.base must be positive and finite, got NaN'],
+  [{ rotary: { base: '10000' } }, TypeError, "@: rotary.base must be a number, got '10000'"],
+  [{ rotary: { dim: 5 } }, RangeError, '@: rotary.dim must be even, got 5'],
+  [{ rotary: { dim: 10 } }, RangeError, '@: rotary.dim must be an integer from 0 to 8, got 10'],
+  [{ rotary: { interleaved: 1 } }, TypeError, '@: rotary.interleaved must be true or false, got 1'],
+  [{ rotary: { frequencies: [1, 2, 3, 4] } }, TypeError, '@: rotary.frequencies must be a Float32Array, got an array'],
+  [{ rotary: { frequencies: new Float32Array(3) } }, RangeError, '@: rotary.frequencies has 3 values, rotary.dim/2 needs 4'],
+  [{ rotary: { frequencies: Float32Array.of(1, 2, NaN, 4) } }, RangeError, '@: rotary.frequencies[2] must be finite, got NaN'],
+  [{ rotary: { base: 500, frequencies: new Float32Array(4) } }, TypeError, '@: rotary has both base and frequencies'],
+  [{ scale: '1' }, TypeError, "@: scale must be a number, got '1'"],
+  [{ scale: Infinity }, RangeError, '@: scale must be a finite float32, got Infinity'],
+  [{ scale: 1e39 }, RangeError, '@: scale must be a finite float32, got 1e+39'],
+  [{ causal: 'yes' }, TypeError, "@: causal must be true or false, got 'yes'"],
+  [{ queryOffset: 1.5 }, RangeError, '@: queryOffset must be an integer'],
+  [{ queryOffset: 2 ** 31 - 5 }, RangeError, '@: queryOffset 2147483643 + queryLength 5 must not exceed 2147483647'],
+  [{ queryOffset: -(2 ** 31) - 1 }, RangeError, '@: queryOffset must be an integer'],
+  [{ window: 3 }, TypeError, '@: window must be a pair [left, right], got 3'],
+  [{ window: [1, 2, 3] }, TypeError, '@: window must be a pair [left, right], got an array'],
+  [{ window: ['a', 2] }, TypeError, "@: window[0] must be a number, got 'a'"],
+  [{ window: [128, 0] }, RangeError, '@: window other than [-1, -1] is not available in this version, got [128, 0]'],
+  [{ bias: new Float32Array(11) }, RangeError, '@: bias is not available in this version'],
+  [{ relativePositions: new Float32Array(11) }, RangeError, '@: relativePositions is not available in this version'],
+  [{ relative: {} }, RangeError, '@: relative is not available in this version'],
+  [{ method: 'toeplitz' }, RangeError, "@: method 'toeplitz' is not available in this version"],
+  [{ method: 'fast' }, RangeError, "@: method must be one of 'auto', 'exact', 'polynomial', 'toeplitz', got 'fast'"],
+  [{ method: 1 }, TypeError, '@: method must be one of'],
+  [{ tolerance: 1e-7 }, RangeError, '@: tolerance must be finite and at least 0.000001, the floor of float32 sums, got 1e-7'],
+  [{ tolerance: Infinity }, RangeError, '@: tolerance must be finite'],
+  [{ tolerance: NaN }, RangeError, '@: tolerance must be finite'],
+  [{ tolerance: '1e-3' }, TypeError, "@: tolerance must be a number, got '1e-3'"],
+  [{ guarantee: 'proved' }, RangeError, "@: guarantee must be one of 'sampled', 'certified', got 'proved'"],
+  [{ degree: 9 }, RangeError, '@: degree must be an integer from 0 to 8, got 9'],
+  [{ degree: -1 }, RangeError, '@: degree must be an integer from 0 to 8, got -1'],
+  [{ degree: '2' }, TypeError, "@: degree must be a number, got '2'"],
+  [{ degree: 2, method: 'exact' }, RangeError, "@: method 'exact' has no degree, got degree 2"],
+  [{ seed: -1 }, RangeError, '@: seed must be an integer from 0 to 4294967295, got -1'],
+  [{ seed: 0.5 }, RangeError, '@: seed must be an integer'],
+  [{ onMiss: 'ignore' }, RangeError, "@: onMiss must be one of 'error', 'report', got 'ignore'"],
+  [{ casual: true }, TypeError, '@: there is no option casual; known are q, k, v'],
+  [{ signal: new AbortController().signal }, TypeError, '@: signal is only for createRopeAttentionWorker'],
+  [{ onProgress: () => {} }, TypeError, '@: onProgress is only for createRopeAttentionWorker'],
+];
+
+const CASES: [name: 'forward' | 'backward' | 'plan' | 'rotate', ...Case][] = [
+  ...(['forward', 'backward', 'plan'] as const).flatMap((name) => COMMON.map((one): (typeof CASES)[number] => [name, ...one])),
+  ['forward', { v: undefined }, TypeError, '@: v must be a Float32Array, got undefined'],
+  ['forward', { dOutput }, TypeError, '@: there is no option dOutput'],
+  ['backward', { v: undefined }, TypeError, '@: v must be a Float32Array, got undefined'],
+  ['backward', { dOutput: undefined }, TypeError, '@: dOutput must be a Float32Array, got undefined'],
+  ['backward', { dOutput: dOutput.subarray(6) }, RangeError, '@: dOutput has 234 values, shape needs 240'],
+  ['backward', { output: dOutput }, TypeError, '@: output needs lse as well; give both or neither'],
+  ['backward', { lse: new Float32Array(40) }, TypeError, '@: lse needs output as well; give both or neither'],
+  ['backward', { output: dOutput, lse: new Float32Array(41) }, RangeError, '@: lse has 41 values, shape needs 40'],
+  ['plan', { v: undefined, dOutput }, TypeError, '@: dOutput needs v as well'],
+  ['plan', { output: dOutput }, TypeError, '@: there is no option output'],
+  ['rotate', { x: args.k }, RangeError, '@: x has 224 values, shape needs 320'],
+  ['rotate', { x: [1, 2] }, TypeError, '@: x must be a Float32Array, got an array'],
+  ['rotate', { inverse: 1 }, TypeError, '@: inverse must be true or false, got 1'],
+  ['rotate', { causal: true }, TypeError, '@: there is no option causal; known are x, shape, rotary, queryOffset, inverse'],
+  ['rotate', { shape: { ...SHAPE, headDim: 7 } }, RangeError, '@: rotary.dim is headDim by default'],
+  ['rotate', { rotary: { dim: 3 } }, RangeError, '@: rotary.dim must be even, got 3'],
+  ['rotate', { queryOffset: 2 ** 31 }, RangeError, '@: queryOffset must be an integer'],
+];
+
+describe('misuse', () => {
+  const title = ([name, changes, , message]: (typeof CASES)[number]) =>
+    `${name} ${Object.keys(changes).join(', ')}: ${message.replace('@', name)}`;
+  test.each(CASES.map((one) => [title(one), ...one] as const))('%s', (_, name, changes, kind, message) => {
+    let thrown: unknown;
+    try {
+      call(name, changes)();
+    } catch (error) {
+      thrown = error;
+    }
+    expect(thrown).toBeInstanceOf(kind);
+    expect((thrown as Error).message).toContain(message.replace('@', name));
+  });
+
+  test.each([undefined, null, 3, 'q', [], new Float32Array(3)])('an argument that is no object: %p', (given) => {
+    for (const name of ['forward', 'backward', 'plan', 'rotate'] as const) {
+      const act = () => (attention[name] as (given: unknown) => unknown)(given);
+      expect(act).toThrow(TypeError);
+      expect(act).toThrow(`${name}: its argument must be an object, got`);
+    }
+  });
+
+  const CREATE: [unknown, typeof TypeError | typeof RangeError, string][] = [
+    [null, TypeError, 'createRopeAttention: its argument must be an object, got null'],
+    [{ simd: true }, TypeError, 'createRopeAttention: there is no option simd; known are wasm, relaxedSimd, maxMemoryBytes'],
+    [{ relaxedSimd: 'yes' }, RangeError, "createRopeAttention: relaxedSimd must be 'auto', true or false, got 'yes'"],
+    [{ relaxedSimd: 1 }, TypeError, "createRopeAttention: relaxedSimd must be 'auto', true or false, got 1"],
+    [{ maxMemoryBytes: '1' }, TypeError, "createRopeAttention: maxMemoryBytes must be a number, got '1'"],
+    [{ maxMemoryBytes: 0 }, RangeError, 'createRopeAttention: maxMemoryBytes must be above 0 and at most 4294967296, got 0'],
+    [{ maxMemoryBytes: 2 ** 33 }, RangeError, 'createRopeAttention: maxMemoryBytes must be above 0'],
+    [{ maxMemoryBytes: 1000 }, RangeError, 'createRopeAttention: maxMemoryBytes is 1000, an instance at rest holds '],
+    [{ wasm: 7 }, TypeError, 'createRopeAttention: wasm must be an address, bytes, a Response or a WebAssembly.Module, got 7'],
+    [{ wasm: {} }, TypeError, 'createRopeAttention: wasm must be'],
+  ];
+  test.each(CREATE)('createRopeAttention(%p)', async (options, kind, message) => {
+    const made = createRopeAttention(options as CreateOptions);
+    await expect(made).rejects.toThrow(kind);
+    await expect(made).rejects.toThrow(message);
+  });
+
+  test('an option that is undefined is an option not given', () => {
+    const absent = { rotary: undefined, scale: undefined, causal: undefined, window: undefined, bias: undefined, degree: undefined };
+    expect(attention.forward({ ...forwardArgs, ...absent }).output).toEqual(attention.forward(forwardArgs).output);
+  });
+
+  test('a throw leaves the instance usable', () => {
+    const before = attention.backward(args);
+    for (const [name, changes] of CASES) expect(call(name, changes)).toThrow();
+    const after = attention.backward(args);
+    expect([after.dq, after.dk, after.dv]).toEqual([before.dq, before.dk, before.dv]);
+  });
+});
+
+describe('arguments', () => {
+  /** The same values in the middle of a larger buffer that is filled with NaN. */
+  const inMiddle = (values: Float32Array, buffer: ArrayBufferLike, offset: number) => {
+    new Float32Array(buffer).fill(NaN);
+    const view = new Float32Array(buffer, offset, values.length);
+    view.set(values);
+    return view;
+  };
+  const arrays = ['q', 'k', 'v', 'dOutput'] as const;
+
+  test.each([
+    ['views with an offset', (bytes: number) => new ArrayBuffer(bytes)],
+    ['views on shared memory', (bytes: number) => new SharedArrayBuffer(bytes)],
+  ])('%s count as their part only, and are not written', (_, allocate) => {
+    const given: BackwardArgs = { ...args };
+    for (const name of arrays) given[name] = inMiddle(args[name], allocate(4 * args[name].length + 64), 20) as Float32Array;
+    const before = arrays.map((name) => new Uint8Array(given[name].buffer).slice());
+    const expected = { ...attention.backward(args), ...attention.forward(forwardArgs) };
+    const { dOutput: _dOutput, ...forwardGiven } = given;
+    const got = { ...attention.backward(given), ...attention.forward(forwardGiven) };
+    for (const name of ['dq', 'dk', 'dv', 'output', 'lse'] as const) expect(got[name]).toEqual(expected[name]);
+    arrays.forEach((name, n) => {
+      expect(given[name].length).toBe(args[name].length); // not detached
+      expect(new Uint8Array(given[name].buffer)).toEqual(before[n]);
+    });
+  });
+
+  test('one array may stand for several', () => {
+    const shape = { heads: 1, queryLength: 4, headDim: 4 };
+    const { q } = problem({ shape }, 2);
+    const expected = attention.forward({ q, k: q.slice(), v: q.slice(), shape });
+    expect(attention.forward({ q, k: q, v: q, shape }).output).toEqual(expected.output);
+  });
+
+  test('results own their memory', () => {
+    const { output, lse } = attention.forward(forwardArgs);
+    const kept = [output.slice(), lse.slice()];
+    attention.forward({ ...forwardArgs, v: args.v.map((x) => -x), scale: 3 });
+    expect([output, lse]).toEqual(kept);
+    expect(output.buffer.byteLength).toBe(output.byteLength);
+    expect(output.buffer).not.toBe(lse.buffer);
+  });
+});
+
+describe('options reach the kernels', () => {
+  const SETTINGS = [
+    {},
+    { rotary: false as const },
+    { rotary: { base: 100 } },
+    { rotary: { dim: 4 } },
+    { rotary: { dim: 0 } },
+    { rotary: { interleaved: true } },
+    { rotary: { frequencies: Float32Array.of(1, 0.5, -0.25, 2) } },
+    { rotary: { dim: 4, frequencies: Float32Array.of(0.3, 1.7) } },
+    { scale: 1 / 8 },
+    { scale: -0.5 },
+    { causal: true },
+    { causal: true, queryOffset: 2 },
+    { causal: true, queryOffset: -3 },
+    { queryOffset: 100000 },
+    { window: [-1, -1] as const },
+  ];
+  test.each(SETTINGS)('%p', (setting) => {
+    const given = { ...args, ...setting };
+    const { dOutput: _dOutput, ...forwardGiven } = given;
+    const expected = { ...reference.forward(given), ...reference.backward(given) };
+    const got = { ...attention.forward({ ...forwardGiven, method: 'exact' }), ...attention.backward({ ...given, method: 'exact' }) };
+    for (const name of ['output', 'lse', 'dq', 'dk', 'dv'] as const) {
+      expect(maxDifference(got[name], expected[name])).toBeLessThan(1e-5 * maxAbs(expected[name].filter(Number.isFinite)));
+    }
+    // The setting matters: without it the result is another one.
+    const plain = reference.forward({ ...args });
+    const same = maxDifference(plain.output, expected.output) === 0;
+    expect(same).toBe(Object.keys(setting).length === 0 || 'window' in setting);
+  });
+
+  test('rotate, and back', () => {
+    const setting = { rotary: { dim: 6, base: 50 }, queryOffset: 1234 };
+    const expected = reference.rotate({ ...rotateArgs, ...setting });
+    const rotated = attention.rotate({ ...rotateArgs, ...setting });
+    expect(maxDifference(rotated, expected)).toBeLessThan(1e-6 * maxAbs(args.q));
+    expect(maxDifference(rotated, args.q)).toBeGreaterThan(0.1);
+    expect(maxDifference(attention.rotate({ ...rotateArgs, ...setting, x: rotated, inverse: true }), args.q)).toBeLessThan(1e-6 * maxAbs(args.q));
+    expect(attention.rotate({ ...rotateArgs, rotary: false })).toEqual(args.q);
+  });
+
+  test('backward from the given output and lse is backward without them', () => {
+    const { output, lse } = attention.forward({ ...forwardArgs, method: 'exact' });
+    const without = attention.backward({ ...args, method: 'exact' });
+    const given = attention.backward({ ...args, output, lse, method: 'exact' });
+    for (const name of ['dq', 'dk', 'dv'] as const) expect(given[name]).toEqual(without[name]);
+    expect(given.report.flops).toBeLessThan(without.report.flops);
+  });
+
+  test('backward does use them: other ones give other gradients with `exact`, and are found out with `auto`', () => {
+    const wrong = { output: new Float32Array(240).fill(1), lse: new Float32Array(40).fill(1) };
+    const { dq } = attention.backward({ ...args, method: 'exact' });
+    expect(maxDifference(attention.backward({ ...args, ...wrong, method: 'exact' }).dq, dq)).toBeGreaterThan(0.01);
+    const found = attention.backward({ ...args, ...wrong });
+    expect(found.dq).toEqual(dq);
+    expect(found.report.reason).toContain('computed again');
+  });
+});
+
+describe('an instance', () => {
+  test('does not see another one', async () => {
+    const other = await createRopeAttention();
+    const expected = attention.forward(forwardArgs).output;
+    other.forward({ ...forwardArgs, scale: 2 });
+    expect(attention.forward(forwardArgs).output).toEqual(expected);
+    other.dispose();
+    expect(attention.forward(forwardArgs).output).toEqual(expected);
+  });
+
+  test('refuses every call after dispose, which may be repeated', async () => {
+    const gone = await createRopeAttention();
+    expect(gone.memoryBytes).toBeGreaterThan(0);
+    gone.dispose();
+    gone.dispose();
+    expect(gone.memoryBytes).toBe(0);
+    expect(() => gone.forward(forwardArgs)).toThrow('forward: this instance was disposed');
+    expect(() => gone.backward(args)).toThrow('backward: this instance was disposed');
+    expect(() => gone.plan(planArgs)).toThrow('plan: this instance was disposed');
+    expect(() => gone.rotate(rotateArgs)).toThrow('rotate: this instance was disposed');
+  });
+
+  test('is not harmed by a call that is left half done', async () => {
+    const one = await createAttention({});
+    const large = problem({ shape: { heads: 4, queryLength: 1000, headDim: 16 } }, 5);
+    const { dOutput: _dOutput, ...forwardLarge } = large;
+    const expected = one.forward({ ...forwardLarge, method: 'exact' }).output;
+    const held = one.memoryBytes;
+
+    const left = one.forwardSteps({ ...forwardLarge, method: 'exact', scale: 0 });
+    for (let n = 0; n < 6; n++) expect(left.next().done).toBe(false);
+    expect(one.forward({ ...forwardLarge, method: 'exact' }).output).toEqual(expected);
+    expect(() => left.next()).toThrow('forward: this call was left: its instance was disposed or began another call');
+
+    const returned = one.forwardSteps({ ...forwardLarge, method: 'exact', scale: 0 });
+    for (let n = 0; n < 6; n++) returned.next();
+    returned.return(undefined as never);
+    expect(one.forward({ ...forwardLarge, method: 'exact' }).output).toEqual(expected);
+    expect(one.memoryBytes).toBe(held);
+
+    const last = one.forwardSteps({ ...forwardLarge, method: 'exact' });
+    last.next();
+    one.dispose();
+    expect(() => last.next()).toThrow('forward: this call was left');
+  });
+
+  test('holds the same memory after a thousand calls', async () => {
+    const one = await createRopeAttention();
+    const round = () => {
+      one.forward(forwardArgs);
+      one.backward(args);
+      one.rotate(rotateArgs);
+      one.plan(planArgs);
+      expect(call('forward', { q: args.k })).toThrow(RangeError);
+    };
+    // One large call sets the size.
+    const large = problem({ shape: { heads: 2, queryLength: 600, headDim: 16 } }, 3);
+    one.backward(large);
+    const held = one.memoryBytes;
+    for (let n = 0; n < 250; n++) round();
+    one.backward(large);
+    expect(one.memoryBytes).toBe(held);
+    one.dispose();
+  });
+
+  test('keeps to maxMemoryBytes, names both numbers, and goes on', async () => {
+    const maxMemoryBytes = 2 ** 20;
+    const small = await createRopeAttention({ maxMemoryBytes });
+    const shape = { heads: 1, queryLength: 8192, headDim: 16 };
+    const q = new Float32Array(8192 * 16);
+    let message = '';
+    try {
+      small.forward({ q, k: q, v: q, shape });
+    } catch (error) {
+      expect(error).toBeInstanceOf(RangeError);
+      message = (error as Error).message;
+    }
+    const [, needed, limit] = /^forward: needs (\d+) bytes of WebAssembly memory, the limit is (\d+)$/.exec(message) ?? [];
+    expect(Number(limit)).toBe(maxMemoryBytes);
+    expect(Number(needed)).toBeGreaterThan(4 * q.byteLength); // q, k, v, output
+    expect(small.memoryBytes).toBeLessThanOrEqual(maxMemoryBytes);
+    expect(small.forward(forwardArgs).output).toEqual(attention.forward(forwardArgs).output);
+    expect(small.memoryBytes).toBeLessThanOrEqual(maxMemoryBytes);
+    small.dispose();
+  });
+
+  test('reports the bytes that it needs', async () => {
+    const one = await createRopeAttention();
+    const large = problem({ shape: { heads: 1, queryLength: 5000, headDim: 32 } }, 4);
+    const { dOutput: _dOutput, ...forwardLarge } = large;
+    const { report } = one.forward({ ...forwardLarge, method: 'exact' });
+    expect(report.bytes).toBeGreaterThan(4 * 4 * 5000 * 32);
+    expect(one.memoryBytes - report.bytes).toBeLessThan(65536);
+    one.dispose();
+  });
+});

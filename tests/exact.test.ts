@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: MIT
+//
+// The exact engine against float64: sizes around every tile, all shape options, scores that overflow a careless softmax.
+// The measure is plain float32 arithmetic (`yardstick`): at most twice its error, three times for gradients.
+
+import { describe, expect, test } from '@jest/globals';
+
+import { theory } from '../dist/index.js';
+import { add, describeSetting, draw, eachBinary, forwardArgs, inner, lazy, problem, random, slopeError } from './support.js';
+import type { Problem, Setting } from './support.js';
+import { RESULTS, yardstick } from './yardstick.js';
+
+const sizes = [1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257, 300];
+const heads = 1;
+
+const lengthSettings: Setting[] = [
+  ...sizes.map((queryLength) => ({ shape: { heads, queryLength, headDim: 16 } })),
+  ...sizes.map((queryLength) => ({ shape: { heads, queryLength, headDim: 16 }, causal: true })),
+  ...sizes.map((keyLength) => ({ shape: { heads, queryLength: 9, keyLength, headDim: 8 } })),
+  ...sizes.map((queryLength) => ({ shape: { heads, queryLength, keyLength: 33, headDim: 8 }, causal: true })),
+];
+
+const dimensionSettings: Setting[] = [1, 2, 3, 4, 5, 6, 7, 8, 10, 16, 20, 32, 64, 80, 128].flatMap((dim) => {
+  const rotary = dim % 2 ? { rotary: false as const } : {};
+  const lengths = { heads, queryLength: 33, keyLength: 66 };
+  return [
+    { shape: { ...lengths, headDim: dim }, ...rotary, causal: true, queryOffset: 33 },
+    { shape: { ...lengths, headDim: dim, valueDim: 6 }, ...rotary },
+    { shape: { ...lengths, headDim: 6, valueDim: dim } },
+  ];
+});
+
+const shape = { heads, queryLength: 37, headDim: 12 };
+const optionSettings: Setting[] = [
+  { shape: { ...shape, batch: 3 } },
+  { shape: { ...shape, heads: 3 }, causal: true },
+  { shape: { ...shape, batch: 2, heads: 6, kvHeads: 2, keyLength: 20, valueDim: 5 } },
+  { shape: { ...shape, batch: 2, heads: 4, kvHeads: 1 }, causal: true },
+  ...[1, 20, 1000, -1, -20, -36].map((queryOffset) => ({ shape, causal: true, queryOffset })),
+  ...[50, -50].map((queryOffset) => ({ shape: { ...shape, keyLength: 90 }, causal: true, queryOffset })),
+  { shape, queryOffset: -7 },
+  { shape, rotary: false },
+  { shape, rotary: { dim: 0 } },
+  { shape, rotary: { dim: 4 } },
+  { shape, rotary: { dim: 10, interleaved: true }, causal: true },
+  { shape, rotary: { interleaved: true }, queryOffset: 5 },
+  { shape, rotary: { base: 500 } },
+  { shape, rotary: { frequencies: Float32Array.of(1, 0.1, -0.2, 3, 0, 0.5) } },
+  { shape, rotary: { dim: 4, frequencies: Float32Array.of(0.7, 0.01) }, causal: true },
+  { shape, scale: 0 },
+  { shape, scale: -0.5 },
+  { shape, scale: 3, causal: true },
+];
+
+/** Entries of one sign and size: scores from low to high without rotation, at scale 1. */
+function scoresBetween(low: number, high: number, causal: boolean, seed: number): Problem {
+  const setting = { shape: { heads, queryLength: 70, headDim: 8 }, rotary: false as const, scale: 1, causal };
+  const [least, most] = [low, high].map((s) => Math.sqrt(Math.abs(s) / 8)).sort((a, b) => a - b);
+  const args = problem(setting, seed, (r) => least + (most - least) * r.uniform());
+  return low < 0 ? { ...args, q: args.q.map((x) => -x) } : args;
+}
+
+const square = { heads, queryLength: 70, headDim: 16 };
+const scoreProblems = named([
+  // exp overflows float32 at 89 and vanishes at -104: only differences of scores may reach it.
+  ['from 90 to 100', () => scoresBetween(90, 100, false, 21)],
+  ['from 90 to 100, causal', () => scoresBetween(90, 100, true, 22)],
+  ['from -100 to -90', () => scoresBetween(-100, -90, false, 23)],
+  ['from -100 to -90, causal', () => scoresBetween(-100, -90, true, 24)],
+  ['hundreds apart: one key takes all', () => problem({ shape: square }, 25, (r) => 10 * r.normal())],
+  ['hundreds apart, causal', () => problem({ shape: square, causal: true }, 26, (r) => 10 * r.normal())],
+  ['rising along the keys, so that the reference of the softmax keeps moving', () => rising(27, 1)],
+  ['falling along the keys', () => rising(28, -1)],
+  ['tiny', () => problem({ shape: square }, 29, (r) => 1e-20 * r.normal())],
+]);
+
+/** Scores that change by about 200 from the first key to the last. */
+function rising(seed: number, sign: number): Problem {
+  const args = problem({ shape: { heads, queryLength: 20, keyLength: 300, headDim: 4 }, rotary: false, scale: 1 }, seed);
+  const q = args.q.map((x, n) => (n % 4 === 0 ? 1 : 0.1 * x));
+  return { ...args, q, k: args.k.map((x, n) => (n % 4 === 0 ? (sign * 200 * Math.floor(n / 4)) / 300 : x)) };
+}
+
+/** Rows for test.each: a name, the problem and its yardstick, both made once and only when needed. */
+function named(problems: [name: string, make: () => Problem][]) {
+  return problems.map(([name, make]) => {
+    const args = lazy(make);
+    return [name, args, lazy(() => yardstick(args()))] as const;
+  });
+}
+
+const withYardsticks = (settings: Setting[], seed: number) =>
+  named(settings.map((setting, n) => [describeSetting(setting), () => problem(setting, seed + n)]));
+
+const groups = [
+  ['lengths', withYardsticks(lengthSettings, 1000)],
+  ['dimensions', withYardsticks(dimensionSettings, 2000)],
+  ['options', withYardsticks(optionSettings, 3000)],
+  ['scores', scoreProblems],
+] as const;
+
+const slopes = [
+  { shape: { heads: 2, queryLength: 33, headDim: 16 } },
+  { shape: { heads: 4, kvHeads: 2, queryLength: 20, keyLength: 41, headDim: 10, valueDim: 7 }, causal: true, queryOffset: 21 },
+].map((setting: Setting) => [describeSetting(setting), setting] as const);
+
+/** Rounding of the loss over the step, in the units of `slopeError`: 1.6e-5 was the most seen. */
+const SLOPE_TOLERANCE = 5e-5;
+
+eachBinary((attention) => {
+  const run = (args: Problem) => {
+    const { output, lse } = attention().forward({ ...forwardArgs(args), method: 'exact' });
+    return { output, lse, ...attention().backward({ ...args, method: 'exact' }) };
+  };
+
+  describe.each(groups)('%s', (_, problems) => {
+    test.each(problems)('%s', (_, args, expected) => {
+      const [result, { exact, allowed }] = [run(args()), expected()];
+      for (const name of RESULTS) {
+        expect(result[name]).toBeAllclose(exact[name], { atol: allowed[name], name });
+      }
+    });
+  });
+
+  describe.each(slopes)('slope along a random direction, %s', (_, setting) => {
+    test.each(['q', 'k', 'v'] as const)('of %s', (name) => {
+      const args = problem(setting, 11);
+      const gradient = attention().backward({ ...args, method: 'exact' })[`d${name}`];
+      const direction = draw(args[name].length, random(12).normal);
+      const loss = (step: number) => {
+        const moved = { ...forwardArgs(args), [name]: add(args[name], step, direction) };
+        return inner(attention().forward({ ...moved, method: 'exact' }).output, args.dOutput);
+      };
+      expect(slopeError(loss, gradient, direction)).toBeLessThan(SLOPE_TOLERANCE);
+    });
+  });
+
+  test('rows with nothing allowed: zeros, lse -Infinity, zero gradients', () => {
+    const shape = { heads: 2, queryLength: 40, keyLength: 30, headDim: 8, valueDim: 4 };
+    const args = problem({ shape, causal: true, queryOffset: -33 }, 13);
+    const { output, lse, dq, dk, dv } = run(args);
+    for (const head of [0, 1]) {
+      expect(output.subarray(head * 160, head * 160 + 33 * 4)).toEqual(new Float32Array(33 * 4));
+      expect(lse.subarray(head * 40, head * 40 + 33)).toEqual(new Float32Array(33).fill(-Infinity));
+      expect(dq.subarray(head * 320, head * 320 + 33 * 8).map(Math.abs)).toEqual(new Float32Array(33 * 8));
+      // Seven queries see keys 0 to 6 at most.
+      expect(dk.subarray(head * 240 + 7 * 8, head * 240 + 240).map(Math.abs)).toEqual(new Float32Array(23 * 8));
+      expect(dv.subarray(head * 120 + 7 * 4, head * 120 + 120).map(Math.abs)).toEqual(new Float32Array(23 * 4));
+    }
+  });
+
+  test('no key allowed anywhere', () => {
+    const args = problem({ shape: { heads: 1, queryLength: 9, headDim: 8 }, causal: true, queryOffset: -9 }, 14);
+    const { output, lse, dq, dk, dv } = run(args);
+    for (const x of [output, dq, dk, dv]) expect(x.map(Math.abs)).toEqual(new Float32Array(72));
+    expect(lse).toEqual(new Float32Array(9).fill(-Infinity));
+  });
+
+  test('backward is the same with and without the output and lse of forward, and repeats bit by bit', () => {
+    const args = problem({ shape: { heads: 2, queryLength: 70, headDim: 16 }, causal: true }, 15);
+    const { output, lse } = attention().forward({ ...forwardArgs(args), method: 'exact' });
+    const without = attention().backward({ ...args, method: 'exact' });
+    const given = attention().backward({ ...args, method: 'exact', output, lse });
+    for (const name of ['dq', 'dk', 'dv'] as const) expect(given[name]).toEqual(without[name]);
+    expect(attention().forward({ ...forwardArgs(args), method: 'exact' }).output).toEqual(output);
+  });
+
+  test('the report counts the operations of theory.cost', () => {
+    const shape = { batch: 2, heads: 4, kvHeads: 2, queryLength: 20, keyLength: 31, headDim: 8, valueDim: 6 };
+    const args = problem({ shape, causal: true, queryOffset: 3 }, 16);
+    const { report } = attention().forward({ ...forwardArgs(args), method: 'exact' });
+    expect(report).toMatchObject({ method: 'exact', degree: null, rank: null });
+    expect(report.flops).toBe(theory.cost({ ...shape, method: 'exact', causal: true, queryOffset: 3, pass: 'forward' }));
+  });
+});

@@ -1,0 +1,605 @@
+// SPDX-License-Identifier: MIT
+//
+// The interactive page. First its parts that need no browser (demo/src/state, statistics, measure, stored, csv), then the
+// built page of build/demo (`make page`) in Chromium: what is drawn, what the controls do, what goes into the address and
+// the files, and that it stays on its own host and is usable by keyboard, on a narrow screen, in light and dark.
+
+import { afterAll, afterEach, beforeAll, describe, expect, test } from '@jest/globals';
+import { spawn } from 'node:child_process';
+import { existsSync, readFileSync, statSync } from 'node:fs';
+import type { Browser, Page } from 'playwright-core';
+
+import { toCsv } from '../demo/src/csv.js';
+import { Dataset } from '../demo/src/dataset.js';
+import { finding, omissionText } from '../demo/src/findings.js';
+import { duration, errorText } from '../demo/src/format.js';
+import { InputSource } from '../demo/src/inputs.js';
+import { coarseToFine, cost, jobsFor, measure, rank, timedLengths, type Engine, type Point } from '../demo/src/measure.js';
+import * as states from '../demo/src/state.js';
+import { DEFAULTS, formatState, PANELS, parseState, type Panel, type Settings, type State } from '../demo/src/state.js';
+import { crossover, median, outputError, powerLaw, relativeError } from '../demo/src/statistics.js';
+import { pack, storedPoints, unpack, type StoredFile } from '../demo/src/stored.js';
+import { openBrowser, openTab, serve, type Site, type Tab } from './support-page.js';
+
+const stored = JSON.parse(readFileSync('demo/stored.json', 'utf8')) as StoredFile;
+
+describe('state', () => {
+  test('survives the address, whatever it is', () => {
+    for (const panel of states.PANELS)
+      for (const headDim of states.HEAD_DIMS)
+        for (const maxDegree of states.DEGREES)
+          for (const entryBound of states.BOUNDS)
+            for (const length of states.LENGTHS)
+              for (const causal of [false, true]) {
+                const certified = causal !== (length > 1000);
+                const state: State = { panel, headDim, maxDegree, entryBound, length, causal, certified, seed: states.MAX_SEED - headDim };
+                expect(parseState(formatState(state))).toEqual(state);
+              }
+  });
+
+  test.each([
+    '',
+    '#',
+    '#chart',
+    '#D=17&degrees=0&B=nan&N=4097&causal=yes&seed=-1&panel=table',
+    '#D=&degrees=&B=&N=&causal=&seed=&panel=',
+    '#D=%zz&B=%E0%A4%A',
+    '#seed=4294967296&D=1e1&degrees=Infinity',
+    '#seed=0x10&D=[object Object]&panel=__proto__&causal=__proto__&certified=true',
+  ])('falls back to the default: %s', (hash) => {
+    expect(parseState(hash)).toEqual(DEFAULTS);
+  });
+
+  test('keeps the values that make sense beside those that do not', () => {
+    expect(parseState('#panel=time&D=64&B=7&causal=1&seed=42')).toEqual({ ...DEFAULTS, panel: 'time', headDim: 64, causal: true, seed: 42 });
+  });
+});
+
+describe('statistics', () => {
+  test('the output error does not change when a constant is added to a column of the values', () => {
+    const exact = Float32Array.of(0.25, 0.5, -0.25, 0);
+    const approximate = Float32Array.of(0.25, 0.625, -0.25, 0);
+    const v = Float32Array.of(-1, 0.5, 1, -0.5);
+    expect(outputError(approximate, exact, v, 2)).toBe(0.125);
+    const shift = (x: Float32Array) => x.map((value, i) => value + (i % 2 === 0 ? 8 : -4));
+    expect(outputError(shift(approximate), shift(exact), shift(v), 2)).toBe(0.125);
+    expect(outputError(Float32Array.of(NaN, 0, 0, 0), exact, v, 2)).toBeNaN();
+  });
+
+  test('the relative error is a ratio of norms', () => {
+    expect(relativeError(Float32Array.of(3, 4.5), Float32Array.of(3, 4))).toBeCloseTo(0.1, 12);
+  });
+
+  test('median', () => {
+    expect(median([5, 1, 3])).toBe(3);
+    expect(median([4, 1, 3, 2])).toBe(2.5);
+  });
+
+  test('a power law is found from its points', () => {
+    const law = powerLaw([1, 2, 8, 64].map((x) => ({ x, y: 3 * x ** 1.7 })));
+    expect(law?.slope).toBeCloseTo(1.7, 12);
+    expect(law?.factor).toBeCloseTo(3, 12);
+    expect(powerLaw([{ x: 1, y: 1 }, { x: 2, y: 2 }])).toBeNull();
+  });
+
+  test('the crossover of two powers is where they meet', () => {
+    const lengths = [256, 1024, 4096, 16384];
+    const linear = lengths.map((x) => ({ x, y: 1000 * x }));
+    const square = lengths.map((x) => ({ x, y: x * x }));
+    const at = crossover(linear, square);
+    expect(at).toEqual({ x: expect.closeTo(1000, 6), y: expect.closeTo(1e6, 3) });
+    expect(crossover(square, linear)).toBe('before');
+    expect(crossover(linear.map(({ x, y }) => ({ x, y: 1e3 * y })), square)).toBe('after');
+    expect(crossover([{ x: 1, y: 1 }], square)).toBeNull();
+  });
+});
+
+describe('inputs', () => {
+  test('are the same for the same seed, in range, and shorter ones begin longer ones', () => {
+    const long = new InputSource(7).take(1000, 0.5);
+    const source = new InputSource(7);
+    const short = source.take(10, 0.5);
+    expect([...short.k]).toEqual([...long.k.subarray(0, 10)]);
+    expect([...source.take(1000, 0.5).dOutput]).toEqual([...long.dOutput]);
+    expect(Math.max(...long.q.map(Math.abs))).toBeLessThanOrEqual(0.5);
+    expect(Math.max(...long.q.map(Math.abs))).toBeGreaterThan(0.48);
+    for (const other of [long.k, long.v, long.dOutput, new InputSource(8).take(1000, 0.5).q]) {
+      expect(other.slice(0, 4)).not.toEqual(long.q.slice(0, 4));
+    }
+  });
+});
+
+/** Returns what was asked for at once, off by 1 % for a polynomial. */
+function fakeEngine(calls: string[] = []): Engine {
+  const values = (count: number, factor: number) => new Float32Array(count).map((_, i) => factor * (1 + (i % 7)));
+  const report = (milliseconds: number) => ({ milliseconds, errorBound: 0.5 }) as never;
+  return {
+    forward: async (args) => {
+      args.signal?.throwIfAborted();
+      calls.push(`${args.shape.queryLength} ${args.degree ?? 'exact'}`);
+      return { output: values(args.q.length, args.degree ? 1.01 : 1), lse: values(args.shape.queryLength, 1), report: report(1) };
+    },
+    backward: async (args) => {
+      const factor = args.degree ? 1.01 : 1;
+      return { dq: values(args.q.length, factor), dk: values(args.k.length, factor), dv: values(args.v.length, factor), report: report(2) };
+    },
+  };
+}
+
+const SMALL: Settings = { headDim: 4, maxDegree: 2, entryBound: 0.5, length: 256, causal: false, certified: false, seed: 3 };
+
+interface Log {
+  points: Point[];
+  panels: Panel[];
+  fractions: number[];
+}
+
+async function run(settings: Settings, engine: Engine, more: { view?: () => Panel; signal?: AbortSignal; stop?: (log: Log) => void } = {}): Promise<Log> {
+  const log: Log = { points: [], panels: [], fractions: [] };
+  await measure(settings, engine, {
+    signal: more.signal ?? new AbortController().signal,
+    panelInView: more.view ?? (() => 'length'),
+    onPoints: (points) => {
+      log.points.push(...points);
+      more.stop?.(log);
+    },
+    onProgress: (fraction) => log.fractions.push(fraction),
+    onPanel: (panel) => log.panels.push(panel),
+    onOmission: () => {},
+  });
+  return log;
+}
+
+describe('measuring', () => {
+  test('ranks are those of the papers', () => {
+    expect([2, 3, 4].map((degree) => rank(16, degree))).toEqual([153, 969, 4845]);
+    expect(rank(64, 3)).toBe(47905);
+  });
+
+  test('coarse to fine is every value once, the ends first', () => {
+    for (let count = 1; count < 40; count++) {
+      const values = Array.from({ length: count }, (_, i) => i);
+      expect(coarseToFine(values).sort((a, b) => a - b)).toEqual(values);
+    }
+    expect(coarseToFine([0, 1, 2, 3, 4]).slice(0, 3)).toEqual([0, 4, 2]);
+  });
+
+  test('measures every point of every figure once', async () => {
+    const { points, panels, fractions } = await run(SMALL, fakeEngine());
+    const dataset = new Dataset(SMALL);
+    dataset.add(points, 'live');
+    expect(dataset.size).toBe(points.length);
+    expect(dataset.byLength()).toHaveLength(2 * 3);
+    expect(dataset.byBound()).toHaveLength(2 * states.BOUNDS.length);
+    expect(dataset.times()).toHaveLength(3 * timedLengths(SMALL).length);
+    expect(panels).toEqual(['length', 'bound', 'time']);
+    expect(fractions.every((fraction, i) => fraction <= 1 && fraction >= (fractions[i - 1] ?? 0) - 1e-12)).toBe(true);
+    for (const point of dataset.byLength()) {
+      expect(point.dq).toBeCloseTo(0.01, 6);
+      expect(point.certified).toBe(0.5);
+    }
+    for (const { forward, backward } of dataset.times()) {
+      expect(backward).toBe(2 * forward);
+      expect(1 / forward).toBeCloseTo(Math.round(1 / forward), 9); // a whole number of heads
+    }
+  });
+
+  test('works for the figure in view first, also when that changes', async () => {
+    expect((await run(SMALL, fakeEngine(), { view: () => 'time' })).panels[0]).toBe('time');
+    let view: Panel = 'length';
+    const { panels } = await run(SMALL, fakeEngine(), { view: () => view, stop: () => (view = 'bound') });
+    expect(panels[0]).toBe('bound');
+  });
+
+  test('stops when told to', async () => {
+    const controller = new AbortController();
+    const calls: string[] = [];
+    const running = run(SMALL, fakeEngine(calls), { signal: controller.signal, stop: () => controller.abort(new Error('enough')) });
+    await expect(running).rejects.toThrow('enough');
+    expect(calls.length).toBeLessThan(4);
+  });
+
+  test('leaves out what is too much work, and says so', () => {
+    const large = { ...SMALL, headDim: 64, maxDegree: 3, length: 4096 };
+    const { queues, omissions } = jobsFor(large);
+    expect(omissions.map(({ panel, degree }) => `${panel} ${degree}`)).toContain('bound 3');
+    for (const job of [...queues.length, ...queues.bound]) {
+      if (job.kind === 'error') for (const degree of job.degrees) expect(cost(large, job.length, degree)).toBeLessThanOrEqual(3e10);
+    }
+    expect(omissionText(omissions, large)).toMatch(/degree 3 \(47,905 features\)/);
+    expect(omissionText([], large)).toBe('');
+  });
+});
+
+describe('words and files', () => {
+  test('numbers', () => {
+    expect([8.1e-7, 0.0123, 0.5, null, NaN].map(errorText)).toEqual(['8.1 × 10⁻⁷', '0.012', '0.50', 'none', 'none']);
+    expect([0.01, 0.1, 1, 12.34, 1234].map(duration)).toEqual(['10 µs', '100 µs', '1 ms', '12.3 ms', '1.23 s']);
+  });
+
+  test('every figure has its sentence, with and without points', async () => {
+    const empty = new Dataset(SMALL);
+    const full = new Dataset(SMALL);
+    full.add((await run(SMALL, fakeEngine())).points, 'live');
+    for (const panel of PANELS) {
+      expect(finding(panel, empty)).toMatch(/in a moment/);
+      expect(finding(panel, full)).toMatch(/^[A-Z].*\.$/);
+      expect(finding(panel, full)).not.toMatch(/NaN|undefined|null|Infinity/);
+    }
+  });
+
+  test('the CSV has one line for each point and its settings', async () => {
+    const dataset = new Dataset(SMALL);
+    dataset.add((await run(SMALL, fakeEngine())).points, 'live');
+    const lines = toCsv(dataset).trimEnd().split('\n');
+    expect(lines).toHaveLength(1 + dataset.byLength().length + dataset.byBound().length + dataset.times().length);
+    const columns = lines[0].split(',').length;
+    expect(lines.every((line) => line.split(',').length === columns)).toBe(true);
+    expect(lines[1]).toMatch(/^error_by_length,64,0\.5,4,0,3,polynomial,fitted,1,5,/);
+  });
+});
+
+describe('stored curves', () => {
+  test('are small and hold the default state completely', () => {
+    expect(statSync('demo/stored.json').size).toBeLessThan(60_000);
+    const dataset = new Dataset(DEFAULTS, storedPoints(stored, DEFAULTS));
+    expect(dataset.byLength()).toHaveLength(DEFAULTS.maxDegree * 7);
+    expect(dataset.byBound()).toHaveLength(DEFAULTS.maxDegree * states.BOUNDS.length);
+    expect(dataset.times().filter((point) => point.degree === null).length).toBeGreaterThan(4);
+    expect(storedPoints(stored, { ...DEFAULTS, seed: 2 })).toEqual([]);
+    expect(storedPoints(stored, { ...DEFAULTS, maxDegree: 2 }).every((point) => (point.degree ?? 0) <= 2)).toBe(true);
+  });
+
+  test('never exceed their certified bounds', () => {
+    let bounds = 0;
+    for (const set of stored.sets) {
+      for (const point of unpack(set)) {
+        if (point.kind !== 'error' || point.certified === null) continue;
+        bounds++;
+        expect(point.output).toBeLessThanOrEqual(point.certified);
+      }
+    }
+    expect(bounds).toBeGreaterThan(50);
+  });
+
+  test('are what packing makes of them', () => {
+    for (const set of stored.sets) expect(pack(set.settings, unpack(set))).toEqual(set);
+  });
+});
+
+// --- the page ----------------------------------------------------------------------------------------------------------
+
+/** Asks again and again until the check passes. */
+async function becomes<T>(get: () => Promise<T>, check: (value: T) => void, within = 5000): Promise<void> {
+  const end = Date.now() + within;
+  for (;;) {
+    const value = await get();
+    try {
+      check(value);
+      return;
+    } catch (failure) {
+      if (Date.now() > end) throw failure;
+    }
+    await new Promise((resolve) => setTimeout(resolve, 30));
+  }
+}
+
+/** All is measured in a few seconds. */
+const QUICK = '#panel=length&D=4&degrees=2&B=0.5&N=256&causal=0&certified=0&seed=5';
+
+describe('the page', () => {
+  let site: Site;
+  let browser: Browser;
+  const tabs: Tab[] = [];
+
+  beforeAll(async () => {
+    if (!existsSync('build/demo/index.html')) throw new Error('no build/demo/index.html: run make page first');
+    site = await serve('build/demo');
+    browser = await openBrowser();
+  });
+
+  afterAll(async () => {
+    await browser?.close();
+    await site?.close();
+  });
+
+  // Whatever a test does: no complaint in the console, no request to anyone else
+  afterEach(async () => {
+    for (const { complaints, requests, close } of tabs.splice(0)) {
+      await close();
+      expect(complaints).toEqual([]);
+      expect(requests.filter((url) => !url.startsWith(site.address) && !/^(data|blob):/.test(url))).toEqual([]);
+    }
+  });
+
+  async function open(hash = '', options?: Parameters<typeof openTab>[1]): Promise<Page> {
+    const tab = await openTab(browser, options);
+    tabs.push(tab);
+    await tab.page.goto(site.address + hash);
+    return tab.page;
+  }
+
+  const finished = (page: Page) => page.waitForSelector('body[data-run=idle][data-source=live]', { timeout: 50_000 });
+  const text = (page: Page, id: string) => page.locator(`#${id}`).innerText();
+  const hash = (page: Page) => new URL(page.url()).hash;
+  const stateOf = (page: Page) => parseState(hash(page));
+  const MARKS = '#drawing .measured circle, #drawing .measured path';
+  const dots = (page: Page) => page.locator(MARKS).count();
+  const fullDots = (page: Page) =>
+    page.locator(MARKS).evaluateAll((marks) => marks.filter((mark) => mark.getAttribute('fill') !== 'var(--paper)').length);
+
+  test('stored curves at first paint, hollow, and a word when nothing can be computed', async () => {
+    const tab = await openTab(browser);
+    await tab.page.route(/worker/, (route) => route.abort());
+    await tab.page.goto(site.address);
+    await tab.page.waitForFunction(() => document.getElementById('status')?.textContent?.startsWith('Could not compute'));
+    expect(await dots(tab.page)).toBe(4 * 7 * DEFAULTS.maxDegree);
+    expect(await fullDots(tab.page)).toBe(0);
+    expect(await text(tab.page, 'finding')).toMatch(/the output is off by/);
+    await tab.close();
+  });
+
+  test('live results replace stored ones within seconds; cancelling keeps what is there', async () => {
+    const page = await open();
+    const all = 4 * 7 * DEFAULTS.maxDegree;
+    await page.waitForFunction(
+      ([marks, count]) => [...document.querySelectorAll(marks)].filter((mark) => mark.getAttribute('fill') !== 'var(--paper)').length >= count,
+      [MARKS, 4 * 4 * 3] as const,
+      { timeout: 20_000 },
+    );
+    expect(await dots(page)).toBe(all);
+    await page.click('#run');
+    await page.waitForSelector('body[data-run=idle]');
+    expect(await text(page, 'status')).toMatch(/^Stopped at \d+ %/);
+    expect(await text(page, 'run')).toBe('Compute again');
+    const kept = await fullDots(page);
+    await page.waitForTimeout(300);
+    expect(await fullDots(page)).toBe(kept);
+    await page.click('#run');
+    expect(await text(page, 'run')).toBe('Cancel');
+  });
+
+  test('a link computes its figure: every dot, every bound above its dots, slopes and crossover', async () => {
+    const page = await open(QUICK);
+    await finished(page);
+    expect(await dots(page)).toBe(4 * 3 * 2);
+    expect(await fullDots(page)).toBe(4 * 3 * 2);
+    expect(await page.locator('#drawing .certified path').count()).toBe(2);
+    expect(await text(page, 'status')).toMatch(/^Computed live in your browser in [\d.]+ s/);
+
+    await page.click('#tab-bound');
+    await becomes(() => dots(page), (value) => expect(value).toBe(4 * 17 * 2));
+    await page.click('#tab-time');
+    await becomes(() => dots(page), (value) => expect(value).toBe(3 * 3));
+  });
+
+  test('sliders by keyboard and mouse; the address follows, back and forward work', async () => {
+    const page = await open(QUICK);
+    await page.focus('#B');
+    await page.keyboard.press('ArrowRight');
+    expect(await text(page, 'B-value')).toBe('0.63');
+    expect(stateOf(page).entryBound).toBe(0.63);
+    expect(await page.getAttribute('#B', 'aria-valuetext')).toBe('0.63');
+
+    const box = (await page.locator('#degrees').boundingBox())!;
+    await page.mouse.move(box.x + 0.2 * box.width + 5, box.y + box.height / 2);
+    await page.mouse.down();
+    await page.mouse.move(box.x + 0.4 * box.width, box.y + box.height / 2, { steps: 5 });
+    await page.mouse.up();
+    expect(await text(page, 'degrees-value')).toBe('1 to 3');
+    expect(stateOf(page)).toMatchObject({ entryBound: 0.63, maxDegree: 3 });
+
+    await page.check('#causal');
+    expect(stateOf(page).causal).toBe(true);
+    await page.fill('#seed', '77');
+    await page.keyboard.press('Tab');
+    expect(stateOf(page).seed).toBe(77);
+
+    await page.goBack();
+    await page.goBack();
+    expect(stateOf(page)).toMatchObject({ causal: false, maxDegree: 3, seed: 5 });
+    expect(await page.isChecked('#causal')).toBe(false);
+    await page.goBack();
+    expect(await text(page, 'degrees-value')).toBe('1 to 2');
+    await page.goForward();
+    expect(await text(page, 'degrees-value')).toBe('1 to 3');
+    await finished(page);
+    expect(await dots(page)).toBe(4 * 3 * 3);
+  });
+
+  test('a link restores everything; a broken one gives the default', async () => {
+    const page = await open('#panel=time&D=32&degrees=1&B=1.25&N=512&causal=1&seed=9');
+    expect(await page.getAttribute('#tab-time', 'aria-selected')).toBe('true');
+    const values = async () => Promise.all(['D', 'degrees', 'B', 'N'].map((id) => text(page, `${id}-value`)));
+    expect(await values()).toEqual(['32', '1', '1.25', '512']);
+    expect(await page.isChecked('#causal')).toBe(true);
+    expect(await page.inputValue('#seed')).toBe('9');
+    await page.goto(`${site.address}#panel=nothing&D=-1&B=x&seed=%%%`);
+    await page.reload();
+    expect(await values()).toEqual(['16', '1 to 4', '0.5', '4,096']);
+    expect(await page.getAttribute('#tab-length', 'aria-selected')).toBe('true');
+  });
+
+  test('axes stay where they are', async () => {
+    const page = await open(QUICK);
+    const axes = () => page.locator('#drawing [aria-label*="tick label"]').evaluateAll((groups) => groups.map((group) => group.outerHTML).join());
+    const before = await axes();
+    expect(before).toMatch(/10⁻⁸/);
+    for (const [id, key] of [['B', 'End'], ['N', 'ArrowRight'], ['D', 'ArrowRight']] as const) {
+      await page.focus(`#${id}`);
+      await page.keyboard.press(key);
+      await page.waitForTimeout(100);
+      expect(await axes()).toBe(before);
+    }
+  });
+
+  test('tips with values: by mouse, by touch, by keyboard', async () => {
+    const page = await open(QUICK, { hasTouch: true });
+    await finished(page);
+    const mark = page.locator(MARKS).nth(5);
+    const tip = page.locator('#tip svg');
+    await mark.hover({ force: true });
+    await becomes(() => tip.textContent(), (value) => expect(value).toMatch(/degree \d, N = .*error .*certified/s));
+    await page.mouse.move(5, 5);
+    await becomes(() => tip.count(), (value) => expect(value).toBe(0));
+    await mark.tap({ force: true });
+    await becomes(() => tip.count(), (value) => expect(value).toBe(1));
+    await page.locator('h1').tap();
+
+    await page.focus('#chart');
+    await page.keyboard.press('ArrowRight');
+    const first = await text(page, 'readout');
+    expect(first).toMatch(/^degree 1, N = 64, output error/);
+    await page.keyboard.press('ArrowRight');
+    expect(await text(page, 'readout')).toMatch(/^degree 1, N = 128/);
+    await page.keyboard.press('ArrowDown');
+    expect(await text(page, 'readout')).toMatch(/^degree 2, N = 128/);
+    await page.keyboard.press('Escape');
+    expect(await tip.count()).toBe(0);
+  });
+
+  test('downloads: CSV, SVG, PNG', async () => {
+    const page = await open(QUICK);
+    await finished(page);
+    const get = async (id: string) => {
+      const [download] = await Promise.all([page.waitForEvent('download'), page.click(`#${id}`)]);
+      return { name: download.suggestedFilename(), bytes: readFileSync(await download.path()) };
+    };
+    const csv = await get('csv');
+    expect(csv.name).toMatch(/^rope-attention-panel-length-D-4-.*\.csv$/);
+    const rows = csv.bytes.toString().trimEnd().split('\n').map((line) => line.split(','));
+    const column = (name: string) => rows[0].indexOf(name);
+    expect(rows).toHaveLength(1 + 3 * 2 + 17 * 2 + 3 * 3);
+    expect(rows.slice(1).every((row) => row[column('source')] === 'live')).toBe(true);
+    for (const row of rows.slice(1).filter((row) => row[column('certified_bound')] !== '')) {
+      expect(Number(row[column('output_error')])).toBeLessThanOrEqual(Number(row[column('certified_bound')]));
+    }
+
+    const svg = (await get('svg')).bytes.toString();
+    expect(svg).toMatch(/^<svg xmlns="http:\/\/www\.w3\.org\/2000\/svg"/);
+    expect(svg).not.toMatch(/var\(/);
+    expect(svg).toMatch(/certified bound/);
+    expect(svg.match(/<circle/g)!.length).toBeGreaterThanOrEqual(24);
+    const parsed = await page.evaluate((source) => new DOMParser().parseFromString(source, 'image/svg+xml').querySelector('parsererror') === null, svg);
+    expect(parsed).toBe(true);
+
+    const png = await get('png');
+    expect([...png.bytes.subarray(0, 4)]).toEqual([0x89, 0x50, 0x4e, 0x47]);
+    expect(png.bytes.length).toBeGreaterThan(20_000);
+  });
+
+  test('runs under the development server too', async () => {
+    const vite = spawn(process.execPath, ['node_modules/vite/bin/vite.js', '--config', 'vite.config.js', '--host', '127.0.0.1', '--port', '0'], {
+      env: { ...process.env, NO_COLOR: '1', CI: '1' },
+      stdio: ['ignore', 'pipe', 'inherit'],
+    });
+    try {
+      const address = await new Promise<string>((found, failed) => {
+        let printed = '';
+        vite.stdout.on('data', (chunk) => {
+          printed += String(chunk);
+          const match = /http:\/\/127\.0\.0\.1:\d+\//.exec(printed);
+          if (match) found(match[0]);
+        });
+        vite.on('exit', () => failed(new Error(`vite ended: ${printed}`)));
+      });
+      const tab = await openTab(browser);
+      await tab.page.goto(address + QUICK);
+      await finished(tab.page);
+      expect(await fullDots(tab.page)).toBe(4 * 3 * 2);
+      expect(tab.complaints).toEqual([]);
+      expect(tab.requests.filter((url) => !url.startsWith(address) && !url.startsWith('data:'))).toEqual([]);
+      await tab.close();
+    } finally {
+      vite.kill();
+    }
+  });
+
+  test('the numbers as a table', async () => {
+    const page = await open();
+    await page.click('summary');
+    await becomes(() => page.locator('#table tbody tr').count(), (value) => expect(value).toBe(7 * DEFAULTS.maxDegree));
+    await page.click('#tab-time');
+    await becomes(() => page.locator('#table th').allTextContents(), (value) => expect(value).toEqual(['Method', 'N', 'Forward', 'Backward', 'Source']));
+  });
+
+  test('Tab reaches every control, and one sees where one is', async () => {
+    const page = await open(QUICK);
+    const reached = new Set<string>();
+    for (let i = 0; i < 40; i++) {
+      await page.keyboard.press('Tab');
+      const [name, outline] = await page.evaluate(() => {
+        const focused = document.activeElement as HTMLElement;
+        const { outlineStyle, outlineWidth } = getComputedStyle(focused);
+        return [focused.id || focused.className || focused.tagName, `${outlineStyle} ${outlineWidth}`];
+      });
+      if (name === 'BODY') break;
+      expect([name, outline]).toEqual([name, expect.stringMatching(/^(solid|auto) [1-9]/)]);
+      reached.add(name);
+    }
+    const controls = ['skip', 'tab-length', 'chart', 'run', 'D', 'degrees', 'B', 'N', 'seed', 'reseed', 'causal', 'certified', 'SUMMARY', 'csv', 'svg', 'png', 'A'];
+    expect([...reached]).toEqual(expect.arrayContaining(controls));
+    await page.focus('#tab-length');
+    await page.keyboard.press('ArrowRight');
+    expect(await page.evaluate(() => document.activeElement?.id)).toBe('tab-bound');
+    expect(stateOf(page).panel).toBe('bound');
+    await page.keyboard.press('End');
+    expect(stateOf(page).panel).toBe('time');
+  });
+
+  test('screen readers get names, values and progress', async () => {
+    const page = await open(QUICK);
+    for (const role of ['slider', 'button', 'tab', 'checkbox', 'spinbutton', 'progressbar', 'application'] as const) {
+      const named = await page.getByRole(role, { name: /\w/ }).count();
+      expect([role, await page.getByRole(role).count()]).toEqual([role, named]);
+      expect(named).toBeGreaterThan(0);
+    }
+    await finished(page);
+    expect(await page.locator('#announcement[role=status]').textContent()).toMatch(/^Computed live/);
+  });
+
+  test.each(['light', 'dark'] as const)('fits 360 pixels in %s', async (colorScheme) => {
+    const page = await open(QUICK, { viewport: { width: 360, height: 740 }, colorScheme });
+    for (const panel of PANELS) {
+      await page.click(`#tab-${panel}`);
+      await page.waitForTimeout(100);
+      expect(await page.evaluate(() => document.documentElement.scrollWidth)).toBe(360);
+    }
+    const small = await page.locator('button:visible, input:visible').evaluateAll((all) =>
+      all.filter((one) => one.getBoundingClientRect().height < 24 && !one.closest('label')).map((one) => one.id),
+    );
+    expect(small).toEqual([]);
+    await finished(page);
+  });
+
+  test('light and dark differ, and text stands out in both', async () => {
+    const looks: { paper: string; ink: string }[] = [];
+    for (const colorScheme of ['light', 'dark'] as const) {
+      const page = await open(QUICK, { colorScheme });
+      looks.push(await page.evaluate(() => ({ paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color })));
+      const weak = await page.evaluate(() => {
+        const style = getComputedStyle(document.documentElement);
+        const luminance = (name: string) => {
+          const hex = style.getPropertyValue(name).trim().replace(/^#(.)(.)(.)$/, '#$1$1$2$2$3$3');
+          const linear = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16) / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+          return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+        };
+        const contrast = (name: string) => {
+          const [a, b] = [luminance(name), luminance('--paper')].sort((x, y) => y - x);
+          return (a + 0.05) / (b + 0.05);
+        };
+        const lines = ['--exact', '--edge', ...[1, 2, 3, 4, 5, 6].map((degree) => `--degree-${degree}`)].filter((name) => !(contrast(name) >= 3));
+        return [...lines, ...['--ink', '--soft', '--muted', '--accent'].filter((name) => !(contrast(name) >= 4.5))];
+      });
+      expect(weak).toEqual([]);
+    }
+    expect(looks[0].paper).not.toBe(looks[1].paper);
+    expect(looks[0].ink).not.toBe(looks[1].ink);
+  });
+
+  test('nothing moves for those who asked for that', async () => {
+    const page = await open(QUICK, { reducedMotion: 'reduce' });
+    const moving = await page.evaluate(() => [...document.querySelectorAll('*')].filter((one) => getComputedStyle(one).transitionDuration.split(',').some((time) => parseFloat(time) > 0)).length);
+    expect(moving).toBe(0);
+  });
+});

@@ -1,0 +1,396 @@
+// SPDX-License-Identifier: MIT
+//
+// The planner: its counts against counting, its choices, what it does when a choice turns out badly, and that what it
+// returns keeps the tolerance it was given (measured against the exact engine on all rows, not on the sample).
+
+import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+
+import { createRopeAttention, reference, theory } from '../dist/index.js';
+import { allowedPairs, exactFlops, polynomialFlops } from '../dist/cost.js';
+import type { ForwardArgs, Guarantee, Report, RopeAttention } from '../dist/index.js';
+import type { Geometry } from '../dist/validate.js';
+import { draw, lengths, maxAbs, maxDifference, problem, random, relativeFrobenius, type Problem, type Setting } from './support.js';
+
+let attention: RopeAttention;
+beforeAll(async () => {
+  attention = await createRopeAttention();
+});
+afterAll(() => attention.dispose());
+
+const uniform = (entry: number) => (r: { uniform(): number }) => entry * (2 * r.uniform() - 1);
+
+function withoutGradient({ dOutput: _dOutput, ...args }: Problem): ForwardArgs {
+  return args;
+}
+
+/** Half the range of the widest value column of each key/value head, the largest: an upper limit of max |v - c|. */
+function halfRange({ v, shape }: ForwardArgs): number {
+  const { valueDim = shape.headDim, keyLength = shape.queryLength } = shape;
+  let largest = 0;
+  for (let head = 0; head < v.length / valueDim / keyLength; head++) {
+    for (let d = 0; d < valueDim; d++) {
+      let [low, high] = [Infinity, -Infinity];
+      for (let j = 0; j < keyLength; j++) {
+        const x = v[(head * keyLength + j) * valueDim + d];
+        [low, high] = [Math.min(low, x), Math.max(high, x)];
+      }
+      largest = Math.max(largest, (high - low) / 2);
+    }
+  }
+  return largest;
+}
+
+/** The tolerance's error of a result, over all rows. */
+function outputError(args: ForwardArgs, output: Float32Array): number {
+  const { tolerance: _t, degree: _d, guarantee: _g, seed: _s, onMiss: _o, ...plain } = args;
+  return maxDifference(output, attention.forward({ ...plain, method: 'exact' }).output) / halfRange(args);
+}
+
+describe('counts', () => {
+  const SIZES: [queryLength: number, keyLength: number, queryOffset: number][] = [
+    ...[[1, 1, 0], [5, 5, 0], [5, 9, 4], [5, 9, 0], [9, 5, 0], [9, 5, -4], [9, 5, -20], [9, 5, 20], [4, 100, -2], [33, 7, 2]],
+  ] as never;
+  test.each(SIZES)('pairs of %d queries and %d keys, offset %d', (queryLength, keyLength, queryOffset) => {
+    for (const causal of [false, true]) {
+      let pairs = 0;
+      for (let i = 0; i < queryLength; i++) for (let j = 0; j < keyLength; j++) if (!causal || j <= i + queryOffset) pairs++;
+      const geometry = sizes({ queryLength, keyLength, queryOffset, causal });
+      expect(allowedPairs(geometry)).toBe(6 * pairs);
+      expect(exactFlops(geometry, 'forward')).toBe(6 * pairs * 2 * (4 + 3));
+      expect(exactFlops(geometry, 'backward')).toBe(6 * pairs * 2 * (3 * 4 + 2 * 3));
+    }
+  });
+
+  test('of very long lengths stay numbers', () => {
+    const n = 2 ** 24;
+    expect(allowedPairs(sizes({ queryLength: n, keyLength: n, causal: true, batch: 1, heads: 1 }))).toBe((n * (n + 1)) / 2);
+  });
+
+  test.each([0, 1, 2, 3, 4])('features of degree %d, by listing the monomials', (degree) => {
+    const monomials = (variables: number, left: number): number =>
+      variables === 0 ? 1 : Array.from({ length: left + 1 }, (_, power) => monomials(variables - 1, left - power)).reduce((a, b) => a + b);
+    const [features, queries, keys] = [monomials(4, degree), 6 * 40, 2 * 50];
+    expect(theory.rank(4, degree)).toBe(features);
+    const full = sizes({ queryLength: 40, keyLength: 50 });
+    expect(polynomialFlops(full, 'forward', degree)).toBe(2 * features * (3 + 1) * (keys + queries));
+    expect(polynomialFlops(full, 'backward', degree)).toBe(2 * features * (3 + 1) * (3 * keys + 2 * queries));
+    // Causal: 16.5 exact pairs a query besides.
+    const causal = { ...full, causal: true, queryOffset: 10 };
+    expect(polynomialFlops(causal, 'forward', degree) - polynomialFlops(full, 'forward', degree)).toBe(16.5 * queries * 2 * (4 + 3));
+  });
+
+  function sizes(changes: Partial<Geometry>): Geometry {
+    const frequencies = new Float64Array(0);
+    const some = { batch: 2, heads: 3, kvHeads: 1, queryLength: 1, keyLength: 1, headDim: 4, valueDim: 3, rotaryDim: 0 };
+    return { ...some, interleaved: false, frequencies, causal: false, queryOffset: 0, scale: 1, ...changes };
+  }
+});
+
+const SHAPE = { heads: 2, queryLength: 2048, headDim: 16 };
+
+describe('the choice', () => {
+  test.each([
+    ['full', { shape: SHAPE }],
+    ['causal', { shape: SHAPE, causal: true }],
+    ['grouped heads, other lengths', { shape: { batch: 2, heads: 4, kvHeads: 2, queryLength: 1500, keyLength: 1777, headDim: 16, valueDim: 24 } }],
+  ] as [string, Setting][])('%s: a polynomial for small entries, within the tolerance on every row', (_, setting) => {
+    for (const tolerance of [1e-2, 1e-3, 1e-4]) {
+      const args = { ...withoutGradient(problem(setting, 1, uniform(0.5))), tolerance };
+      const { output, report } = attention.forward(args);
+      expect(report.method).toBe('polynomial');
+      expect(outputError(args, output)).toBeLessThanOrEqual(tolerance);
+      expect(report.errorEstimate).toBeLessThanOrEqual(tolerance);
+      expect(report.rank).toBe(theory.rank(16, report.degree!));
+      expect(report.reason).toMatch(/^polynomial of degree \d \(rank \d+\): predicted [\d.]+x cheaper than exact, sampled error .* within /);
+    }
+  });
+
+  test('the degree rises as the tolerance falls, until exact is left', () => {
+    const args = withoutGradient(problem({ shape: SHAPE }, 2, uniform(0.7)));
+    const degrees = [1e-1, 1e-2, 1e-3, 1e-4, 1e-6].map((tolerance) => attention.forward({ ...args, tolerance }).report.degree ?? 9);
+    expect(degrees).toEqual([...degrees].sort((a, b) => a - b));
+    expect(new Set(degrees).size).toBeGreaterThanOrEqual(4);
+    expect(degrees.at(-1)).toBe(9);
+  });
+
+  test('large entries are exact, and the reason names the best degree', () => {
+    const args = withoutGradient(problem({ shape: SHAPE }, 3, uniform(4)));
+    const { report } = attention.forward(args);
+    expect(report.method).toBe('exact');
+    expect(report.reason).toMatch(/^exact: no cheaper polynomial keeps the tolerance 0.001, at best degree \d with a predicted error of /);
+  });
+
+  test('short sequences are exact without sampling', () => {
+    const { report } = attention.forward(withoutGradient(problem({ shape: { heads: 1, queryLength: 32, headDim: 16 } }, 4, uniform(0.1))));
+    expect(report).toMatchObject({ method: 'exact', degree: null, rank: null, errorEstimate: null, errorBound: null });
+    expect(report.reason).toBe('exact: no polynomial is predicted cheaper at this size');
+  });
+
+  test('`degree` narrows `auto` to that degree or exact', () => {
+    const args = withoutGradient(problem({ shape: SHAPE }, 5, uniform(0.5)));
+    expect(attention.forward({ ...args, degree: 2 }).report).toMatchObject({ method: 'polynomial', degree: 2 });
+    expect(attention.forward({ ...args, degree: 0 }).report).toMatchObject({ method: 'exact', degree: null });
+    expect(attention.forward({ ...args, degree: 8 }).report.reason).toBe('exact: the polynomial of degree 8 is not predicted cheaper at this size');
+  });
+
+  test('the same seed gives the same call, another seed another sample', () => {
+    const args = withoutGradient(problem({ shape: SHAPE }, 6, uniform(0.5)));
+    const [first, again, other] = [7, 7, 8].map((seed) => attention.forward({ ...args, seed }));
+    expect(again.output).toEqual(first.output);
+    expect(again.report.errorEstimate).toBe(first.report.errorEstimate);
+    expect(other.report.errorEstimate).not.toBe(first.report.errorEstimate);
+  });
+
+  test('gradients: within the tolerance, by another degree than the output where they need one', () => {
+    const args = problem({ shape: SHAPE, causal: true }, 7, uniform(0.5));
+    const exact = attention.backward({ ...args, method: 'exact' });
+    for (const tolerance of [1e-1, 1e-2, 1e-3]) {
+      const got = attention.backward({ ...args, tolerance });
+      for (const name of ['dq', 'dk', 'dv'] as const) expect(relativeFrobenius(got[name], exact[name])).toBeLessThanOrEqual(tolerance);
+      if (tolerance === 1e-1) expect(got.report.method).toBe('polynomial');
+      expect(got.report.errorBound).toBeNull();
+    }
+    const forward = attention.forward({ ...withoutGradient(args), tolerance: 1e-1 }).report.degree!;
+    expect(attention.backward({ ...args, tolerance: 1e-1 }).report.degree).toBeGreaterThan(forward);
+  });
+
+  test('an error estimate is the size of the error', () => {
+    const args = withoutGradient(problem({ shape: SHAPE }, 8, uniform(0.5)));
+    const { output, report } = attention.forward({ ...args, method: 'polynomial', degree: 1, tolerance: 1 });
+    const exact = attention.forward({ ...args, method: 'exact' }).output;
+    const [worst, relative] = [outputError(args, output), relativeFrobenius(output, exact)];
+    expect(report.errorEstimate!).toBeLessThanOrEqual(worst * 1.05);
+    expect(report.errorEstimate!).toBeGreaterThan(worst / 5);
+    expect(report.relativeErrorEstimate! / relative).toBeGreaterThan(0.5);
+    expect(report.relativeErrorEstimate! / relative).toBeLessThan(2);
+  });
+
+  test('bounds of the report hold', () => {
+    const args = withoutGradient(problem({ shape: { heads: 1, queryLength: 64, headDim: 8 }, rotary: false }, 9));
+    const { report } = attention.forward(args);
+    expect(report.entryBound).toBe(Math.max(maxAbs(args.q), maxAbs(args.k)));
+    const mean = Array.from({ length: 8 }, (_, d) => args.k.reduce((sum, x, n) => (n % 8 === d ? sum + x / 64 : sum), 0));
+    let largest = 0;
+    for (let i = 0; i < 64; i++) {
+      for (let j = 0; j < 64; j++) {
+        let s = 0;
+        for (let d = 0; d < 8; d++) s += (args.q[8 * i + d] * (args.k[8 * j + d] - mean[d])) / Math.sqrt(8);
+        largest = Math.max(largest, Math.abs(s));
+      }
+    }
+    expect(report.scoreBound).toBeGreaterThanOrEqual(largest);
+    expect(report.scoreBound).toBeLessThan(3 * largest);
+  });
+});
+
+describe('when a prediction fails', () => {
+  /**
+   * A third of the queries and a few keys share a direction in which scores are large; one query, orthogonal to it, has the
+   * largest norm, so that the pilot sees the others only by chance.
+   */
+  function hidden(seed: number): ForwardArgs {
+    const args = withoutGradient(problem({ shape: { heads: 1, queryLength: 1024, headDim: 16 }, rotary: false, scale: 1 }, seed, uniform(0.1)));
+    const r = random(seed);
+    for (let row = 0; row < 1024; row++) {
+      args.q[16 * row] = r.uniform() < 0.3 ? 2 : 0;
+      args.k[16 * row] = row % 50 === 0 ? 1.5 : 0;
+    }
+    args.q.fill(0, 160, 176);
+    args.q[161] = 3; // row 10
+    return args;
+  }
+
+  test('the next degree or exact takes over, and no miss is returned', () => {
+    const tolerance = 1e-2;
+    const outcomes = Array.from({ length: 40 }, (_, seed) => {
+      const args = { ...hidden(1), tolerance, seed };
+      const { output, report } = attention.forward(args);
+      expect(outputError(args, output)).toBeLessThanOrEqual(tolerance);
+      return report;
+    });
+    const fallen = outcomes.filter(({ reason }) => /degree \d has a sampled error of/.test(reason));
+    expect(fallen.length).toBeGreaterThan(0);
+    for (const { reason, method } of fallen) {
+      expect(reason).toMatch(method === 'exact' ? /^exact: degree \d has a sampled error of / : /^polynomial of degree \d .*; degree \d has a sampled error of /);
+    }
+  });
+
+  test('heavy tails', () => {
+    const setting: Setting = { shape: { heads: 2, queryLength: 1024, headDim: 16 } };
+    const { q, k, v } = lengths(setting.shape);
+    for (let seed = 0; seed < 6; seed++) {
+      const r = random(seed);
+      const tails = (length: number) => {
+        const x = draw(length, r.normal);
+        for (let row = 0; row < length / 16; row++) {
+          const norm = 0.4 * Math.exp(0.6 * r.normal());
+          for (let d = 0; d < 16; d++) x[16 * row + d] *= norm;
+        }
+        return x;
+      };
+      const args: ForwardArgs = { ...setting, q: tails(q), k: tails(k), v: draw(v, r.normal) };
+      for (const tolerance of [3e-2, 3e-3]) {
+        const { output, report } = attention.forward({ ...args, tolerance });
+        if (report.method === 'polynomial') expect(report.errorEstimate).toBeLessThanOrEqual(tolerance);
+        // Sampled, so rows that were not seen may be somewhat worse.
+        expect(outputError(args, output)).toBeLessThanOrEqual(3 * tolerance);
+      }
+    }
+  });
+
+  test('NaN and infinity are computed exactly, and reach only the rows that see them', () => {
+    for (const [array, value, first] of [['q', NaN, 1500], ['k', NaN, 1500], ['q', Infinity, 1500]] as const) {
+      const args = withoutGradient(problem({ shape: { ...SHAPE, heads: 1 }, causal: true }, 1, uniform(0.3)));
+      args[array][16 * 1500] = value;
+      const { output, report } = attention.forward(args);
+      expect(report.reason).toBe('exact: the inputs hold NaN or infinity, which no polynomial stands');
+      expect(output.subarray(0, 16 * first).every(Number.isFinite)).toBe(true);
+      expect(output.subarray(16 * 1500, 16 * 1501).some(Number.isNaN)).toBe(true);
+      expect(() => attention.forward({ ...args, method: 'polynomial' })).toThrow("forward: method 'polynomial' needs finite inputs");
+    }
+  });
+
+  test('constant values are met whatever the weights', () => {
+    const args = withoutGradient(problem({ shape: { ...SHAPE, heads: 1 } }, 1, uniform(0.5)));
+    args.v.fill(3.7);
+    const { output, report } = attention.forward({ ...args, method: 'polynomial', degree: 1 });
+    expect(report.errorEstimate).toBe(0);
+    expect(maxDifference(output, args.v)).toBeLessThan(1e-4);
+  });
+});
+
+describe("method 'polynomial'", () => {
+  const args = withoutGradient(problem({ shape: SHAPE }, 11, uniform(0.5)));
+
+  test('finds the smallest degree by itself, at any length', () => {
+    const { report } = attention.forward({ ...args, method: 'polynomial' });
+    expect(report.degree).toBe(attention.forward(args).report.degree);
+    const short = withoutGradient(problem({ shape: { heads: 1, queryLength: 20, headDim: 4 } }, 1, uniform(0.5)));
+    const forced = attention.forward({ ...short, method: 'polynomial' });
+    expect(forced.report).toMatchObject({ method: 'polynomial' });
+    expect(forced.report.reason).toContain('x dearer than exact');
+    expect(outputError(short, forced.output)).toBeLessThanOrEqual(1e-3);
+  });
+
+  test.each([
+    ['degree given', { degree: 0 }, /^forward: method 'polynomial' misses the tolerance 0.001: degree 0 has a sampled error of \d\.\de-\d$/],
+    ['no degree that would do', { scale: 30 }, /^forward: method 'polynomial' misses the tolerance 0.001: at best degree \d with a predicted error of /],
+    ['certified', { guarantee: 'certified' as Guarantee, scale: 30 }, /^forward: method 'polynomial' misses the tolerance 0.001: at best degree \d is certified to /],
+  ])('a miss is a RangeError, or reported: %s', (_, changes, message) => {
+    const forced: ForwardArgs = { ...args, ...changes, method: 'polynomial' };
+    expect(() => attention.forward(forced)).toThrow(RangeError);
+    expect(() => attention.forward(forced)).toThrow(message);
+    const { output, report } = attention.forward({ ...forced, onMiss: 'report' });
+    expect(report.method).toBe('polynomial');
+    expect(report.errorEstimate).toBeGreaterThan(1e-3);
+    expect(outputError({ ...args, ...changes }, output)).toBeGreaterThan(1e-3);
+    expect(report.reason).toMatch(/(sampled|certified) error .* above 0.001/);
+  });
+
+  test('weights that are not positive are a miss, whatever the tolerance', () => {
+    // Early keys point away from every query: 1 + s is negative for all that the first rows see.
+    const shape = { heads: 1, queryLength: 512, headDim: 4 };
+    const x = withoutGradient(problem({ shape, causal: true, rotary: false, scale: 1 }, 12, uniform(0.1)));
+    for (let row = 0; row < 512; row++) [x.q[4 * row], x.k[4 * row]] = [2, row < 64 ? -1 : 1];
+    const forced: ForwardArgs = { ...x, method: 'polynomial', degree: 1, tolerance: 10 };
+    expect(() => attention.forward(forced)).toThrow('degree 1 has rows whose weights do not add up to a positive number');
+    const { output, report } = attention.forward({ ...forced, onMiss: 'report' });
+    expect(report.reason).toContain('degree 1 has rows whose weights do not add up to a positive number');
+    expect(output.every(Number.isFinite)).toBe(true);
+    expect(attention.forward({ ...x, tolerance: 1e-2 }).report.reason).not.toContain('positive');
+  });
+
+  test('backward is the derivative of the forward pass of the same degree', () => {
+    // The same seed gives the same polynomial; the loss is linear in the output, so differences of it are its slope.
+    const full = problem({ shape: { heads: 1, queryLength: 48, headDim: 8 }, causal: true }, 13, uniform(0.5));
+    const forced = { method: 'polynomial', degree: 2, onMiss: 'report', tolerance: 1e-6 } as const;
+    const { output, lse } = attention.forward({ ...withoutGradient(full), ...forced });
+    const given = attention.backward({ ...full, ...forced, output, lse });
+    const own = attention.backward({ ...full, ...forced });
+    for (const name of ['dq', 'dk', 'dv'] as const) expect(given[name]).toEqual(own[name]);
+  });
+});
+
+describe("guarantee 'certified'", () => {
+  test('the bound holds, and keeps the tolerance', () => {
+    const args = { ...withoutGradient(problem({ shape: SHAPE }, 21, uniform(0.5))), guarantee: 'certified' as const };
+    for (const tolerance of [3e-2, 1e-2, 2e-3]) {
+      const { output, report } = attention.forward({ ...args, tolerance });
+      expect(report.method).toBe('polynomial');
+      expect(report.errorBound).toBeLessThanOrEqual(tolerance);
+      expect(outputError(args, output)).toBeLessThanOrEqual(report.errorBound!);
+      expect(report.errorEstimate).toBeLessThanOrEqual(report.errorBound!);
+      expect(report.reason).toMatch(/certified error .* within .*, sampled error /);
+    }
+    expect(attention.forward({ ...args, tolerance: 1e-6 }).report.reason).toMatch(/^exact: no cheaper polynomial is certified within 0.000001, at best degree /);
+  });
+
+  test('needs a higher degree than a sample does', () => {
+    const args = { ...withoutGradient(problem({ shape: SHAPE }, 22, uniform(0.5))), tolerance: 1e-2 };
+    const sampled = attention.forward(args).report;
+    const certified = attention.forward({ ...args, guarantee: 'certified' }).report;
+    expect(certified.degree!).toBeGreaterThan(sampled.degree!);
+    // A bound is stated for the sampled polynomial too, where there is one.
+    expect(sampled.errorBound).toBeGreaterThan(sampled.errorEstimate!);
+  });
+
+  test('gradients have none: exact, or a RangeError', () => {
+    const args = { ...problem({ shape: SHAPE }, 23, uniform(0.5)), guarantee: 'certified' as const, tolerance: 1e-1 };
+    expect(attention.backward(args).report.reason).toBe('exact: there is no certificate for gradients of a polynomial');
+    expect(() => attention.backward({ ...args, method: 'polynomial' })).toThrow(RangeError);
+    expect(() => attention.backward({ ...args, method: 'polynomial' })).toThrow('has no certificate for gradients');
+    const { report } = attention.backward({ ...args, method: 'polynomial', degree: 2, onMiss: 'report' });
+    expect(report).toMatchObject({ method: 'polynomial', degree: 2, errorBound: null });
+  });
+});
+
+describe('plan', () => {
+  const CASES: [string, Problem, object][] = [
+    ['small entries', problem({ shape: SHAPE }, 31, uniform(0.5)), {}],
+    ['causal', problem({ shape: SHAPE, causal: true }, 32, uniform(0.4)), { tolerance: 1e-4 }],
+    ['large entries', problem({ shape: SHAPE }, 33, uniform(3)), {}],
+    ['a short sequence', problem({ shape: { heads: 1, queryLength: 40, headDim: 16 } }, 34, uniform(0.5)), {}],
+    ['a given degree', problem({ shape: SHAPE }, 35, uniform(0.5)), { method: 'polynomial', degree: 2 }],
+    ['exact', problem({ shape: SHAPE }, 36, uniform(0.5)), { method: 'exact' }],
+    ['certified', problem({ shape: SHAPE }, 37, uniform(0.5)), { guarantee: 'certified', tolerance: 1e-2 }],
+  ];
+  const common = ({ method, degree, rank, entryBound, scoreBound, flops, bytes }: Report) => ({ method, degree, rank, entryBound, scoreBound, flops, bytes });
+
+  test.each(CASES)('agrees with forward and backward: %s', (_, full, changes) => {
+    const args = withoutGradient({ ...full, ...changes });
+    const [plan, done] = [attention.plan(args), attention.forward(args).report];
+    expect(common(plan)).toEqual(common(done));
+    expect(plan.errorBound).toBe(done.errorBound);
+    const backward = { ...full, ...changes, tolerance: 1e-1 };
+    expect(common(attention.plan(backward))).toEqual(common(attention.backward(backward).report));
+  });
+
+  test('without values states the error of the worst ones', () => {
+    const args = withoutGradient(problem({ shape: SHAPE }, 38, uniform(0.5)));
+    const { v: _v, ...keys } = args;
+    const forced = { method: 'polynomial', degree: 1, tolerance: 1 } as const;
+    const { errorEstimate: worst, errorBound } = attention.plan({ ...keys, ...forced });
+    expect(worst).toBeGreaterThan(2 * attention.forward({ ...args, ...forced }).report.errorEstimate!);
+    expect(worst).toBeLessThan(errorBound!);
+    expect(attention.plan(keys).method).toBe('polynomial');
+    expect(() => attention.plan({ ...keys, method: 'polynomial', degree: 0 })).toThrow(/^plan: method 'polynomial' misses the tolerance 0.001: at best degree 0 with a predicted error of /);
+  });
+
+  test('predicts a time once a call has given a rate', async () => {
+    const fresh = await createRopeAttention();
+    const args = withoutGradient(problem({ shape: { heads: 1, queryLength: 2048, headDim: 64 } }, 39));
+    expect(fresh.plan({ ...args, method: 'exact' }).milliseconds).toBeNull();
+    for (let n = 0; n < 3; n++) fresh.forward({ ...args, method: 'exact' });
+    const predicted = fresh.plan({ ...args, method: 'exact' }).milliseconds!;
+    const { milliseconds } = fresh.forward({ ...args, method: 'exact' }).report;
+    expect(predicted / milliseconds!).toBeGreaterThan(0.2);
+    expect(predicted / milliseconds!).toBeLessThan(5);
+    fresh.dispose();
+  });
+
+  test('computes nothing that forward computes: the reference agrees with what is then computed', () => {
+    const args = withoutGradient(problem({ shape: { heads: 1, queryLength: 64, headDim: 8 } }, 40));
+    attention.plan(args);
+    expect(maxDifference(attention.forward(args).output, reference.forward(args).output)).toBeLessThan(1e-5);
+  });
+});

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: MIT
+//
+// The polynomial engine against what it promises: a float64 model of the same function (same coefficients), gradients that
+// are the derivative of its own forward pass, errors under the certified bound and falling with the degree.
+
+import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+
+import { reference, theory } from '../dist/index.js';
+import { minimax } from '../dist/polynomial.js';
+import { createKernel, runEngine } from './engine.js';
+import { polynomialModel } from './polynomial-model.js';
+import { UNIT, add, binaries, describeSetting, draw, eachBinary, forwardArgs, fullShape, inner, lazy } from './support.js';
+import { maxDifference, problem, random, relativeFrobenius, slopeError } from './support.js';
+import { RESULTS } from './yardstick.js';
+import type { Kernel } from '../dist/kernel.js';
+import type { Problem, Setting } from './support.js';
+
+// --- Settings ---------------------------------------------------------------------------------------------------------
+
+const heads = 1;
+type Case = { setting: Setting; degree: number };
+
+const sizes = [1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300];
+const lengthCases: Case[] = sizes.flatMap((queryLength) => [
+  { setting: { shape: { heads, queryLength, headDim: 4 } }, degree: 3 },
+  { setting: { shape: { heads, queryLength, headDim: 4 }, causal: true }, degree: 3 },
+  { setting: { shape: { heads, queryLength: 33, keyLength: queryLength, headDim: 6 } }, degree: 2 },
+  { setting: { shape: { heads, queryLength, keyLength: 70, headDim: 6 }, causal: true }, degree: 2 },
+]);
+
+/** For each head size, the degrees tried. */
+const ranks: [headDim: number, degrees: number[]][] = [
+  ...[1, 2, 3].map((dim): [number, number[]] => [dim, [0, 1, 2, 3, 4, 5, 6, 7, 8]]),
+  [4, [0, 1, 2, 3, 4, 5, 6]],
+  ...[5, 7, 8].map((dim): [number, number[]] => [dim, [4]]),
+  ...[10, 20].map((dim): [number, number[]] => [dim, [3]]),
+  [16, [1, 2, 3, 4]],
+  ...[32, 64].map((dim): [number, number[]] => [dim, [1, 2]]),
+  ...[48, 80].map((dim): [number, number[]] => [dim, [2]]),
+  [128, [1]],
+];
+function casesOfRank(headDim: number, degree: number): Case[] {
+  const rotary = headDim % 2 ? { rotary: false as const } : {};
+  const lengths = { heads, queryLength: 45, keyLength: 70, headDim };
+  return [
+    { setting: { shape: { ...lengths, valueDim: 8 }, ...rotary }, degree },
+    { setting: { shape: lengths, ...rotary, causal: true, queryOffset: 25 }, degree },
+  ];
+}
+const rankCases = ranks.flatMap(([headDim, degrees]) => degrees.flatMap((degree) => casesOfRank(headDim, degree)));
+
+const valueCases: Case[] = [1, 2, 3, 4, 5, 7, 8, 9, 16, 20, 33, 64, 80, 128].map((valueDim, n) => ({
+  setting: { shape: { heads, queryLength: 40, headDim: 6, valueDim }, causal: n % 2 === 1 },
+  degree: 3,
+}));
+
+const shape = { heads, queryLength: 70, headDim: 6 };
+const optionCases: Case[] = [
+  { shape: { ...shape, batch: 3 } },
+  { shape: { ...shape, heads: 3 }, causal: true },
+  { shape: { ...shape, batch: 2, heads: 6, kvHeads: 2, keyLength: 20, valueDim: 5 } },
+  { shape: { ...shape, batch: 2, heads: 4, kvHeads: 1 }, causal: true },
+  { shape: { ...shape, heads: 4, kvHeads: 2, keyLength: 100 }, causal: true, queryOffset: 30 },
+  ...[1, 20, 31, 32, 33, 1000, -1, -20, -31, -32, -33, -69].map((queryOffset) => ({ shape, causal: true, queryOffset })),
+  ...[50, -50].map((queryOffset) => ({ shape: { ...shape, keyLength: 150 }, causal: true, queryOffset })),
+  { shape, queryOffset: -7 },
+  { shape, rotary: false as const },
+  { shape, rotary: { dim: 0 } },
+  { shape, rotary: { dim: 4 } },
+  { shape, rotary: { dim: 4, interleaved: true }, causal: true },
+  { shape, rotary: { interleaved: true }, queryOffset: 5 },
+  { shape, rotary: { base: 500 } },
+  { shape, rotary: { frequencies: Float32Array.of(1, 0.1, -0.2) } },
+  { shape, scale: 0 },
+  { shape, scale: -0.5 },
+  { shape, scale: 0.8, causal: true },
+].map((setting) => ({ setting, degree: 3 }));
+
+const slopes = (
+  [
+    { setting: { shape: { heads, queryLength: 70, headDim: 6 } }, degree: 3 },
+    { setting: { shape: { heads: 2, queryLength: 33, headDim: 16 } }, degree: 2 },
+    { setting: { shape: { heads, queryLength: 70, headDim: 6 }, causal: true }, degree: 3 },
+    { setting: { shape: { heads, queryLength: 70, headDim: 20 }, causal: true }, degree: 1 },
+    {
+      setting: {
+        shape: { heads: 4, kvHeads: 2, queryLength: 40, keyLength: 100, headDim: 3, valueDim: 7 },
+        rotary: false,
+        causal: true,
+        queryOffset: 60,
+      },
+      degree: 5,
+    },
+  ] as Case[]
+).map((one) => [`degree ${one.degree}, ${describeSetting(one.setting)}`, one] as const);
+
+/** Entries of size 0.6 give scores of deviation 0.36, inside the radius of the polynomials; each head has its own. */
+const entries = (r: ReturnType<typeof random>) => 0.6 * r.normal();
+function coefficientsFor({ setting, degree }: Case): Float32Array[] {
+  const { batch, kvHeads } = fullShape(setting.shape);
+  return Array.from({ length: batch * kvHeads }, (_, head) => minimax(degree, 1.5 + 0.1 * head).coefficients);
+}
+
+const withModels = (cases: Case[], seed: number) =>
+  cases.map((one, n) => {
+    const args = lazy(() => problem(one.setting, seed + n, entries));
+    const coefficients = lazy(() => coefficientsFor(one));
+    const model = lazy(() => polynomialModel(args(), coefficients()));
+    return [`degree ${one.degree}, ${describeSetting(one.setting)}`, args, coefficients, model] as const;
+  });
+
+const groups = [
+  ['lengths', withModels(lengthCases, 1000)],
+  ['ranks', withModels(rankCases, 2000)],
+  ['value sizes', withModels(valueCases, 3000)],
+  ['options', withModels(optionCases, 4000)],
+] as const;
+
+/**
+ * Roundings, 2^-24, of the largest sum of magnitudes that makes up an entry. The most seen over all cases and both binaries:
+ * output 1.2, lse 1.6, dq 0.14, dk 0.16, dv 0.6 (the gradients' sums are the more pessimistic).
+ */
+const MODEL_TOLERANCE = { output: 2.5, lse: 3, dq: 0.3, dk: 0.3, dv: 1.2 };
+
+/** Rounding of the loss over the step, in the units of `slopeError`: 1.7e-5 was the most seen. */
+const SLOPE_TOLERANCE = 5e-5;
+
+/** Relative Frobenius errors that are rounding: 3.1e-7 was the most seen from degree 7 on. */
+const FLOOR = 6e-7;
+
+// --- The model --------------------------------------------------------------------------------------------------------
+
+describe('the float64 model', () => {
+  const wide = (args: Problem) => ({
+    ...args,
+    q: Float64Array.from(args.q),
+    k: Float64Array.from(args.k),
+    v: Float64Array.from(args.v),
+    dOutput: Float64Array.from(args.dOutput),
+  });
+
+  // Two diagonal blocks, keys before them, grouped heads: every path of the gradient carries something.
+  test.each([false, true])('has the gradient of its own forward pass, causal %s', (causal) => {
+    const shape = { heads: 2, kvHeads: 1, queryLength: 40, keyLength: 50, headDim: 4, valueDim: 3 };
+    const setting = { shape, causal, queryOffset: 10 };
+    const args = wide(problem(setting, 1, entries));
+    const coefficients = [Float64Array.of(1.1, 0.9, 0.6, 0.1)];
+    const model = polynomialModel(args, coefficients);
+    for (const name of ['q', 'k', 'v'] as const) {
+      const direction = Float64Array.from(args[name], random(2).normal);
+      const moved = (step: number) => ({ ...args, [name]: args[name].map((x, n) => x + step * direction[n]) });
+      const loss = (step: number) => inner(polynomialModel(moved(step), coefficients).output, args.dOutput);
+      // Seen: 2.3e-12 and less, the rounding of the loss over the step.
+      expect(slopeError(loss, model[`d${name}`], direction, 1e-3)).toBeLessThan(1e-11);
+    }
+  });
+
+  test.each([false, true])('is attention when the polynomial is exp, causal %s', (causal) => {
+    const setting = { shape: { heads: 2, queryLength: 40, headDim: 4 }, causal, queryOffset: 3 };
+    const args = wide(problem(setting, 3, entries));
+    // Scores are below 3 here: 30 terms are exact.
+    const series = Float64Array.from({ length: 30 }, () => 1);
+    for (let m = 1; m < 30; m++) series[m] = series[m - 1] / m;
+    const model = polynomialModel(args, [series, series]);
+    const exact = { ...reference.forward(args), ...reference.backward(args) };
+    for (const name of RESULTS) expect(model[name]).toBeAllclose(exact[name], { atol: 1e-13, name });
+  });
+});
+
+// --- The engine -------------------------------------------------------------------------------------------------------
+
+describe.each(binaries)('the engine, $name', (binary) => {
+  let kernel: Kernel;
+  beforeAll(async () => {
+    kernel = await createKernel(binary);
+  });
+  afterAll(() => kernel.dispose());
+
+  describe.each(groups)('is its float64 model: %s', (_, cases) => {
+    test.each(cases)('%s', (_, args, coefficients, model) => {
+      const [result, expected] = [runEngine(kernel, args(), coefficients()), model()];
+      expect(result.positive).toBe(true);
+      for (const name of RESULTS) {
+        expect(result[name]).toBeAllclose(expected[name], { atol: MODEL_TOLERANCE[name] * UNIT * expected.terms[name], name });
+      }
+    });
+  });
+
+  // The derivative itself, without a model: coefficients held fixed, float32 rounding of the loss over the step.
+  describe.each(slopes)('backward is the slope of forward: %s', (_, one) => {
+    test.each(['q', 'k', 'v'] as const)('along a direction of %s', (name) => {
+      const args = problem(one.setting, 31, entries);
+      const coefficients = coefficientsFor(one);
+      const gradient = runEngine(kernel, args, coefficients)[`d${name}`];
+      const direction = draw(args[name].length, random(32).normal);
+      const loss = (step: number) => {
+        const moved = { ...args, [name]: add(args[name], step, direction) };
+        return inner(runEngine(kernel, moved, coefficients).output, args.dOutput);
+      };
+      expect(slopeError(loss, gradient, direction)).toBeLessThan(SLOPE_TOLERANCE);
+    });
+  });
+
+  test('rows whose weights are not positive: zeros and lse -Infinity, no gradient, the others right', () => {
+    // p(s) = s^2 - 1/10: negative sums for the short queries, positive ones for the long.
+    const args = problem({ shape: { heads: 1, queryLength: 70, headDim: 6 }, rotary: false }, 33);
+    const short = (i: number) => i % 3 === 0;
+    const q = args.q.map((x, n) => (short(Math.floor(n / 6)) ? 0.01 * x : x));
+    const coefficients = [Float32Array.of(-0.1, 0, 1)];
+    const result = runEngine(kernel, { ...args, q }, coefficients);
+    const dOutput = args.dOutput.map((x, n) => (short(Math.floor(n / 6)) ? 0 : x));
+    const model = polynomialModel({ ...args, q, dOutput }, coefficients);
+
+    expect(result.positive).toBe(false);
+    const expected = {
+      ...model,
+      output: model.output.map((x, n) => (short(Math.floor(n / 6)) ? 0 : x)),
+      lse: model.lse.map((x, i) => (short(i) ? -Infinity : x)),
+    };
+    expect(maxDifference(expected.lse.filter(Number.isFinite), new Float64Array(46))).toBeLessThan(20);
+    for (const name of RESULTS) expect(result[name]).toBeAllclose(expected[name], { atol: 1e-4, name });
+    for (let i = 0; i < 70; i += 3) {
+      expect(result.output.subarray(6 * i, 6 * i + 6).map(Math.abs)).toEqual(new Float32Array(6));
+      expect(result.dq.subarray(6 * i, 6 * i + 6).map(Math.abs)).toEqual(new Float32Array(6));
+    }
+  });
+
+  test('a call repeated gives the same bits', () => {
+    const one = { setting: { shape: { heads: 2, queryLength: 100, headDim: 8 }, causal: true }, degree: 2 };
+    const args = problem(one.setting, 34, entries);
+    const coefficients = coefficientsFor(one);
+    expect(runEngine(kernel, args, coefficients)).toEqual(runEngine(kernel, args, coefficients));
+  });
+});
+
+// --- Through the API --------------------------------------------------------------------------------------------------
+
+const uniform = (entry: number) => (r: ReturnType<typeof random>) => entry * (2 * r.uniform() - 1);
+
+/** Half the range of the widest value column: an upper limit of max |v - c|. One head. */
+function halfRange({ v, shape }: Problem): number {
+  const width = fullShape(shape).valueDim;
+  const columns = Array.from({ length: width }, (_, d) => Array.from(v).filter((_, n) => n % width === d));
+  return Math.max(...columns.map((column) => (Math.max(...column) - Math.min(...column)) / 2));
+}
+
+const certifiedGrid = [2, 4, 16, 64].flatMap((headDim) =>
+  [40, 300].flatMap((queryLength) =>
+    [0.25, 0.5, 1].flatMap((entry) =>
+      [false, true].map((causal) => {
+        const make = lazy(() => {
+          const args = problem({ shape: { heads, queryLength, headDim, valueDim: 8 }, causal }, 41, uniform(entry));
+          return { args, exact: reference.forward(args).output, unit: halfRange(args) };
+        });
+        return { headDim, queryLength, entry, causal, make };
+      }),
+    ),
+  ),
+);
+
+eachBinary((attention) => {
+  describe('the certified bound holds', () => {
+    test.each(certifiedGrid)('D = $headDim, N = $queryLength, entries to $entry, causal $causal', ({ headDim, entry, make }) => {
+      const { args, exact, unit } = make();
+      const degrees = headDim === 64 ? [0, 1, 2] : headDim === 16 ? [0, 1, 2, 3, 4] : [0, 1, 2, 3, 4, 5, 6];
+      let certified = 0;
+      for (const degree of degrees) {
+        const options = { method: 'polynomial', degree, guarantee: 'certified', tolerance: 1e-6, onMiss: 'report' } as const;
+        const { output, report } = attention().forward({ ...forwardArgs(args), ...options });
+        expect(report).toMatchObject({ method: 'polynomial', degree, rank: theory.rank(headDim, degree) });
+        if (report.errorBound === null) continue;
+        certified++;
+        expect(maxDifference(output, exact) / unit).toBeLessThanOrEqual(report.errorBound);
+        // At most what the theory says for entries of that size, and a float32 term, which is far below 1e-3 here.
+        const t = minimax(degree, theory.scoreBound({ headDim, entryBound: entry })).error;
+        expect(report.errorBound).toBeLessThanOrEqual(theory.certifiedBound(t) + 1e-3);
+      }
+      // Entries to 1/4 always have a certificate.
+      if (entry === 0.25) expect(certified).toBe(degrees.length);
+    });
+  });
+
+  test.each([false, true])('errors fall with the degree to the floor of float32, causal %s', (causal) => {
+    const args = problem({ shape: { heads: 2, queryLength: 200, headDim: 4 }, causal }, 42, uniform(0.75));
+    const exact = { ...reference.forward(args), ...reference.backward(args) };
+    let before = { output: Infinity, dq: Infinity, dk: Infinity, dv: Infinity };
+    for (const degree of [0, 1, 2, 3, 4, 5, 6, 7, 8]) {
+      const options = { method: 'polynomial', degree, onMiss: 'report', tolerance: 1e-6 } as const;
+      const { output } = attention().forward({ ...forwardArgs(args), ...options });
+      const { dq, dk, dv } = attention().backward({ ...args, ...options });
+      const error = {
+        output: relativeFrobenius(output, exact.output),
+        dq: relativeFrobenius(dq, exact.dq),
+        dk: relativeFrobenius(dk, exact.dk),
+        dv: relativeFrobenius(dv, exact.dv),
+      };
+      // By a factor of 4 at least (4.8 seen), until rounding takes over.
+      for (const name of ['output', 'dq', 'dk', 'dv'] as const) {
+        expect({ name, degree, falls: error[name] < Math.max(before[name] / 4, FLOOR) }).toEqual({ name, degree, falls: true });
+      }
+      before = error;
+    }
+  });
+
+  test('backward with a degree is backward of the forward pass of that degree, given or not', () => {
+    const args = problem({ shape: { heads: 2, queryLength: 100, headDim: 8 }, causal: true }, 43, entries);
+    const options = { method: 'polynomial', degree: 2, onMiss: 'report' } as const;
+    const { output, lse } = attention().forward({ ...forwardArgs(args), ...options });
+    const without = attention().backward({ ...args, ...options });
+    const given = attention().backward({ ...args, ...options, output, lse });
+    for (const name of ['dq', 'dk', 'dv'] as const) expect(given[name]).toEqual(without[name]);
+  });
+});

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: MIT
+//
+// What the polynomial engine computes, in float64 and without features: every weight a_ij written out.
+//
+//   x_i = scale R q_i,  y_j = R k_j - mean of R k,  s_ij = x_i . y_j
+//   a_ij = p(s_ij)        all pairs; when causal, keys before the block of 32 queries that i is in
+//        = exp(s_ij)      when causal, the other keys that i may see
+//   den_i = sum_j a_ij,   out_i = sum_j a_ij v_j / den_i,   lse_i = log den_i + x_i . mean
+//
+// and the gradient is the derivative of that, p held fixed, the mean key included:
+//
+//   g_ij = (dout_i.v_j - dout_i.out_i) / den_i * da_ij/ds      dx_i = sum_j g_ij y_j
+//   dy_j = sum_i g_ij x_i, and since y_j = R k_j - mean,       d(R k)_j = dy_j - mean of dy
+
+import { reference } from '../dist/index.js';
+import { fullShape, maxAbs } from './support.js';
+import { RESULTS } from './yardstick.js';
+import type { Arrays, Floats, Setting } from './support.js';
+import type { ByResult } from './yardstick.js';
+
+/** Queries of one diagonal block (RA_CHUNK). */
+const BLOCK = 32;
+
+/** Arrays of either precision. */
+export type ModelArgs = Setting & Record<keyof Arrays, Floats>;
+
+export interface ModelResult extends ByResult<Float64Array> {
+  /** For each result the largest sum of magnitudes of the terms of an entry, as `magnitudes` of yardstick.ts. */
+  terms: ByResult<number>;
+}
+
+/** @param coefficients for each key/value head, [batch * kvHeads][degree + 1]. */
+export function polynomialModel(args: ModelArgs, coefficients: readonly ArrayLike<number>[]): ModelResult {
+  const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim } = fullShape(args.shape);
+  const { rotary = {}, scale = 1 / Math.sqrt(headDim), causal = false, queryOffset = 0 } = args;
+  const keyShape = { batch, heads: kvHeads, queryLength: keyLength, headDim };
+  const q = reference.rotate({ x: args.q, shape: args.shape, rotary, queryOffset });
+  const k = reference.rotate({ x: args.k, shape: keyShape, rotary });
+  const row = (x: Float64Array, r: number, width: number) => x.subarray(r * width, (r + 1) * width);
+  const dot = (x: Float64Array, y: Float64Array) => {
+    let sum = 0;
+    for (let d = 0; d < x.length; d++) sum += x[d] * y[d];
+    return sum;
+  };
+  const absDot = (x: Float64Array, y: Float64Array) => {
+    let sum = 0;
+    for (let d = 0; d < x.length; d++) sum += Math.abs(x[d] * y[d]);
+    return sum;
+  };
+  const accumulate = (y: Float64Array, a: number, x: Float64Array) => {
+    for (let d = 0; d < x.length; d++) y[d] += a * x[d];
+  };
+  const accumulateAbs = (y: Float64Array, a: number, x: Float64Array) => {
+    for (let d = 0; d < x.length; d++) y[d] += Math.abs(a * x[d]);
+  };
+
+  const x = q.map((value) => scale * value);
+  const means = Array.from({ length: batch * kvHeads }, (_, head) => {
+    const mean = new Float64Array(headDim);
+    for (let j = 0; j < keyLength; j++) accumulate(mean, 1 / keyLength, row(k, head * keyLength + j, headDim));
+    return mean;
+  });
+  const y = k.map((value, n) => value - means[Math.floor(n / headDim / keyLength)][n % headDim]);
+  const [v, dout] = [Float64Array.from(args.v), Float64Array.from(args.dOutput)];
+
+  const zeros = () => ({
+    output: new Float64Array(dout.length),
+    lse: new Float64Array(x.length / headDim),
+    dq: new Float64Array(x.length),
+    dk: new Float64Array(y.length),
+    dv: new Float64Array(v.length),
+  });
+  const [result, terms] = [zeros(), zeros()];
+  result.lse.fill(-Infinity);
+  for (let r = 0; r < result.lse.length; r++) {
+    const i = r % queryLength;
+    const head = Math.floor(r / queryLength);
+    const keyHead = Math.floor(head / heads) * kvHeads + Math.floor(((head % heads) * kvHeads) / heads);
+    const clamp = (n: number) => Math.min(Math.max(n, 0), keyLength);
+    const seen = causal ? clamp(i + queryOffset + 1) : keyLength;
+    const byPolynomial = causal ? clamp(BLOCK * Math.floor(i / BLOCK) + queryOffset) : keyLength;
+    if (seen === 0) continue;
+
+    // a, da/ds, and the sums of magnitudes of the terms of either
+    const weights = Array.from({ length: seen }, (_, j) => {
+      const [x_r, y_j] = [row(x, r, headDim), row(y, keyHead * keyLength + j, headDim)];
+      const [s, size] = [dot(x_r, y_j), absDot(x_r, y_j)];
+      if (j < byPolynomial) return polynomialWeight(coefficients[keyHead], s, size);
+      const a = Math.exp(s);
+      return { a, slope: a, sizeA: a * (1 + size), sizeSlope: a * (1 + size) };
+    });
+    const den = weights.reduce((sum, { a }) => sum + a, 0);
+    const sizeDen = weights.reduce((sum, { sizeA }) => sum + sizeA, 0) / den;
+    const [x_r, dout_r, out_r] = [row(x, r, headDim), row(dout, r, valueDim), row(result.output, r, valueDim)];
+    const shift = dot(x_r, means[keyHead]);
+    weights.forEach(({ a }, j) => accumulate(out_r, a / den, row(v, keyHead * keyLength + j, valueDim)));
+    result.lse[r] = Math.log(den) + shift;
+    terms.lse[r] = sizeDen + Math.abs(result.lse[r]) + absDot(x_r, means[keyHead]);
+
+    const delta = dot(dout_r, out_r);
+    const sizeDP = (j: number) => absDot(dout_r, row(v, keyHead * keyLength + j, valueDim));
+    const sizeDelta = weights.reduce((sum, { sizeA }, j) => sum + (sizeA / den) * sizeDP(j), 0);
+    const sizeLse = 1 + terms.lse[r]; // exp(-lse) divides in the backward pass
+    weights.forEach(({ a, slope, sizeA, sizeSlope }, j) => {
+      const at = keyHead * keyLength + j;
+      const [y_j, v_j] = [row(y, at, headDim), row(v, at, valueDim)];
+      const g = ((dot(dout_r, v_j) - delta) / den) * slope;
+      accumulate(row(result.dv, at, valueDim), a / den, dout_r);
+      accumulate(row(result.dq, r, headDim), g, y_j);
+      accumulate(row(result.dk, at, headDim), g, x_r);
+
+      const sizeG = ((sizeDP(j) + sizeDelta) / den) * sizeSlope * sizeLse;
+      accumulateAbs(row(terms.output, r, valueDim), sizeA / den, v_j);
+      accumulateAbs(row(terms.dv, at, valueDim), (sizeA * sizeLse) / den, dout_r);
+      accumulateAbs(row(terms.dq, r, headDim), scale * sizeG, y_j);
+      accumulateAbs(row(terms.dk, at, headDim), sizeG, x_r);
+    });
+    accumulateAbs(row(terms.output, r, valueDim), sizeDen, out_r);
+  }
+
+  // Through x = scale R q and y = R k - mean, back to q and k.
+  for (let keyHead = 0; keyHead < batch * kvHeads; keyHead++) {
+    const mean = new Float64Array(headDim);
+    for (let j = 0; j < keyLength; j++) accumulate(mean, 1 / keyLength, row(result.dk, keyHead * keyLength + j, headDim));
+    for (let j = 0; j < keyLength; j++) accumulate(row(result.dk, keyHead * keyLength + j, headDim), -1, mean);
+  }
+  const dq = reference.rotate({ x: result.dq.map((g) => scale * g), shape: args.shape, rotary, queryOffset, inverse: true });
+  const dk = reference.rotate({ x: result.dk, shape: keyShape, rotary, inverse: true });
+  return { ...result, dq, dk, terms: Object.fromEntries(RESULTS.map((name) => [name, maxAbs(terms[name])])) as ByResult<number> };
+}
+
+/** p(s) and p'(s); and, the products of s adding up to `size` in magnitude, how many roundings of 1 either is off at most. */
+function polynomialWeight(coefficients: ArrayLike<number>, s: number, size: number) {
+  let [a, slope, sizeA, sizeSlope] = [0, 0, 0, 0];
+  for (let m = 0; m < coefficients.length; m++) {
+    const c = coefficients[m];
+    a += c * s ** m;
+    sizeA += (1 + m) * Math.abs(c) * size ** m;
+    if (m === 0) continue;
+    slope += m * c * s ** (m - 1);
+    sizeSlope += (1 + m) * m * Math.abs(c) * size ** (m - 1);
+  }
+  return { a, slope, sizeA, sizeSlope };
+}

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: MIT
+//
+// The README's example runs as it stands, and the names in its tables exist.
+
+import { readFileSync } from 'node:fs';
+import { describe, expect, it, jest } from '@jest/globals';
+import * as rope from '../dist/index.js';
+
+const readme = readFileSync(new URL('../README.md', import.meta.url), 'utf8');
+
+describe('README', () => {
+  it('has an example of at most ten lines that runs and prints what it says', async () => {
+    const [, example] = /```js\n([\s\S]*?)```/.exec(readme)!;
+    const lines = example.trim().split('\n').filter((line) => line !== '');
+    expect(lines.length).toBeLessThanOrEqual(10);
+    const body = example.replace("import { createRopeAttention } from 'rope-attention';", '');
+    const log = jest.fn();
+    const AsyncFunction = (async () => {}).constructor as new (...args: string[]) => (...args: unknown[]) => Promise<void>;
+    await new AsyncFunction('createRopeAttention', 'console', body)(rope.createRopeAttention, { log });
+    const heads = (n: number) => n * 512 * 64;
+    expect(log.mock.calls).toEqual([[expect.stringMatching(/^(exact|polynomial)/), heads(8), heads(8), heads(2), heads(2)]]);
+  });
+
+  it('names functions that exist', async () => {
+    const attention = await rope.createRopeAttention();
+    for (const [, name] of readme.matchAll(/`attention\.(\w+)\(/g)) expect(typeof attention[name as 'forward']).toBe('function');
+    for (const space of ['reference', 'theory'] as const) {
+      const [, names] = new RegExp(`\`${space}\\.([\\w /]+?)( \\.\\.\\.)?\``).exec(readme)!;
+      for (const name of names.split(' / ')) expect(typeof (rope[space] as Record<string, unknown>)[name]).toBe('function');
+    }
+    attention.dispose();
+  });
+
+  it('names every field of the report', async () => {
+    const attention = await rope.createRopeAttention();
+    const x = new Float32Array(8).fill(0.1);
+    const { report } = attention.forward({ q: x, k: x, v: x, shape: { heads: 1, queryLength: 4, headDim: 2 } });
+    for (const field of Object.keys(report)) expect(readme).toContain(`\`${field}\``);
+    attention.dispose();
+  });
+});

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: MIT
+//
+// How accurate is accurate enough: attention in float32 as one writes it first, and from it the error that an exact engine is
+// allowed: twice that of plain float32, three times for gradients.
+
+import { reference } from '../dist/index.js';
+import { UNIT, fullShape, inner, lengths, maxAbs, maxDifference } from './support.js';
+import type { Problem } from './support.js';
+
+/** The results of both passes. */
+export const RESULTS = ['output', 'lse', 'dq', 'dk', 'dv'] as const;
+export type ByResult<T> = Record<(typeof RESULTS)[number], T>;
+
+export interface Yardstick {
+  /** Float64 results. */
+  exact: ByResult<Float64Array>;
+  /** The largest error of an entry that an engine may have. */
+  allowed: ByResult<number>;
+}
+
+/**
+ * Small problems can be right by luck in plain float32 (one key: no error at all), so there is a floor: this many roundings,
+ * 2^-24, of the largest sum of magnitudes that makes up an entry (`magnitudes`). A weight of the engine has about three: exp to
+ * 9e-8 is one and a half, passing through powers of 2 two more, while plain float32 has half a rounding for its exp. Where the
+ * floor decides, engines were seen to need 1.9 (output), 1.2 (lse), 0.7 (dq), 0.9 (dk) and 2.8 (dv).
+ */
+const FLOOR = 4;
+
+export function yardstick(args: Problem): Yardstick {
+  const exact = { ...reference.forward(args), ...reference.backward(args) };
+  const plain = plainFloat32(args);
+  const terms = magnitudes(args);
+  const allow = (name: (typeof RESULTS)[number], ratio: number) =>
+    Math.max(ratio * maxDifference(plain[name], exact[name]), FLOOR * UNIT * terms[name]);
+  const allowed = { output: allow('output', 2), lse: allow('lse', 2), dq: allow('dq', 3), dk: allow('dk', 3), dv: allow('dv', 3) };
+  return { exact, allowed };
+}
+
+/** For flat query row r: the first row of its keys, and how many of them the mask allows. */
+function keysOf({ shape, causal = false, queryOffset = 0 }: Problem, r: number): { first: number; count: number } {
+  const { heads, kvHeads, queryLength, keyLength } = fullShape(shape);
+  const head = Math.floor(r / queryLength);
+  const keyHead = Math.floor(head / heads) * kvHeads + Math.floor(((head % heads) * kvHeads) / heads);
+  const count = causal ? Math.min(Math.max((r % queryLength) + queryOffset + 1, 0), keyLength) : keyLength;
+  return { first: keyHead * keyLength, count };
+}
+
+const row = <T extends Float32Array | Float64Array>(x: T, r: number, width: number) => x.subarray(r * width, (r + 1) * width) as T;
+
+/**
+ * Both passes in float32: every product and sum rounded, one running sum for each, a whole row of weights in memory, angles in
+ * float64, exp and log rounded correctly.
+ */
+export function plainFloat32(args: Problem): ByResult<Float32Array> {
+  const f = Math.fround;
+  const { queryLength, keyLength, headDim, valueDim } = fullShape(args.shape);
+  const { queryOffset = 0, v, dOutput } = args;
+  const scale = f(args.scale ?? 1 / Math.sqrt(headDim));
+
+  const { base = 10000, dim = headDim, interleaved = false, frequencies } = args.rotary === false ? { dim: 0 } : (args.rotary ?? {});
+  const rotate = (x: Float32Array, length: number, start: number, sign: number) => {
+    const y = Float32Array.from(x);
+    for (let r = 0; r < x.length / headDim; r++) {
+      for (let p = 0; p < dim / 2; p++) {
+        const angle = (start + (r % length)) * (frequencies?.[p] ?? base ** ((-2 * p) / dim));
+        const [cos, sin] = [f(Math.cos(angle)), f(sign * Math.sin(angle))];
+        const a = r * headDim + (interleaved ? 2 * p : p);
+        const b = interleaved ? a + 1 : a + dim / 2;
+        y[a] = f(x[a] * cos) - f(x[b] * sin);
+        y[b] = f(x[a] * sin) + f(x[b] * cos);
+      }
+    }
+    return y;
+  };
+  const dot = (x: Float32Array, y: Float32Array) => {
+    let sum = 0;
+    for (let d = 0; d < x.length; d++) sum = f(sum + f(x[d] * y[d]));
+    return sum;
+  };
+  const accumulate = (y: Float32Array, a: number, x: Float32Array) => {
+    for (let d = 0; d < x.length; d++) y[d] = y[d] + f(a * x[d]);
+  };
+
+  const q = rotate(args.q, queryLength, queryOffset, 1);
+  const k = rotate(args.k, keyLength, 0, 1);
+  const output = new Float32Array(lengths(args.shape).output);
+  const lse = new Float32Array(q.length / headDim).fill(-Infinity);
+  const [dq, dk, dv] = [q, k, v].map((x) => new Float32Array(x.length));
+  const p = new Float32Array(keyLength);
+  for (let r = 0; r < lse.length; r++) {
+    const { first, count } = keysOf(args, r);
+    const [q_r, out_r, dout_r] = [row(q, r, headDim), row(output, r, valueDim), row(dOutput, r, valueDim)];
+    if (count === 0) continue;
+
+    let largest = -Infinity;
+    for (let j = 0; j < count; j++) {
+      p[j] = scale * dot(q_r, row(k, first + j, headDim));
+      largest = Math.max(largest, p[j]);
+    }
+    let sum = 0;
+    for (let j = 0; j < count; j++) {
+      p[j] = Math.exp(f(p[j] - largest));
+      sum = f(sum + p[j]);
+    }
+    for (let j = 0; j < count; j++) {
+      p[j] = p[j] / sum;
+      accumulate(out_r, p[j], row(v, first + j, valueDim));
+    }
+    lse[r] = largest + f(Math.log(sum));
+
+    const delta = dot(dout_r, out_r);
+    for (let j = 0; j < count; j++) {
+      const dP = dot(dout_r, row(v, first + j, valueDim));
+      const dS = f(scale * f(p[j] * f(dP - delta)));
+      accumulate(row(dv, first + j, valueDim), p[j], dout_r);
+      accumulate(row(dq, r, headDim), dS, row(k, first + j, headDim));
+      accumulate(row(dk, first + j, headDim), dS, q_r);
+    }
+  }
+  return { output, lse, dq: rotate(dq, queryLength, queryOffset, -1), dk: rotate(dk, keyLength, 0, -1), dv };
+}
+
+/**
+ * For each result the largest sum of magnitudes of the terms of an entry: 2^-24 times it is what one rounding of every term
+ * can add up to. A score whose products have magnitudes m in total is off by m roundings, and its weight by 1 + m of them:
+ *
+ *   a_ij = P_ij (1 + |scale| |q_i|.|k_j|)                     output  sum_j a_ij |v_j|     dv  sum_i a_ij |dout_i|
+ *   b_ij = a_ij |scale| (|dout_i|.|v_j| + its mean by P_i)    dq      sum_j b_ij |k_j|     dk  sum_i b_ij |q_i|
+ *
+ * with |x| the vector of magnitudes, after rotation; and |lse_i| + sum_j a_ij for lse.
+ */
+export function magnitudes(args: Problem): ByResult<number> {
+  const { batch, kvHeads, keyLength, headDim, valueDim } = fullShape(args.shape);
+  const { rotary = {}, queryOffset = 0, scale = 1 / Math.sqrt(headDim) } = args;
+  const keyShape = { batch, heads: kvHeads, queryLength: keyLength, headDim };
+  const turnedQ = reference.rotate({ x: args.q, shape: args.shape, rotary, queryOffset });
+  const turnedK = reference.rotate({ x: args.k, shape: keyShape, rotary });
+  const [q, k, v, dout] = [turnedQ, turnedK, args.v, args.dOutput].map((x) => Float64Array.from(x, Math.abs));
+  const { lse } = reference.forward(args);
+
+  const accumulate = (y: Float64Array, a: number, x: Float64Array) => {
+    for (let d = 0; d < x.length; d++) y[d] += a * x[d];
+  };
+  const sums = { output: dout, dq: q, dk: k, dv: v, lse };
+  const total = Object.fromEntries(RESULTS.map((name) => [name, new Float64Array(sums[name].length)])) as ByResult<Float64Array>;
+  for (let r = 0; r < lse.length; r++) {
+    const { first, count } = keysOf(args, r);
+    const signed = row(turnedQ, r, headDim);
+    const [q_r, dout_r] = [row(q, r, headDim), row(dout, r, valueDim)];
+    const score = (j: number) => scale * inner(signed, row(turnedK, first + j, headDim));
+    const weights = Array.from({ length: count }, (_, j) => Math.exp(score(j) - lse[r]));
+    const dP = weights.map((_, j) => inner(dout_r, row(v, first + j, valueDim)));
+    const mean = weights.reduce((sum, weight, j) => sum + weight * dP[j], 0);
+    if (count > 0) total.lse[r] = Math.abs(lse[r]);
+    weights.forEach((weight, j) => {
+      const a = weight * (1 + Math.abs(scale) * inner(q_r, row(k, first + j, headDim)));
+      const b = a * Math.abs(scale) * (dP[j] + mean);
+      total.lse[r] += a;
+      accumulate(row(total.output, r, valueDim), a, row(v, first + j, valueDim));
+      accumulate(row(total.dv, first + j, valueDim), a, dout_r);
+      accumulate(row(total.dq, r, headDim), b, row(k, first + j, headDim));
+      accumulate(row(total.dk, first + j, headDim), b, q_r);
+    });
+  }
+  return Object.fromEntries(RESULTS.map((name) => [name, maxAbs(total[name])])) as ByResult<number>;
+}

@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: MIT
+//
+// The instance: each call validates, plans (planner.ts), runs the first engine of the plan, checks the result on sampled
+// rows, and goes on to the next engine when it misses.
+//
+// The work is written as generators that yield the fraction done between slices of about 30 ms. A synchronous call drains
+// one; the worker drains it with pauses in which it hears of a cancellation. One that is left half done does no harm: the
+// next call on the instance takes its memory over.
+//
+// NaN and infinity in q, k or v: `exact` spreads them to the rows that depend on them, `auto` computes exactly (the report
+// says so), a forced polynomial is a RangeError.
+
+import { certify, scoreRadius } from './certificate.js';
+import type { Pass } from './cost.js';
+import { Kernel, type Bounds, type Session } from './kernel.js';
+import { loadModule } from './load.js';
+import { choose, costOf, flopsOf, refuseMiss, short, workspaceOf, type Attempt, type Plan, type Task } from './planner.js';
+import type { Measured } from './sampling.js';
+import { rank } from './theory.js';
+import type { BackwardArgs, BackwardResult, CreateOptions, ForwardArgs, ForwardResult, PlanArgs } from './types.js';
+import type { Report, RopeAttention, RotateArgs } from './types.js';
+import { readCall, readCreate, readRotate, type Call } from './validate.js';
+
+/** Milliseconds of work between two yields, about. */
+const SLICE = 30;
+
+/** Operations below which a run says nothing about this machine's speed. */
+const MEASURABLE = 1e8;
+
+/**
+ * An instance of the package: loads and compiles the WebAssembly (once per binary and page), and takes its first memory.
+ *
+ * @throws Error where WebAssembly SIMD is missing or the source cannot be loaded; TypeError and RangeError for wrong options.
+ */
+export async function createRopeAttention(options: CreateOptions = {}): Promise<RopeAttention> {
+  return createAttention(options);
+}
+
+/** The same, typed with the generators that the worker uses. */
+export async function createAttention(options: CreateOptions): Promise<Attention> {
+  const name = 'createRopeAttention';
+  const { relaxedSimd, maxMemoryBytes } = readCreate(name, options, ['wasm', 'relaxedSimd', 'maxMemoryBytes']);
+  const module = await loadModule({ wasm: options.wasm, relaxedSimd });
+  const kernel = await Kernel.create(name, module, maxMemoryBytes);
+  if (typeof relaxedSimd === 'boolean' && relaxedSimd !== kernel.relaxed) {
+    throw new RangeError(`${name}: relaxedSimd is ${relaxedSimd}, the given wasm is the ${simdOf(kernel)} binary`);
+  }
+  return new Attention(kernel);
+}
+
+export class Attention implements RopeAttention {
+  readonly simd: 'simd128' | 'relaxed-simd';
+  readonly #kernel: Kernel;
+  /** Operations at peak speed per millisecond, as the last run of some size had it. */
+  #rate: number | null = null;
+
+  constructor(kernel: Kernel) {
+    this.#kernel = kernel;
+    this.simd = simdOf(kernel);
+  }
+
+  get memoryBytes(): number {
+    return this.#kernel.memoryBytes;
+  }
+
+  forward(args: ForwardArgs): ForwardResult {
+    return drain(this.forwardSteps(args));
+  }
+
+  backward(args: BackwardArgs): BackwardResult {
+    return drain(this.backwardSteps(args));
+  }
+
+  rotate(args: RotateArgs): Float32Array {
+    return drain(this.rotateSteps(args));
+  }
+
+  plan(args: PlanArgs): Report {
+    return drain(this.planSteps(args));
+  }
+
+  dispose(): void {
+    this.#kernel.dispose();
+  }
+
+  *forwardSteps(args: ForwardArgs): Generator<number, ForwardResult> {
+    return yield* this.#compute('forward', readCall('forward', args), ['forward'], (session, report) => ({
+      output: session.result('out'),
+      lse: session.result('lse'),
+      report,
+    }));
+  }
+
+  *backwardSteps(args: BackwardArgs): Generator<number, BackwardResult> {
+    const call = readCall('backward', args);
+    const passes: Pass[] = call.inputs.output ? ['backward'] : ['forward', 'backward'];
+    return yield* this.#compute('backward', call, passes, (session, report) => ({
+      dq: session.result('dq'),
+      dk: session.result('dk'),
+      dv: session.result('dv'),
+      report,
+    }));
+  }
+
+  *rotateSteps(args: RotateArgs): Generator<number, Float32Array> {
+    const { geometry, x, inverse } = readRotate(args);
+    const session = this.#kernel.open('rotate', geometry);
+    try {
+      const rotated = session.rotate(x, inverse);
+      yield 1;
+      return rotated;
+    } finally {
+      session.close();
+    }
+  }
+
+  *planSteps(args: PlanArgs): Generator<number, Report> {
+    const { problem, inputs } = readCall('plan', args);
+    const pass: Pass = inputs.dOutput ? 'backward' : 'forward';
+    const passes: Pass[] = pass === 'backward' ? ['forward', 'backward'] : ['forward'];
+    const task: Task = { name: 'plan', problem, pass, passes, hasValues: inputs.v !== null, predict: true };
+    const session = this.#kernel.open('plan', problem);
+    try {
+      const plan = yield* this.#plan(session, task, inputs);
+      const chosen = plan.attempts[0];
+      const coefficients = chosen.coefficients ?? (chosen.degree === null ? null : yield* plan.sampler.coefficients(chosen.degree));
+      if (problem.method === 'polynomial' && !(errorOf(chosen) <= problem.tolerance)) {
+        refuseMiss(task, `degree ${chosen.degree} has a predicted error of ${short(errorOf(chosen))}`);
+      }
+      const bound = boundOf(task, { ...chosen, coefficients }, plan.bounds);
+      const bytes = session.bytes + workspaceOf(session, passes, chosen.degree);
+      yield 1;
+      const reason = explain(task, { ...chosen, bound }, chosen.predicted, 'predicted', plan.because, []);
+      const cost = costOf(problem, passes, chosen.degree);
+      return reportOf(task, chosen, plan.bounds, bound, chosen.predicted, bytes, this.#rate && cost / this.#rate, reason);
+    } finally {
+      session.close();
+    }
+  }
+
+  /** The whole of a call: `read` copies the results out of the finished session. */
+  *#compute<T>(name: 'forward' | 'backward', call: Call, passes: readonly Pass[], read: (session: Session, report: Report) => T): Generator<number, T> {
+    const start = performance.now();
+    const { problem, inputs } = call;
+    const task: Task = { name, problem, pass: name, passes, hasValues: true, predict: false };
+    const session = this.#kernel.open(name, problem);
+    try {
+      const plan = yield* this.#plan(session, task, inputs);
+      const misses: string[] = [];
+      let progress = 0;
+      for (const [n, attempt] of plan.attempts.entries()) {
+        // A polynomial may yet miss: it gets nine tenths of what is left. 1 is for the very end.
+        const share = attempt.degree === null ? 0.99 : 0.9;
+        const end = progress + (1 - progress) * share;
+        const outcome = yield* this.#attempt(session, task, plan, attempt, progress, end);
+        progress = end;
+        const last = n === plan.attempts.length - 1;
+        if (outcome.miss !== null) {
+          const miss = `degree ${attempt.degree} ${outcome.miss}`;
+          if (last) refuseMiss(task, miss);
+          misses.push(miss);
+          if (!last) continue;
+        }
+        const bytes = session.bytes;
+        const ran = { ...attempt, bound: boundOf(task, { ...attempt, coefficients: outcome.coefficients }, plan.bounds) };
+        const reason = explain(task, ran, outcome.measured, 'sampled', plan.because, [...outcome.notes, ...misses]);
+        const report = reportOf(outcome.task, attempt, plan.bounds, ran.bound, outcome.measured, bytes, null, reason);
+        const result = read(session, report);
+        report.milliseconds = performance.now() - start;
+        yield 1;
+        return result;
+      }
+      throw new Error(`${name}: internal error, the plan is empty`);
+    } finally {
+      session.close();
+    }
+  }
+
+  /** Loads the arrays and chooses. */
+  *#plan(session: Session, task: Task, inputs: Call['inputs']): Generator<number, Plan> {
+    // Whatever is chosen, the exact engine must fit, unless only one degree may run.
+    const fallback = task.problem.method === 'polynomial' ? task.problem.degree : null;
+    session.load(inputs, task.pass, workspaceOf(session, task.passes, fallback));
+    return yield* choose(session, task);
+  }
+
+  /** Runs one engine and, for a polynomial, checks it. */
+  *#attempt(session: Session, task: Task, plan: Plan, attempt: Attempt, from: number, to: number): Generator<number, Outcome> {
+    if (attempt.degree === null) return yield* this.#exact(session, task, plan, from, to);
+    const failed = (miss: string, coefficients: Float32Array | null) => ({ task, coefficients, measured: null, miss, notes: [] });
+    const coefficients = attempt.coefficients ?? (yield* plan.sampler.coefficients(attempt.degree));
+    if (!coefficients) return failed('has coefficients beyond float32', null);
+
+    session.setWorkspace(workspaceOf(session, task.passes, attempt.degree));
+    session.setEngine(attempt.degree, coefficients);
+    const positive = yield* this.#run(session, task, task.passes, attempt.degree, from, to);
+    const measured = yield* plan.sampler.check(task.pass);
+    if (!positive) return { ...failed('has rows whose weights do not add up to a positive number', coefficients), measured };
+    const met = measured.error <= task.problem.tolerance;
+    return { task, coefficients, measured, miss: met ? null : `has a sampled error of ${short(measured.error)}`, notes: [] };
+  }
+
+  /**
+   * Runs the exact engine. Its gradients are only as good as the output and lse that were given: with a tolerance to keep
+   * (`auto`) a few of their rows are compared with exact ones, and if these differ the forward pass is run as well.
+   */
+  *#exact(session: Session, task: Task, plan: Plan, from: number, to: number): Generator<number, Outcome> {
+    const notes: string[] = [];
+    let { passes } = task;
+    if (task.pass === 'backward' && passes.length === 1 && task.problem.method === 'auto') {
+      const difference = yield* plan.sampler.given();
+      if (!(difference <= task.problem.tolerance / 4)) {
+        passes = ['forward', 'backward'];
+        notes.push(`the given output and lse are off by ${short(difference)} and were computed again`);
+      }
+    }
+    session.setWorkspace(workspaceOf(session, passes, null));
+    session.setEngine(null);
+    yield* this.#run(session, task, passes, null, from, to);
+    return { task: { ...task, passes }, coefficients: null, measured: null, miss: null, notes };
+  }
+
+  /** Runs all units of the passes; false when the polynomial's weights are not positive. */
+  *#run(session: Session, { problem }: Task, passes: readonly Pass[], degree: number | null, from: number, to: number): Generator<number, boolean> {
+    const total = costOf(problem, passes, degree);
+    let [done, milliseconds, positive] = [0, 0, true];
+    for (const pass of passes) {
+      const units = session.units(pass);
+      const share = costOf(problem, [pass], degree) / total;
+      for (let unit = 0, slice = 1; unit < units; ) {
+        const last = Math.min(units, unit + slice);
+        const start = performance.now();
+        positive = session.run(pass, unit, last) && positive;
+        const elapsed = performance.now() - start;
+        milliseconds += elapsed;
+        slice = Math.max(1, Math.min(4 * slice, Math.floor(((last - unit) * SLICE) / Math.max(elapsed, 1e-3))));
+        unit = last;
+        yield from + (to - from) * Math.min(1, done + (share * unit) / units);
+      }
+      done += share;
+    }
+    if (total >= MEASURABLE && milliseconds > 0) this.#rate = total / milliseconds;
+    return positive;
+  }
+}
+
+/** What came of an attempt. */
+interface Outcome {
+  /** The task as it was run. */
+  task: Task;
+  coefficients: Float32Array | null;
+  measured: Measured | null;
+  /** What went wrong; null when the tolerance is met. */
+  miss: string | null;
+  notes: readonly string[];
+}
+
+function drain<T>(steps: Generator<number, T>): T {
+  for (;;) {
+    const step = steps.next();
+    if (step.done) return step.value;
+  }
+}
+
+function simdOf(kernel: Kernel): 'simd128' | 'relaxed-simd' {
+  return kernel.relaxed ? 'relaxed-simd' : 'simd128';
+}
+
+/** The error that a plan goes by: the proved one where that was asked for. */
+function errorOf(attempt: Attempt): number {
+  return attempt.bound ?? attempt.predicted?.error ?? Infinity;
+}
+
+/** Proved bound of the output error of what runs; null for exact, for gradients, and where there is none. */
+function boundOf({ problem, pass }: Task, { degree, coefficients, bound }: Attempt, bounds: readonly Bounds[]): number | null {
+  if (degree === null || pass === 'backward') return null;
+  return bound ?? (coefficients && certify(problem, coefficients, degree, bounds));
+}
+
+/** The report's sentence. */
+function explain(task: Task, ran: Attempt, measured: Measured | null, kind: 'sampled' | 'predicted', because: string, notes: readonly string[]): string {
+  const { problem, passes } = task;
+  const parts: string[] = because === '' ? [] : [because];
+  if (ran.degree === null) return `exact: ${parts.concat(notes).join('; ')}`;
+  const ratio = costOf(problem, passes, null) / costOf(problem, passes, ran.degree);
+  parts.push(`predicted ${ratio >= 1 ? `${figures(ratio)}x cheaper` : `${figures(1 / ratio)}x dearer`} than exact`);
+  const within = (error: number) => `${short(error)} ${error <= problem.tolerance ? 'within' : 'above'} ${problem.tolerance}`;
+  if (problem.guarantee === 'certified' && ran.bound !== null) parts.push(`certified error ${within(ran.bound)}`);
+  if (measured) parts.push(`${kind} error ${within(measured.error)}`);
+  const sentence = `polynomial of degree ${ran.degree} (rank ${rank(problem.headDim, ran.degree)}): ${parts.join(', ')}`;
+  return [sentence, ...notes].join('; ');
+}
+
+/** Two significant figures. */
+function figures(x: number): string {
+  return x < 10 ? x.toFixed(1) : String(Math.round(x));
+}
+
+function reportOf(
+  { problem, passes }: Task,
+  { degree }: Attempt,
+  bounds: readonly Bounds[],
+  errorBound: number | null,
+  measured: Measured | null,
+  bytes: number,
+  milliseconds: number | null,
+  reason: string,
+): Report {
+  const largest = (of: (one: Bounds) => number) => Math.max(...bounds.map(of));
+  return {
+    method: degree === null ? 'exact' : 'polynomial',
+    degree,
+    rank: degree === null ? null : rank(problem.headDim, degree),
+    entryBound: largest((one) => Math.max(one.q_entry, one.k_entry)),
+    scoreBound: largest((one) => scoreRadius(problem, one)),
+    errorBound,
+    errorEstimate: measured && measured.error,
+    relativeErrorEstimate: measured && measured.relative,
+    flops: flopsOf(problem, passes, degree),
+    bytes,
+    milliseconds,
+    reason,
+  };
+}

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: MIT
+//
+// Proved bounds of the output error of the polynomial engine, in units of max |v - c|, c the midrange of each value column.
+//
+// By Cauchy-Schwarz every score of a key/value head, centred, lies in [-R, R], R = |scale| max|q_i| max|Rk_j - mean Rk|. If
+// |p(s) exp(-s) - 1| <= t < 1 there, the engine's weights are w_j (1 + e_j), |e_j| <= t, w the true ones, and the output
+// moves by at most `certifiedBound(t)` of theory.ts, 2 (1 - sqrt(1 - t^2)) / t, about t: a sharp bound, derived there.
+// float32 adds the term of `roundingBound`. What the float32 rounding of an exact attention would add is not counted.
+
+import type { Bounds } from './kernel.js';
+import { relativeError } from './polynomial.js';
+import { certifiedBound, rank } from './theory.js';
+import type { Geometry } from './validate.js';
+
+/** Unit roundoff of float32. */
+const UNIT = 2 ** -24;
+
+/** The engine sums over keys in chunks of 32 and then over chunks, over features in blocks of 48 and then over blocks. */
+const KEY_CHUNK = 32;
+const FEATURE_BLOCK = 48;
+
+/** R: a number that no |score| of the head exceeds, once the mean key is subtracted; the rounding of the norms included. */
+export function scoreRadius(g: Geometry, bounds: Bounds): number {
+  return Math.abs(g.scale) * bounds.q_norm * bounds.k_centred_norm * (1 + (g.headDim + 8) * UNIT);
+}
+
+/**
+ * Worst case of what float32 adds, in the same units.
+ *
+ * A sum of n float32 terms by chains of at most n additions and products is within gamma_n = n u / (1 - n u) of the sum of
+ * magnitudes. Numerator and denominator are sums over keys and features of c_m (multinomial) q^a k^a [v, 1], whose
+ * magnitudes add up to at most S = sum |c_m| R^m for each key, against weights of at least min p: the quotient moves by at
+ * most 2 gamma_n S / min p times the largest |v| that is summed. The scores themselves are off by the rounding of rotated
+ * q and k, `delta`, which changes weights by the factor exp(+-delta).
+ *
+ * @param t relative error of the polynomial on [-radius, radius], so that min p >= (1 - t) exp(-radius).
+ * @param valueRatio largest |v| that the engine sums over half the range of v.
+ */
+export function roundingBound(g: Geometry, coefficients: ArrayLike<number>, radius: number, t: number, bounds: Bounds, valueRatio: number): number {
+  const degree = coefficients.length - 1;
+  const overKeys = KEY_CHUNK + Math.ceil(g.keyLength / KEY_CHUNK);
+  const overFeatures = FEATURE_BLOCK + Math.ceil(rank(g.headDim, degree) / FEATURE_BLOCK);
+  const products = 2 * degree + 6;
+  const gamma = ((n) => (n < 1 ? n / (1 - n) : Infinity))((overKeys + overFeatures + products) * UNIT);
+  let magnitude = 0;
+  for (let m = degree; m >= 0; m--) magnitude = magnitude * radius + Math.abs(coefficients[m]);
+  const sums = (2 * gamma * magnitude * valueRatio) / ((1 - t) * Math.exp(-radius));
+  const delta = 8 * UNIT * Math.abs(g.scale) * bounds.q_norm * bounds.k_norm;
+  return sums + certifiedBound(Math.expm1(2 * delta));
+}
+
+/**
+ * The bound for a whole call: the largest over its key/value heads; null when there is none (t >= 1 on some head, or v is
+ * not known).
+ *
+ * @param coefficients [heads][degree + 1], as the engine takes them.
+ */
+export function certify(g: Geometry, coefficients: Float32Array, degree: number, heads: readonly Bounds[]): number | null {
+  let largest = 0;
+  for (const [n, bounds] of heads.entries()) {
+    const own = coefficients.subarray(n * (degree + 1), (n + 1) * (degree + 1));
+    const radius = scoreRadius(g, bounds);
+    const t = relativeError(own, -radius, radius);
+    const bound = t < 1 ? certifiedBound(t) + roundingBound(g, own, radius, t, bounds, 2) : Infinity;
+    if (!(bound <= largest)) largest = bound;
+  }
+  return Number.isFinite(largest) ? largest : null;
+}

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: MIT
+//
+// What a pass costs: useful floating-point operations, counted in closed form, over the share of the machine's peak that
+// each engine reaches. Only ratios of costs decide, so the peak itself is not needed. Counts are numbers, exact to 2^53.
+
+import { cost as products, pairs } from './theory.js';
+import type { Geometry } from './validate.js';
+
+export type Pass = 'forward' | 'backward';
+
+/** Queries and keys of one chunk of the causal polynomial engine, inside which exp is exact. */
+const CHUNK = 32;
+
+/** When errors are sampled: rows at a time in a key/value head, heads that are looked at, rows in all for the last check. */
+export const SAMPLE_ROWS = 8;
+export const SAMPLE_HEADS = 4;
+export const CHECK_ROWS = 32;
+/** Scores that a head's polynomial is fitted to, about. */
+export const SAMPLE_SCORES = 2048;
+
+/** Share of the multiply-add peak, by head size: the first row whose `upTo` is not below headDim. */
+const EFFICIENCY = [
+  { upTo: 16, exact: { forward: 0.72, backward: 0.72 }, polynomial: { forward: 0.65, backward: 0.55 } },
+  { upTo: Infinity, exact: { forward: 0.85, backward: 0.85 }, polynomial: { forward: 0.75, backward: 0.65 } },
+] as const;
+
+/** The same for the sampling functions, and what the fit of one polynomial (in JavaScript) takes, in operations at peak. */
+const SAMPLING_EFFICIENCY = 0.25;
+const FIT = 6e6;
+
+/** Pairs (query, key) that the mask allows, over all query heads. */
+export function allowedPairs(g: Geometry): number {
+  return g.batch * g.heads * pairs(g);
+}
+
+/** Useful operations of the exact engine. */
+export function exactFlops(g: Geometry, pass: Pass): number {
+  return products({ ...g, method: 'exact', pass });
+}
+
+/** Useful operations of the polynomial engine; when causal, with (CHUNK + 1) / 2 exact pairs for each query. */
+export function polynomialFlops(g: Geometry, pass: Pass, degree: number): number {
+  const diagonal = g.causal ? Math.min(((CHUNK + 1) / 2) * g.batch * g.heads * g.queryLength, allowedPairs(g)) : 0;
+  return products({ ...g, method: 'polynomial', degree, pass }) + flopsOfPair(g, pass) * diagonal;
+}
+
+/** Operations at peak speed that take as long as the pass: `degree` null for the exact engine. */
+export function cost(g: Geometry, pass: Pass, degree: number | null): number {
+  const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
+  return degree === null ? exactFlops(g, pass) / share.exact[pass] : polynomialFlops(g, pass, degree) / share.polynomial[pass];
+}
+
+/** The same for the sampling that goes with the polynomial engine, by the number of degrees to compare. */
+export function samplingCost(g: Geometry, pass: Pass, candidates: number): number {
+  const heads = g.batch * g.kvHeads;
+  const looked = Math.min(heads, SAMPLE_HEADS);
+  const [keys, queries] = [g.keyLength, (g.heads / g.kvHeads) * g.queryLength];
+  const survey = heads * g.headDim * (8 * (keys + queries) + 2 * SAMPLE_SCORES);
+  // Pilot rows, exact and of each candidate; rows of the check, and columns of its gradients.
+  const rows = looked * SAMPLE_ROWS * (1 + candidates) * keys + CHECK_ROWS * keys;
+  const columns = pass === 'backward' ? looked * SAMPLE_ROWS * queries : 0;
+  const fits = FIT * (heads + looked * candidates);
+  return (survey + flopsOfPair(g, pass) * (rows + columns)) / SAMPLING_EFFICIENCY + fits;
+}
+
+function flopsOfPair(g: Geometry, pass: Pass): number {
+  return products({ method: 'exact', pass, heads: 1, queryLength: 1, headDim: g.headDim, valueDim: g.valueDim });
+}

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: MIT
+//
+// The package's front door. Importing it does nothing: no fetch, no compilation, no worker.
+
+export { createRopeAttention } from './attention.js';
+export { createRopeAttentionWorker } from './worker-client.js';
+export { reference } from './reference.js';
+export * as theory from './theory.js';
+export type { ReferenceBackward, ReferenceBackwardArgs, ReferenceForward, ReferenceForwardArgs, ReferenceRotateArgs } from './reference.js';
+export type * from './types.js';

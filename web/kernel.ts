@@ -1,0 +1,398 @@
+// SPDX-License-Identifier: MIT
+//
+// The C functions of rope_attention.h as methods on JavaScript arrays. A `Session` is one call: its arrays live in the
+// arena from `load` to `close`, each copied in once; results are copied out. Addresses stay in here.
+
+import { SAMPLE_ROWS, type Pass } from './cost.js';
+import { Arena, ARRAYS, BOUNDS, MEMORY_LIMIT, PROBLEM, sizeOf, type Values } from './memory.js';
+import { sizesOf, type Geometry, type Inputs } from './validate.js';
+
+/** ra_bounds of one key/value head. */
+export type Bounds = Values<typeof BOUNDS>;
+
+/** The arrays that a pass writes, and dout. */
+export type ArrayName = 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv';
+
+/** Sampled rows: out [rows][Dv], lse [rows], dq [rows][D] (empty unless asked for). */
+export interface Rows {
+  /** Whether the weights of every row add up to a positive number; always so with exp. */
+  positive: boolean;
+  out: Float32Array;
+  lse: Float32Array;
+  dq: Float32Array;
+}
+
+interface Exports {
+  memory: WebAssembly.Memory;
+  __heap_base: WebAssembly.Global;
+  ra_workspace(problem: number, pass: number): number;
+  ra_units(problem: number, pass: number): number;
+  ra_run(problem: number, arrays: number, pass: number, workspace: number, first: number, last: number): number;
+  ra_rotate_workspace(problem: number): number;
+  ra_rotate(problem: number, x: number, y: number, rows: number, position: number, inverse: number, workspace: number): number;
+  ra_sample_workspace(problem: number): number;
+  ra_sample_prepare(problem: number, arrays: number, head: number, bounds: number, workspace: number): number;
+  ra_sample_scores(p: number, x: number, head: number, rows: number, count: number, stride: number, scores: number, workspace: number): number;
+  ra_sample_rows(
+    p: number,
+    x: number,
+    head: number,
+    rows: number,
+    count: number,
+    coefficients: number,
+    degree: number,
+    out: number,
+    lse: number,
+    dq: number,
+    workspace: number,
+  ): number;
+  ra_sample_columns(p: number, x: number, head: number, keys: number, count: number, dk: number, dv: number, workspace: number): number;
+  ra_relaxed(): number;
+}
+
+const EXPORTS = ['memory', '__heap_base', 'ra_workspace', 'ra_units', 'ra_run', 'ra_rotate_workspace', 'ra_rotate'].concat(
+  ['ra_sample_workspace', 'ra_sample_prepare', 'ra_sample_scores', 'ra_sample_rows', 'ra_sample_columns', 'ra_relaxed'],
+);
+const OK = 0;
+const NOT_POSITIVE = -3;
+const [EXACT, POLYNOMIAL] = [1, 2];
+const SIZE_OVERFLOW = 2 ** 32 - 1;
+const MAX_COEFFICIENTS = 9;
+
+const passNumber = (pass: Pass) => (pass === 'forward' ? 0 : 1);
+
+/** One instance of the WebAssembly: its memory, and at most one open session. */
+export class Kernel {
+  readonly relaxed: boolean;
+  #exports: Exports | null;
+  #arena: Arena | null;
+  #session: Session | null = null;
+
+  private constructor(exports: Exports, arena: Arena) {
+    this.#exports = exports;
+    this.#arena = arena;
+    this.relaxed = exports.ra_relaxed() === 1;
+  }
+
+  /** @throws Error for a module of another kind; RangeError when the empty instance is larger than the limit. */
+  static async create(name: string, module: WebAssembly.Module, maxMemoryBytes: number): Promise<Kernel> {
+    const foreign = (why: string, cause?: unknown) => new Error(`${name}: the given WebAssembly is not rope-attention's (${why})`, { cause });
+    const [needed] = WebAssembly.Module.imports(module);
+    if (needed) throw foreign(`it imports ${needed.module}.${needed.name}`);
+    const exports = (await WebAssembly.instantiate(module)).exports as unknown as Exports;
+    const missing = EXPORTS.find((one) => !(one in exports));
+    if (missing) throw foreign(`it has no ${missing}`);
+    const arena = new Arena(exports.memory, exports.__heap_base.value as number, Math.min(maxMemoryBytes, MEMORY_LIMIT));
+    if (arena.bytes > maxMemoryBytes) {
+      throw new RangeError(`${name}: maxMemoryBytes is ${maxMemoryBytes}, an instance at rest holds ${arena.bytes}`);
+    }
+    return new Kernel(exports, arena);
+  }
+
+  /** Bytes of memory held; 0 after `dispose`. */
+  get memoryBytes(): number {
+    return this.#arena?.bytes ?? 0;
+  }
+
+  /** Begins a call. A session that is still open ends: a call that was left half done is forgotten here. */
+  open(name: string, geometry: Geometry): Session {
+    if (!this.#exports || !this.#arena) throw new Error(`${name}: this instance was disposed`);
+    this.#session?.close();
+    this.#session = new Session(name, geometry, this.#exports, this.#arena);
+    return this.#session;
+  }
+
+  dispose(): void {
+    this.#session?.close();
+    this.#session = null;
+    this.#exports = null;
+    this.#arena = null;
+  }
+}
+
+/** Places for what is small or sampled; reserved with the session. */
+interface Places {
+  problem: number;
+  arrays: number;
+  bounds: number;
+  frequencies: number;
+  coefficients: number;
+  own: number;
+  rows: number;
+  scores: number;
+  out: number;
+  lse: number;
+  dq: number;
+  dk: number;
+  dv: number;
+}
+
+export class Session {
+  readonly geometry: Geometry;
+  /** Key/value heads over the whole batch. */
+  readonly heads: number;
+  /** Rows (queries) of the query heads that share one key/value head. */
+  readonly rowsOfHead: number;
+  readonly #name: string;
+  readonly #exports: Exports;
+  readonly #arena: Arena;
+  readonly #at: Places;
+  readonly #arrays: Values<typeof ARRAYS> = { q: 0, k: 0, v: 0, out: 0, lse: 0, dout: 0, dq: 0, dk: 0, dv: 0 };
+  #sampling = 0;
+  #loaded = 0;
+  #workspace = 0;
+  #prepared: { head: number; bounds: Bounds } | null = null;
+  #open = true;
+
+  constructor(name: string, g: Geometry, exports: Exports, arena: Arena) {
+    this.#name = name;
+    this.geometry = g;
+    this.heads = g.batch * g.kvHeads;
+    this.rowsOfHead = (g.heads / g.kvHeads) * g.queryLength;
+    this.#exports = exports;
+    this.#arena = arena;
+    arena.reset();
+    const floats = (count: number) => arena.reserve(4 * count);
+    this.#at = {
+      problem: arena.reserve(sizeOf(PROBLEM)),
+      arrays: arena.reserve(sizeOf(ARRAYS)),
+      bounds: arena.reserve(sizeOf(BOUNDS)),
+      frequencies: arena.reserve(8 * g.frequencies.length),
+      coefficients: floats(this.heads * MAX_COEFFICIENTS),
+      own: floats(MAX_COEFFICIENTS),
+      rows: floats(SAMPLE_ROWS),
+      scores: floats(SAMPLE_ROWS * g.keyLength),
+      out: floats(SAMPLE_ROWS * g.valueDim),
+      lse: floats(SAMPLE_ROWS),
+      dq: floats(SAMPLE_ROWS * g.headDim),
+      dk: floats(SAMPLE_ROWS * g.headDim),
+      dv: floats(SAMPLE_ROWS * g.valueDim),
+    };
+    arena.commit(name);
+    arena.writeDoubles(this.#at.frequencies, g.frequencies);
+    this.setEngine(null);
+  }
+
+  /** Bytes of memory that the call needs. */
+  get bytes(): number {
+    return this.#arena.needed;
+  }
+
+  /** Bytes that are left below the limit of the memory. */
+  get free(): number {
+    return this.#arena.free;
+  }
+
+  /** Takes the memory back; later uses of this session throw. */
+  close(): void {
+    if (!this.#open) return;
+    this.#open = false;
+    this.#arena.reset();
+  }
+
+  /** Chooses the engine of the calls that follow: null is exact. `coefficients` [heads][degree + 1] belong to a degree. */
+  setEngine(degree: number | null, coefficients?: Float32Array): void {
+    this.#check();
+    const g = this.geometry;
+    if (coefficients) this.#arena.writeFloats(this.#at.coefficients, coefficients);
+    this.#arena.writeStruct(this.#at.problem, PROBLEM, {
+      batch: g.batch,
+      heads: g.heads,
+      kv_heads: g.kvHeads,
+      query_length: g.queryLength,
+      key_length: g.keyLength,
+      head_dim: g.headDim,
+      value_dim: g.valueDim,
+      rotary_dim: g.rotaryDim,
+      interleaved: Number(g.interleaved),
+      causal: Number(g.causal),
+      query_offset: g.queryOffset,
+      scale: g.scale,
+      frequencies: g.rotaryDim > 0 ? this.#at.frequencies : 0,
+      method: degree === null ? EXACT : POLYNOMIAL,
+      degree: degree ?? 0,
+      coefficients: this.#at.coefficients,
+    });
+  }
+
+  /** Bytes of workspace of a pass by an engine; Infinity beyond 32 bits. Leaves the exact engine set. */
+  workspaceBytes(pass: Pass, degree: number | null): number {
+    this.setEngine(degree);
+    const bytes = this.#exports.ra_workspace(this.#at.problem, passNumber(pass));
+    if (degree !== null) this.setEngine(null);
+    return this.#size(bytes, 'ra_workspace');
+  }
+
+  /**
+   * Makes room for the arrays of a pass and for sampling, and copies the inputs in.
+   *
+   * @param workspaceBytes what `setWorkspace` will ask for; only so that a call that cannot fit ends here.
+   */
+  load(inputs: Inputs, pass: Pass, workspaceBytes: number): void {
+    this.#check();
+    const { q, k, v, dOutput, output, lse } = inputs;
+    const size = sizesOf(this.#name, this.geometry);
+    const floats = (count: number) => this.#arena.reserve(4 * count);
+    const arrays = this.#arrays;
+    arrays.q = floats(size.q);
+    arrays.k = floats(size.k);
+    arrays.v = floats(size.v);
+    arrays.out = floats(size.output);
+    arrays.lse = floats(size.lse);
+    if (pass === 'backward') {
+      arrays.dout = floats(size.output);
+      arrays.dq = floats(size.q);
+      arrays.dk = floats(size.k);
+      arrays.dv = floats(size.v);
+    }
+    this.#sampling = this.#arena.reserve(this.#size(this.#exports.ra_sample_workspace(this.#at.problem), 'ra_sample_workspace'));
+    this.#loaded = this.#arena.needed;
+    this.#arena.reserve(workspaceBytes);
+    this.#arena.check(this.#name);
+    this.#arena.reset(this.#loaded);
+    this.#arena.commit(this.#name);
+
+    this.#arena.writeFloats(arrays.q, q);
+    this.#arena.writeFloats(arrays.k, k);
+    if (v) this.#arena.writeFloats(arrays.v, v);
+    else arrays.v = 0;
+    if (dOutput) this.#arena.writeFloats(arrays.dout, dOutput);
+    if (output) this.#arena.writeFloats(arrays.out, output);
+    if (lse) this.#arena.writeFloats(arrays.lse, lse);
+    this.#arena.writeStruct(this.#at.arrays, ARRAYS, arrays);
+  }
+
+  /** Makes room for the workspace of the engine that runs next, in the place of the one before. */
+  setWorkspace(bytes: number): void {
+    this.#check();
+    this.#arena.reset(this.#loaded);
+    this.#workspace = this.#arena.reserve(bytes);
+    this.#arena.commit(this.#name);
+  }
+
+  /** Units of a pass by the engine that is set. */
+  units(pass: Pass): number {
+    this.#check();
+    return this.#exports.ra_units(this.#at.problem, passNumber(pass)) >>> 0;
+  }
+
+  /** Runs units first .. last-1; false when the polynomial's weights are not positive everywhere. */
+  run(pass: Pass, first: number, last: number): boolean {
+    this.#check();
+    const code = this.#exports.ra_run(this.#at.problem, this.#at.arrays, passNumber(pass), this.#workspace, first, last);
+    if (code === NOT_POSITIVE) return false;
+    this.#expect(code, 'ra_run');
+    return true;
+  }
+
+  /** A copy of what a pass wrote. */
+  result(array: ArrayName): Float32Array {
+    return this.resultRows(array, 0, 0, this.#counts(array).rows * this.heads);
+  }
+
+  /** A copy of `count` rows from row `first` of a key/value head: of its queries or (dk, dv) of its keys. */
+  resultRows(array: ArrayName, head: number, first: number, count: number): Float32Array {
+    this.#check();
+    const { rows, width } = this.#counts(array);
+    return this.#arena.readFloats(this.#arrays[array] + 4 * width * (head * rows + first), width * count);
+  }
+
+  /** Makes a key/value head the one that the sampling methods look at. */
+  prepare(head: number): Bounds {
+    this.#check();
+    if (this.#prepared?.head !== head) {
+      const { problem, arrays, bounds } = this.#at;
+      this.#prepared = null;
+      this.#expect(this.#exports.ra_sample_prepare(problem, arrays, head, bounds, this.#sampling), 'ra_sample_prepare');
+      this.#prepared = { head, bounds: this.#arena.readStruct(bounds, BOUNDS) };
+    }
+    return this.#prepared.bounds;
+  }
+
+  /** Centred scores of some rows of a head against every `stride`-th key, those that are allowed. */
+  scores(head: number, rows: ArrayLike<number>, stride: number): Float32Array {
+    this.prepare(head);
+    const at = this.#at;
+    this.#arena.writeIntegers(at.rows, rows);
+    const { ra_sample_scores } = this.#exports;
+    const count = ra_sample_scores(at.problem, at.arrays, head, at.rows, rows.length, stride, at.scores, this.#sampling) >>> 0;
+    if (count > SAMPLE_ROWS * this.geometry.keyLength) throw this.#failure('ra_sample_scores', count | 0);
+    return this.#arena.readFloats(at.scores, count);
+  }
+
+  /** Rows of the forward pass, and of dq when `gradient`, with exp (`coefficients` null) or a polynomial. */
+  rows(head: number, rows: ArrayLike<number>, coefficients: Float32Array | null, gradient: boolean): Rows {
+    this.prepare(head);
+    const at = this.#at;
+    const { headDim, valueDim } = this.geometry;
+    this.#arena.writeIntegers(at.rows, rows);
+    if (coefficients) this.#arena.writeFloats(at.own, coefficients);
+    const [own, degree] = coefficients ? [at.own, coefficients.length - 1] : [0, 0];
+    const { ra_sample_rows } = this.#exports;
+    const dq = gradient ? at.dq : 0;
+    const code = ra_sample_rows(at.problem, at.arrays, head, at.rows, rows.length, own, degree, at.out, at.lse, dq, this.#sampling);
+    if (code !== NOT_POSITIVE) this.#expect(code, 'ra_sample_rows');
+    return {
+      positive: code === OK,
+      out: this.#arena.readFloats(at.out, rows.length * valueDim),
+      lse: this.#arena.readFloats(at.lse, rows.length),
+      dq: this.#arena.readFloats(at.dq, gradient ? rows.length * headDim : 0),
+    };
+  }
+
+  /** Rows `keys` (ascending) of dk and dv from exact weights and the lse and out that are there. */
+  columns(head: number, keys: ArrayLike<number>): { dk: Float32Array; dv: Float32Array } {
+    this.prepare(head);
+    const at = this.#at;
+    this.#arena.writeIntegers(at.rows, keys);
+    const { ra_sample_columns } = this.#exports;
+    this.#expect(ra_sample_columns(at.problem, at.arrays, head, at.rows, keys.length, at.dk, at.dv, this.#sampling), 'ra_sample_columns');
+    const { headDim, valueDim } = this.geometry;
+    return {
+      dk: this.#arena.readFloats(at.dk, keys.length * headDim),
+      dv: this.#arena.readFloats(at.dv, keys.length * valueDim),
+    };
+  }
+
+  /** Rotates all rows of x [batch][heads][queryLength][headDim]. */
+  rotate(x: Float32Array, inverse: boolean): Float32Array {
+    this.#check();
+    const { batch, heads, queryLength, headDim, queryOffset } = this.geometry;
+    const { ra_rotate_workspace, ra_rotate } = this.#exports;
+    const at = this.#arena.reserve(4 * x.length);
+    const workspace = this.#arena.reserve(ra_rotate_workspace(this.#at.problem) >>> 0); // 0 without rotation
+    this.#arena.commit(this.#name);
+    this.#arena.writeFloats(at, x);
+    for (let head = 0; head < batch * heads; head++) {
+      const rows = at + 4 * head * queryLength * headDim;
+      this.#expect(ra_rotate(this.#at.problem, rows, rows, queryLength, queryOffset, Number(inverse), workspace), 'ra_rotate');
+    }
+    return this.#arena.readFloats(at, x.length);
+  }
+
+  /** Rows of one key/value head, and values in a row, of an array. */
+  #counts(array: ArrayName): { rows: number; width: number } {
+    const { keyLength, headDim, valueDim } = this.geometry;
+    if (array === 'dk' || array === 'dv') return { rows: keyLength, width: array === 'dk' ? headDim : valueDim };
+    return { rows: this.rowsOfHead, width: array === 'lse' ? 1 : array === 'dq' ? headDim : valueDim };
+  }
+
+  #check(): void {
+    if (!this.#open) throw new Error(`${this.#name}: this call was left: its instance was disposed or began another call`);
+  }
+
+  #size(bytes: number, what: string): number {
+    const size = bytes >>> 0;
+    if (size === 0) throw this.#failure(what, 0);
+    return size === SIZE_OVERFLOW ? Infinity : size;
+  }
+
+  #expect(code: number, what: string): void {
+    if (code !== OK) throw this.#failure(what, code);
+  }
+
+  /** Arguments were checked before: this is a fault of the package. */
+  #failure(what: string, code: number): Error {
+    return new Error(`${this.#name}: internal error, ${what} returned ${code}`);
+  }
+}

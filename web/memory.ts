@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: MIT
+//
+// The one file that touches WebAssembly memory. A call reserves all it needs, grows the memory once, copies in, runs, copies
+// out, and is forgotten by the next `reset`. Every view is made for one copy and dropped: growth detaches older ones.
+
+const PAGE = 65536;
+
+/** The last page is left out, so that no address, and no address just past an array, exceeds 32 bits. */
+export const MEMORY_LIMIT = 2 ** 32 - PAGE;
+
+/** The fields of a C struct in order; each takes 4 bytes in wasm32. `address` is a pointer. */
+type Fields = Readonly<Record<string, 'u32' | 'i32' | 'f32' | 'address'>>;
+export type Values<F extends Fields> = Record<keyof F, number>;
+
+/** ra_problem of rope_attention.h. */
+export const PROBLEM = {
+  batch: 'u32',
+  heads: 'u32',
+  kv_heads: 'u32',
+  query_length: 'u32',
+  key_length: 'u32',
+  head_dim: 'u32',
+  value_dim: 'u32',
+  rotary_dim: 'u32',
+  interleaved: 'u32',
+  causal: 'u32',
+  query_offset: 'i32',
+  scale: 'f32',
+  frequencies: 'address',
+  method: 'u32',
+  degree: 'u32',
+  coefficients: 'address',
+} as const satisfies Fields;
+
+/** ra_arrays. */
+export const ARRAYS = {
+  q: 'address',
+  k: 'address',
+  v: 'address',
+  out: 'address',
+  lse: 'address',
+  dout: 'address',
+  dq: 'address',
+  dk: 'address',
+  dv: 'address',
+} as const satisfies Fields;
+
+/** ra_bounds. */
+export const BOUNDS = {
+  q_entry: 'f32',
+  k_entry: 'f32',
+  q_norm: 'f32',
+  k_norm: 'f32',
+  k_centred_norm: 'f32',
+  v_half_range: 'f32',
+  q_argmax: 'u32',
+  k_argmax: 'u32',
+  finite: 'u32',
+} as const satisfies Fields;
+
+/** Bytes of a struct. */
+export function sizeOf(fields: Fields): number {
+  return 4 * Object.keys(fields).length;
+}
+
+/** All memory above the module's own data, handed out from the bottom up and taken back as a whole. */
+export class Arena {
+  readonly #memory: WebAssembly.Memory;
+  readonly #base: number;
+  readonly #limit: number;
+  #top: number;
+
+  /** @param base first free byte (the module's __heap_base). @param limit bytes that the memory may reach. */
+  constructor(memory: WebAssembly.Memory, base: number, limit: number) {
+    this.#memory = memory;
+    this.#base = align(base);
+    this.#limit = Math.min(limit, MEMORY_LIMIT);
+    this.#top = this.#base;
+  }
+
+  /** Bytes of memory held. */
+  get bytes(): number {
+    return this.#memory.buffer.byteLength;
+  }
+
+  /** Bytes of memory that what is reserved so far needs; not limited to 32 bits. */
+  get needed(): number {
+    return this.#top;
+  }
+
+  /** Bytes that can still be reserved. */
+  get free(): number {
+    return this.#limit - this.#top;
+  }
+
+  /** Takes everything back, or what was reserved since `needed` was `mark`. */
+  reset(mark = this.#base): void {
+    this.#top = mark;
+  }
+
+  /** An address, a multiple of 16, for `bytes` bytes that are there after the next `commit`. */
+  reserve(bytes: number): number {
+    const address = this.#top;
+    this.#top = align(address + bytes);
+    return address;
+  }
+
+  /** @throws RangeError naming `caller` and both numbers when the reserved bytes exceed the limit. */
+  check(caller: string): void {
+    if (this.#top <= this.#limit) return;
+    const needed = Number.isFinite(this.#top) ? this.#top : `more than ${2 ** 32}`;
+    throw new RangeError(`${caller}: needs ${needed} bytes of WebAssembly memory, the limit is ${this.#limit}`);
+  }
+
+  /** Makes the reserved bytes exist. @throws RangeError as `check`, and when the engine does not give them. */
+  commit(caller: string): void {
+    this.check(caller);
+    const [needed, held] = [this.#top, this.bytes];
+    if (needed <= held) return;
+    try {
+      this.#memory.grow(Math.ceil((needed - held) / PAGE));
+    } catch (cause) {
+      throw new RangeError(`${caller}: needs ${needed} bytes of WebAssembly memory, the engine gives no more than the present ${held}`, { cause });
+    }
+  }
+
+  writeFloats(address: number, values: ArrayLike<number>): void {
+    new Float32Array(this.#memory.buffer, address, values.length).set(values);
+  }
+
+  writeDoubles(address: number, values: ArrayLike<number>): void {
+    new Float64Array(this.#memory.buffer, address, values.length).set(values);
+  }
+
+  writeIntegers(address: number, values: ArrayLike<number>): void {
+    new Uint32Array(this.#memory.buffer, address, values.length).set(values);
+  }
+
+  /** A copy. */
+  readFloats(address: number, count: number): Float32Array {
+    return new Float32Array(this.#memory.buffer, address, count).slice();
+  }
+
+  writeStruct<F extends Fields>(address: number, fields: F, values: Values<F>): void {
+    const view = new DataView(this.#memory.buffer, address, sizeOf(fields));
+    Object.entries(fields).forEach(([name, kind], n) => {
+      const value = values[name];
+      if (kind === 'f32') view.setFloat32(4 * n, value, true);
+      else view.setUint32(4 * n, value, true); // modulo 2^32, so right for i32 too
+    });
+  }
+
+  readStruct<F extends Fields>(address: number, fields: F): Values<F> {
+    const view = new DataView(this.#memory.buffer, address, sizeOf(fields));
+    const read = (kind: string, at: number) =>
+      kind === 'f32' ? view.getFloat32(at, true) : kind === 'i32' ? view.getInt32(at, true) : view.getUint32(at, true);
+    return Object.fromEntries(Object.entries(fields).map(([name, kind], n) => [name, read(kind, 4 * n)])) as Values<F>;
+  }
+}
+
+function align(address: number): number {
+  return Math.ceil(address / 16) * 16;
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: MIT
+//
+// The choice: which engines to try, in order, and why. Cheapest first by the cost model of cost.ts, among the polynomials
+// that meet the tolerance by proof (certificate.ts) or by prediction (sampling.ts); the exact engine always closes the list
+// of `method: 'auto'`. What runs is checked again afterwards (attention.ts), so a wrong prediction costs time, never accuracy.
+
+import { certify, scoreRadius } from './certificate.js';
+import { cost, exactFlops, polynomialFlops, samplingCost, type Pass } from './cost.js';
+import type { Bounds, Session } from './kernel.js';
+import { MAX_DEGREE, minimax } from './polynomial.js';
+import { Sampler, survey, type Measured } from './sampling.js';
+import type { Problem } from './validate.js';
+
+/** One engine to try: exact, or a polynomial with its error as far as it is known before the run. */
+export interface Attempt {
+  /** null: exact. */
+  degree: number | null;
+  /** [heads][degree + 1]; null where they are still to be fitted, and for exact. */
+  coefficients: Float32Array | null;
+  /** Proved bound of the output error; null when there is none or when it was not asked for. */
+  bound: number | null;
+  predicted: Measured | null;
+}
+
+export interface Plan {
+  bounds: readonly Bounds[];
+  sampler: Sampler;
+  /** Not empty. */
+  attempts: readonly Attempt[];
+  /** Why the polynomials are on the list, or why there are none: the middle of the report's sentence. */
+  because: string;
+}
+
+/** What the plan is for. `passes`: those that have to run, in order; the last one is the call's. */
+export interface Task {
+  name: string;
+  problem: Problem;
+  pass: Pass;
+  passes: readonly Pass[];
+  hasValues: boolean;
+  /** Predict the error of a forced degree too, although the run will measure it. */
+  predict: boolean;
+}
+
+const EXACT: Attempt = { degree: null, coefficients: null, bound: null, predicted: null };
+
+/** Bytes of workspace that an engine needs for all passes of a task. */
+export function workspaceOf(session: Session, passes: readonly Pass[], degree: number | null): number {
+  return Math.max(...passes.map((pass) => session.workspaceBytes(pass, degree)));
+}
+
+export function costOf(problem: Problem, passes: readonly Pass[], degree: number | null): number {
+  return passes.reduce((sum, pass) => sum + cost(problem, pass, degree), 0);
+}
+
+export function flopsOf(problem: Problem, passes: readonly Pass[], degree: number | null): number {
+  const flops = (pass: Pass) => (degree === null ? exactFlops(problem, pass) : polynomialFlops(problem, pass, degree));
+  return passes.reduce((sum, pass) => sum + flops(pass), 0);
+}
+
+/**
+ * Decides. Yields 0 between steps.
+ *
+ * @throws RangeError when `method: 'polynomial'` cannot be served: inputs that are not finite, or no degree that meets the
+ *   tolerance (unless `onMiss` is 'report').
+ */
+export function* choose(session: Session, task: Task): Generator<number, Plan> {
+  const { name, problem, pass } = task;
+  const bounds = yield* survey(session);
+  const sampler = new Sampler(session, bounds, problem.seed);
+  const exactly = (because: string): Plan => ({ bounds, sampler, attempts: [EXACT], because });
+
+  if (problem.method === 'exact') return exactly('as asked');
+  if (!bounds.every((one) => one.finite === 1)) {
+    if (problem.method === 'polynomial') throw new RangeError(`${name}: method 'polynomial' needs finite inputs, found NaN or infinity`);
+    return exactly('the inputs hold NaN or infinity, which no polynomial stands');
+  }
+  const degrees = candidates(session, task);
+  if (degrees.length === 0) {
+    const which = problem.degree === null ? 'no polynomial is' : `the polynomial of degree ${problem.degree} is not`;
+    return exactly(`${which} predicted cheaper at this size`);
+  }
+  if (problem.guarantee === 'certified') return yield* chooseCertified(session, task, bounds, sampler, degrees);
+
+  // A forced degree is run and measured, unless nothing is going to run.
+  if (problem.method === 'polynomial' && problem.degree !== null && !task.predict) {
+    return { bounds, sampler, attempts: [attempt(problem.degree)], because: 'as asked' };
+  }
+  const predictions = yield* task.hasValues ? sampler.pilot(pass, degrees) : sampler.worstValues(degrees);
+  const errorOf = (degree: number) => predictions.get(degree)!.error;
+  const attemptOf = (degree: number) => attempt(degree, { predicted: predictions.get(degree)! });
+  const auto = problem.method === 'auto';
+  // Half the tolerance, so that other rows may be worse than the pilot's.
+  const fitting = degrees.filter((degree) => errorOf(degree) <= problem.tolerance * (auto ? 0.5 : 1));
+  if (fitting.length > 0) {
+    return { bounds, sampler, attempts: [...fitting.map(attemptOf), ...(auto ? [EXACT] : [])], because: auto ? '' : 'as asked' };
+  }
+  const best = degrees.reduce((a, b) => (errorOf(b) < errorOf(a) ? b : a));
+  const what = `at best degree ${best} with a predicted error of ${short(errorOf(best))}`;
+  if (auto) return exactly(`no cheaper polynomial keeps the tolerance ${problem.tolerance}, ${what}`);
+  refuseMiss(task, what);
+  return { bounds, sampler, attempts: [attemptOf(leastBad(task, degrees, errorOf))], because: 'as asked' };
+}
+
+/** A miss of a forced polynomial: an error, unless `onMiss` is 'report'. */
+export function refuseMiss({ name, problem }: Pick<Task, 'name' | 'problem'>, what: string): void {
+  if (problem.onMiss === 'report') return;
+  throw new RangeError(`${name}: method 'polynomial' misses the tolerance ${problem.tolerance}: ${what}`);
+}
+
+/** 0.000123 as 1.2e-4. */
+export function short(error: number): string {
+  return Number.isFinite(error) && error !== 0 ? error.toExponential(1) : String(error);
+}
+
+/** Degrees to consider, ascending: for `auto` those predicted cheaper than exact, the sampling included. */
+function candidates(session: Session, { problem, pass, passes }: Task): number[] {
+  const all = problem.degree === null ? Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree) : [problem.degree];
+  const forced = problem.method === 'polynomial';
+  const cheaper = (than: number) => all.filter((degree) => costOf(problem, passes, degree) < than);
+  const exact = costOf(problem, passes, null);
+  const cheap = forced ? all : cheaper(exact - samplingCost(problem, pass, cheaper(exact).length));
+  const fitting = cheap.filter((degree) => workspaceOf(session, passes, degree) <= session.free);
+  // A forced polynomial that does not fit fails where the memory is asked for, with the numbers.
+  return fitting.length === 0 && forced ? all.slice(0, 1) : fitting;
+}
+
+/** Relative-minimax polynomials on the proved interval of every head; nothing is known about gradients. */
+function* chooseCertified(
+  session: Session,
+  task: Task,
+  bounds: readonly Bounds[],
+  sampler: Sampler,
+  degrees: readonly number[],
+): Generator<number, Plan> {
+  const { problem, pass } = task;
+  const auto = problem.method === 'auto';
+  if (pass === 'backward' && auto) {
+    return { bounds, sampler, attempts: [EXACT], because: 'there is no certificate for gradients of a polynomial' };
+  }
+  if (pass === 'backward') refuseMiss(task, "guarantee 'certified' has no certificate for gradients");
+
+  const tried: Attempt[] = [];
+  for (const degree of degrees) {
+    const coefficients = new Float32Array(session.heads * (degree + 1));
+    for (const [head, one] of bounds.entries()) {
+      coefficients.set(minimax(degree, Math.min(scoreRadius(problem, one), Number.MAX_VALUE)).coefficients, head * (degree + 1));
+      yield 0;
+    }
+    const one = attempt(degree, { coefficients, bound: certify(problem, coefficients, degree, bounds) });
+    if (one.bound !== null && one.bound <= problem.tolerance) {
+      return { bounds, sampler, attempts: auto ? [one, EXACT] : [one], because: auto ? '' : 'as asked' };
+    }
+    tried.push(one);
+  }
+  const boundOf = (one: Attempt) => one.bound ?? Infinity;
+  const best = tried.reduce((a, b) => (boundOf(b) < boundOf(a) ? b : a));
+  const what = `degree ${best.degree} is certified to ${best.bound === null ? 'nothing' : short(best.bound)}`;
+  if (auto) return { bounds, sampler, attempts: [EXACT], because: `no cheaper polynomial is certified within ${problem.tolerance}, at best ${what}` };
+  refuseMiss(task, `at best ${what}`);
+  const least = leastBad(task, degrees, (degree) => boundOf(tried.find((one) => one.degree === degree)!));
+  return { bounds, sampler, attempts: [tried.find((one) => one.degree === least)!], because: 'as asked' };
+}
+
+/** Of degrees that all miss: the smallest error among those not dearer than exact; the smallest degree when all are. */
+function leastBad({ problem, passes }: Task, degrees: readonly number[], errorOf: (degree: number) => number): number {
+  const exact = costOf(problem, passes, null);
+  const cheap = degrees.filter((degree) => costOf(problem, passes, degree) <= exact);
+  return cheap.length === 0 ? degrees[0] : cheap.reduce((a, b) => (errorOf(b) < errorOf(a) ? b : a));
+}
+
+function attempt(degree: number, known: Partial<Attempt> = {}): Attempt {
+  return { degree, coefficients: null, bound: null, predicted: null, ...known };
+}

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: MIT
+//
+// Polynomials p(s) = sum_m c_m s^m, m = 0 .. g, that stand in for exp(s) in the polynomial engine:
+//
+//   minimax      the best worst case of |p(s) exp(-s) - 1| on [-radius, radius] (Remez exchange): for certificates;
+//   fitToScores  least squares, value and derivative, over sampled scores: for the best typical case.
+//
+// Both end as float32 coefficients of s^m, which is what the engine takes. Near |s| = 7 the values of exp(-|s|) and exp(|s|)
+// are a factor 1e6 apart and float32 coefficients cannot carry both: `error` is always that of the rounded coefficients.
+//
+// Based on: Remez 1934; Karlin, Studden. Tchebycheff Systems. 1966 (s^m exp(-s) is a Haar system, so the best p is unique
+// and its error takes its extreme value with alternating sign at g + 2 points); Aggarwal, Alman. Optimal-Degree Polynomial
+// Approximations for Exponentials and Gaussian Kernel Density Estimation. 2022 (arXiv 2205.06249: how g must grow).
+
+/** Largest degree that the engine takes (RA_MAX_DEGREE). */
+export const MAX_DEGREE = 8;
+
+/** Half of float32's spacing at 1: smaller improvements of a polynomial are lost when its coefficients are rounded. */
+const FLOAT32_ROUNDING = 2 ** -25;
+
+/** p(s) = sum_m coefficients[m] s^m by Horner's rule, in float64. */
+export function evaluate(coefficients: ArrayLike<number>, s: number): number {
+  let sum = 0;
+  for (let m = coefficients.length - 1; m >= 0; m--) sum = sum * s + coefficients[m];
+  return sum;
+}
+
+/**
+ * max |p(s) exp(-s) - 1| for s in [low, high], rounded up a little; Infinity where it cannot be told.
+ *
+ * Not a search on a grid: the derivative of p exp(-s) is (p' - p) exp(-s), so the maximum is at an end or at a root of the
+ * polynomial p' - p, and all its roots are found. What is added covers the rounding of this evaluation.
+ */
+export function relativeError(coefficients: ArrayLike<number>, low: number, high: number): number {
+  const p = Array.from(coefficients);
+  const magnitude = p.map(Math.abs);
+  const slope = p.map((c, m) => (m + 1 < p.length ? (m + 1) * p[m + 1] : 0) - c);
+  let largest = 0;
+  for (const s of [low, high, ...signChanges(slope, low, high)]) {
+    const decay = Math.exp(-s);
+    const rounding = 8 * p.length * Number.EPSILON * (1 + Math.abs(s)) * evaluate(magnitude, Math.abs(s)) * decay;
+    const error = Math.abs(evaluate(p, s) * decay - 1) + rounding;
+    if (!(error <= largest)) largest = Number.isNaN(error) ? Infinity : error;
+  }
+  return largest * (1 + 1e-9);
+}
+
+/**
+ * The polynomial of the given degree (0 to 8) that minimises max |p(s) exp(-s) - 1| on [-radius, radius].
+ *
+ * @returns coefficients c_0 .. c_degree of s^m, rounded to float32, and `error`, that maximum for the rounded coefficients,
+ *   rounded up (`relativeError`). For a radius near 0 it is the Taylor polynomial; where float32 coefficients do not bring
+ *   the error below 1 (a radius of about 5 to 10, by degree) it is a positive constant, and `error` certifies nothing.
+ * @throws RangeError for a degree that is not an integer from 0 to 8 or a radius that is negative or not finite.
+ */
+export function minimax(degree: number, radius: number): { coefficients: Float32Array; error: number } {
+  checkDegree('minimax', degree);
+  if (!(radius >= 0 && radius < Infinity)) throw new RangeError(`minimax: radius must be finite and not negative, got ${radius}`);
+
+  const rounded = (p: number[]) => {
+    const coefficients = Float32Array.from(p);
+    return { coefficients, error: relativeError(coefficients, -radius, radius) };
+  };
+  const taylor = rounded(exponentialSeries(degree));
+  if (taylor.error <= FLOAT32_ROUNDING) return taylor;
+  const best = rounded(remez(degree, radius));
+  if (best.error < 1) return best;
+  // 1 / cosh(radius) is the best constant; its error tanh(radius) is below 1, though not in float64 past radius 19. The
+  // floor is the smallest normal float32: weights of zero would leave nothing to divide by.
+  const constant = new Array<number>(degree + 1).fill(0);
+  constant[0] = Math.max(1 / Math.cosh(radius), 2 ** -126);
+  return rounded(constant);
+}
+
+/**
+ * The polynomial that minimises, over the given scores, the sum of (p(s) - exp(s))^2 + (p'(s) - exp(s))^2: output and
+ * gradient of attention depend on the value and on the derivative of the stand-in for exp.
+ *
+ * Solved in a Chebyshev basis on [min, max] by normal equations with a regularisation (1e-13 of their trace) towards the
+ * Taylor polynomial about the mean score, which therefore settles whatever too few different scores leave open; with no
+ * scores at all it is the Taylor polynomial about 0.
+ *
+ * @param scores any number of finite scores. exp of the largest must fit float32 (below about 88), or the coefficients do not.
+ * @param degree an integer from 0 to 8.
+ * @returns c_0 .. c_degree of s^m, rounded to float32.
+ * @throws RangeError for another degree and for scores that are not finite.
+ */
+export function fitToScores(scores: ArrayLike<number>, degree: number): Float32Array {
+  checkDegree('fitToScores', degree);
+  const count = scores.length;
+  const size = degree + 1;
+  if (count === 0) return Float32Array.from(exponentialSeries(degree));
+
+  let [low, high, mean] = [Infinity, -Infinity, 0];
+  for (let n = 0; n < count; n++) {
+    const s = scores[n];
+    if (!Number.isFinite(s)) throw new RangeError(`fitToScores: scores must be finite, got ${s}`);
+    low = Math.min(low, s);
+    high = Math.max(high, s);
+    mean += s / count;
+  }
+  // Everything is divided by exp(high) until the end, so that no square overflows.
+  const series = exponentialSeries(degree).map((c) => c * Math.exp(mean - high));
+  const [middle, half] = [(low + high) / 2, (high - low) / 2];
+  const taylor = compose(series, mean, 1);
+  const finish = (p: number[]) => Float32Array.from(p, (c) => c * Math.exp(high));
+  // The remainder of the series is at most (2 half)^size / size! of exp(high).
+  if (((2 * half) ** size / factorial(size)) <= FLOAT32_ROUNDING) return finish(taylor);
+
+  // 1. Normal equations for p - taylor = sum_m a_m T_m(x), x = (s - middle) / half; d/ds T_m = T_m'(x) / half.
+  const gram = Array.from({ length: size }, () => new Float64Array(size + 1));
+  const [value, derivative] = [new Float64Array(size), new Float64Array(size)];
+  for (let n = 0; n < count; n++) {
+    const s = scores[n];
+    const exponential = Math.exp(s - high);
+    const x = (s - middle) / half;
+    const toTaylor = exponential - evaluate(series, s - mean);
+    const slopeToTaylor = toTaylor + series[degree] * (s - mean) ** degree; // the series' derivative lacks its last term
+    chebyshev(x, value, derivative);
+    for (let a = 0; a < size; a++) {
+      const row = gram[a];
+      const [v, d] = [value[a], derivative[a] / half];
+      for (let b = 0; b <= a; b++) row[b] += v * value[b] + (d * derivative[b]) / half;
+      row[size] += v * toTaylor + d * slopeToTaylor;
+    }
+  }
+  // 2. Regularise and solve.
+  const trace = gram.reduce((sum, row, a) => sum + row[a], 0);
+  for (let a = 0; a < size; a++) {
+    for (let b = 0; b < a; b++) gram[b][a] = gram[a][b];
+    gram[a][a] += 1e-13 * trace;
+  }
+  // 3. Back to powers of s.
+  const correction = compose(fromChebyshev(solve(gram)), middle, half);
+  return finish(taylor.map((c, m) => c + correction[m]));
+}
+
+function checkDegree(name: string, degree: number): void {
+  if (!Number.isInteger(degree) || degree < 0 || degree > MAX_DEGREE) {
+    throw new RangeError(`${name}: degree must be an integer from 0 to ${MAX_DEGREE}, got ${degree}`);
+  }
+}
+
+function factorial(n: number): number {
+  return n < 2 ? 1 : n * factorial(n - 1);
+}
+
+/** 1/m! for m = 0 .. degree. */
+function exponentialSeries(degree: number): number[] {
+  return Array.from({ length: degree + 1 }, (_, m) => 1 / factorial(m));
+}
+
+/**
+ * The unrounded minimax polynomial, coefficients of s^m, by Remez exchange in x = s / radius: solve for p and the level E with
+ * p(s_i) exp(-s_i) - 1 = -(-1)^i E on a reference of g + 2 points, then move the reference to the extrema of that error. The
+ * error alternates on the reference, so between its points it has g + 1 zeros and g extrema, the roots of p' - p: the new
+ * reference is these and the two ends. Converges quadratically (4 to 8 rounds).
+ */
+function remez(degree: number, radius: number): number[] {
+  const size = degree + 1;
+  const basis = new Float64Array(size);
+  let points = Array.from({ length: size + 1 }, (_, i) => -Math.cos((Math.PI * i) / size));
+  let p: number[] = [];
+  for (let round = 0; round < 30; round++) {
+    const system = points.map((x, i) => {
+      chebyshev(x, basis);
+      const decay = Math.exp(-radius * x);
+      return Float64Array.of(...basis.map((t) => t * decay), i % 2 === 0 ? 1 : -1, 1);
+    });
+    const solution = solve(system);
+    const level = Math.abs(solution[size]);
+    p = fromChebyshev(solution.subarray(0, size));
+    const slope = p.map((c, m) => (m + 1 < size ? (m + 1) * p[m + 1] : 0) - radius * c);
+    const extrema = [-1, ...signChanges(slope, -1, 1), 1];
+    // Fewer than g + 2 extrema: rounding has taken over (a radius too large, or an error too small, for float64).
+    if (extrema.length !== size + 1) break;
+    const largest = Math.max(...extrema.map((x) => Math.abs(evaluate(p, x) * Math.exp(-radius * x) - 1)));
+    if (largest <= level * (1 + 1e-4)) break;
+    points = extrema;
+  }
+  return compose(p, 0, radius);
+}
+
+/** T_0(x) .. T_g(x) into `value`, their derivatives into `derivative`. */
+function chebyshev(x: number, value: Float64Array, derivative?: Float64Array): void {
+  for (let m = 0; m < value.length; m++) {
+    value[m] = m < 2 ? x ** m : 2 * x * value[m - 1] - value[m - 2];
+    if (derivative) {
+      derivative[m] = m < 2 ? m : 2 * (value[m - 1] + x * derivative[m - 1]) - derivative[m - 2];
+    }
+  }
+}
+
+/** Coefficients of x^m of sum_m a_m T_m(x), by Clenshaw's recurrence on polynomials. */
+function fromChebyshev(a: ArrayLike<number>): number[] {
+  const size = a.length;
+  let next = new Array<number>(size).fill(0);
+  let afterNext = next;
+  for (let m = size - 1; m >= 0; m--) {
+    const factor = m > 0 ? 2 : 1;
+    const current = next.map((_, n) => (n > 0 ? factor * next[n - 1] : a[m]) - afterNext[n]);
+    [next, afterNext] = [current, next];
+  }
+  return next;
+}
+
+/** Coefficients of s^m of p((s - middle) / half), by Horner's rule on polynomials. */
+function compose(p: readonly number[], middle: number, half: number): number[] {
+  let result = new Array<number>(p.length).fill(0);
+  for (let m = p.length - 1; m >= 0; m--) {
+    const previous = result;
+    result = previous.map((c, n) => ((n > 0 ? previous[n - 1] : 0) - middle * c) / half);
+    result[0] += p[m];
+  }
+  return result;
+}
+
+/**
+ * The places in (low, high) where the polynomial sum_m p_m x^m changes sign, ascending. Between two neighbouring sign changes
+ * of its derivative (found the same way) it is monotone, so it changes sign at most once there.
+ */
+function signChanges(p: readonly number[], low: number, high: number): number[] {
+  if (p.length < 2) return [];
+  const derivative = p.slice(1).map((c, m) => (m + 1) * c);
+  const turns = [low, ...signChanges(derivative, low, high), high];
+  const found: number[] = [];
+  for (let n = 0; n + 1 < turns.length; n++) {
+    let [a, b] = [turns[n], turns[n + 1]];
+    const rising = evaluate(p, b) > 0;
+    if (evaluate(p, a) > 0 === rising) continue;
+    // Newton's method, and bisection where it would leave the bracket.
+    let x = (a + b) / 2;
+    for (let step = 0; step < 60; step++) {
+      const y = evaluate(p, x);
+      if (y > 0 === rising) b = x;
+      else a = x;
+      const newton = x - y / evaluate(derivative, x);
+      const following = newton > a && newton < b ? newton : (a + b) / 2;
+      const done = Math.abs(following - x) <= 4 * Number.EPSILON * Math.abs(x);
+      x = following;
+      if (done) break;
+    }
+    found.push(x);
+  }
+  return found;
+}
+
+/** Solves the linear system whose rows hold the matrix and, last, the right-hand side (overwritten). Partial pivoting. */
+function solve(rows: Float64Array[]): Float64Array {
+  const size = rows.length;
+  for (let n = 0; n < size; n++) {
+    let pivot = n;
+    for (let r = n + 1; r < size; r++) if (Math.abs(rows[r][n]) > Math.abs(rows[pivot][n])) pivot = r;
+    [rows[n], rows[pivot]] = [rows[pivot], rows[n]];
+    for (let r = n + 1; r < size; r++) {
+      const factor = rows[r][n] / rows[n][n];
+      for (let c = n; c <= size; c++) rows[r][c] -= factor * rows[n][c];
+    }
+  }
+  const x = new Float64Array(size);
+  for (let n = size - 1; n >= 0; n--) {
+    let sum = rows[n][size];
+    for (let c = n + 1; c < size; c++) sum -= rows[n][c] * x[c];
+    x[n] = sum / rows[n][n];
+  }
+  return x;
+}

@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: MIT
+//
+// Looking at the data: bounds of every key/value head, a polynomial for each fitted to sampled scores, and errors measured
+// on a few rows that are computed exactly. O(N D) for the bounds, O(N (D + Dv)) for each sampled row.
+//
+// Rows are drawn by a generator seeded with the call's seed and the head, so a call repeated gives the same choice, and
+// `backward` finds the polynomials of its `forward`. Only rows that may see a key are drawn.
+
+import { CHECK_ROWS, SAMPLE_HEADS, SAMPLE_ROWS, SAMPLE_SCORES, type Pass } from './cost.js';
+import { scoreRadius } from './certificate.js';
+import type { Bounds, Rows, Session } from './kernel.js';
+import { evaluate, fitToScores } from './polynomial.js';
+
+/** Sampled errors. */
+export interface Measured {
+  /** In the units of the tolerance; Infinity where the polynomial's weights are not positive. */
+  error: number;
+  /** Relative Frobenius error of the same rows. */
+  relative: number;
+}
+
+/** Differences this small, relative to what was summed, are float32 rounding and count as none (see `outputError`). */
+const ROUNDING = 2 ** -18;
+
+/** Streams of random numbers, so that different questions get different rows. */
+const [PILOT, CHECK, HEADS] = [1, 2, 3];
+
+/** Bounds of all key/value heads, one after the other; yields 0 in between, so that a caller can pause. */
+export function* survey(session: Session): Generator<number, Bounds[]> {
+  const bounds: Bounds[] = [];
+  for (let head = 0; head < session.heads; head++) {
+    bounds.push(session.prepare(head));
+    yield 0;
+  }
+  return bounds;
+}
+
+export class Sampler {
+  readonly #session: Session;
+  readonly #bounds: readonly Bounds[];
+  readonly #seed: number;
+  readonly #looked: number[];
+  readonly #scores = new Map<number, Float32Array>();
+
+  constructor(session: Session, bounds: readonly Bounds[], seed: number) {
+    this.#session = session;
+    this.#bounds = bounds;
+    this.#seed = seed;
+    const radii = bounds.map((one) => scoreRadius(session.geometry, one));
+    const widest = radii.indexOf(Math.max(...radii));
+    this.#looked = draw(SAMPLE_HEADS, session.heads, [Math.max(widest, 0)], random(seed, 0, HEADS));
+  }
+
+  /**
+   * The polynomials of all key/value heads, [heads][degree + 1], each the least-squares fit to the scores of its pilot rows;
+   * null where some score or coefficient is too large for float32.
+   */
+  *coefficients(degree: number): Generator<number, Float32Array | null> {
+    const all = new Float32Array(this.#session.heads * (degree + 1));
+    for (let head = 0; head < this.#session.heads; head++) {
+      const own = this.#fit(head, degree);
+      if (!own) return null;
+      all.set(own, head * (degree + 1));
+      yield 0;
+    }
+    return all;
+  }
+
+  /** Errors to expect of each degree: pilot rows of a few heads, exact and with the polynomial, by ra_sample_rows. */
+  *pilot(pass: Pass, degrees: readonly number[]): Generator<number, Map<number, Measured>> {
+    const tallies = new Map(degrees.map((degree) => [degree, new Tally()]));
+    for (const head of this.#looked) {
+      const rows = this.#pilotRows(head);
+      if (rows.length === 0) continue;
+      const exact = this.#session.rows(head, rows, null, pass === 'backward');
+      for (const [degree, tally] of tallies) {
+        const own = this.#fit(head, degree);
+        const got = own && this.#session.rows(head, rows, own, pass === 'backward');
+        if (!got?.positive) tally.fail();
+        else if (pass === 'forward') tally.output(exact.out, got.out, this.#bounds[head].v_half_range);
+        else tally.gradient('dq', exact.dq, got.dq, this.#rounding(head, rows, exact));
+        yield 0;
+      }
+    }
+    return new Map(Array.from(tallies, ([degree, tally]) => [degree, tally.result()]));
+  }
+
+  /**
+   * Errors to expect for the worst values in [-1, 1]: max over pilot rows of sum_j |P^_j - P_j|, which some v attains. From
+   * scores of every few keys, so an estimate; exactness inside the causal diagonal is not counted.
+   */
+  *worstValues(degrees: readonly number[]): Generator<number, Map<number, Measured>> {
+    const worst = new Map(degrees.map((degree) => [degree, 0]));
+    const stride = Math.ceil(this.#session.geometry.keyLength / SAMPLE_SCORES);
+    for (const head of this.#looked) {
+      for (const row of this.#pilotRows(head)) {
+        const scores = this.#session.scores(head, [row], stride);
+        for (const degree of degrees) {
+          const own = this.#fit(head, degree);
+          worst.set(degree, Math.max(worst.get(degree)!, own ? totalVariation(scores, own) : Infinity));
+        }
+        yield 0;
+      }
+    }
+    return new Map(Array.from(worst, ([degree, error]) => [degree, { error, relative: error }]));
+  }
+
+  /**
+   * The error of a finished pass, on other rows than the pilot's (and again on the largest query and key): CHECK_ROWS rows or
+   * more in all, however few the heads.
+   */
+  *check(pass: Pass): Generator<number, Measured> {
+    const tally = new Tally();
+    for (const head of this.#looked) {
+      let rounding = 0;
+      for (const rows of this.#checkRows(head)) {
+        const exact = this.#session.rows(head, rows, null, pass === 'backward');
+        if (pass === 'forward') {
+          tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range);
+        } else {
+          rounding = this.#rounding(head, rows, exact);
+          tally.gradient('dq', exact.dq, this.#gather('dq', head, rows), rounding);
+        }
+        yield 0;
+      }
+      if (pass === 'forward') continue;
+      const keys = this.#checkKeys(head);
+      const { dk, dv } = this.#session.columns(head, keys);
+      tally.gradient('dk', dk, this.#gather('dk', head, keys), rounding);
+      tally.gradient('dv', dv, this.#gather('dv', head, keys), 0);
+      yield 0;
+    }
+    return tally.result();
+  }
+
+  /** How far the output and lse that were given are from exact ones: the larger of the output's error and lse's. */
+  *given(): Generator<number, number> {
+    const tally = new Tally();
+    let largest = 0;
+    for (const head of this.#looked) {
+      for (const rows of this.#checkRows(head)) {
+        const exact = this.#session.rows(head, rows, null, false);
+        tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range);
+        const lse = this.#gather('lse', head, rows);
+        exact.lse.forEach((value, n) => (largest = worse(largest, Math.abs(value - lse[n]) / Math.max(1, Math.abs(value)))));
+        yield 0;
+      }
+    }
+    return worse(largest, tally.result().error);
+  }
+
+  #fit(head: number, degree: number): Float32Array | null {
+    let scores = this.#scores.get(head);
+    if (!scores) {
+      const stride = Math.ceil((SAMPLE_ROWS * this.#session.geometry.keyLength) / SAMPLE_SCORES);
+      const rows = this.#pilotRows(head);
+      scores = rows.length > 0 ? this.#session.scores(head, rows, stride) : new Float32Array(0);
+      this.#scores.set(head, scores);
+    }
+    if (!scores.every(Number.isFinite)) return null;
+    const own = fitToScores(scores, degree);
+    return own.every(Number.isFinite) ? own : null;
+  }
+
+  #pilotRows(head: number): number[] {
+    return this.#rows(head, PILOT, SAMPLE_ROWS, []);
+  }
+
+  /** In portions that one call takes. */
+  #checkRows(head: number): number[][] {
+    const portions = Math.ceil(CHECK_ROWS / SAMPLE_ROWS / this.#looked.length);
+    const rows = this.#rows(head, CHECK, portions * SAMPLE_ROWS, this.#pilotRows(head));
+    return Array.from({ length: Math.ceil(rows.length / SAMPLE_ROWS) }, (_, n) => rows.slice(n * SAMPLE_ROWS, (n + 1) * SAMPLE_ROWS));
+  }
+
+  /** Rows of a head, the one of the largest query first, else none of `taken` as long as there are others. */
+  #rows(head: number, stream: number, count: number, taken: readonly number[]): number[] {
+    const { causal, queryOffset, queryLength } = this.#session.geometry;
+    // Query i sees a key when i + queryOffset >= 0. Count only such rows: number n is row `place(n)`.
+    const blind = causal ? Math.min(Math.max(-queryOffset, 0), queryLength) : 0;
+    const seeing = queryLength - blind;
+    if (seeing === 0) return [];
+    const place = (n: number) => Math.floor(n / seeing) * queryLength + blind + (n % seeing);
+    const number = (row: number) => Math.floor(row / queryLength) * seeing + (row % queryLength) - blind;
+    const largest = this.#bounds[head].q_argmax;
+    const first = largest % queryLength >= blind ? [number(largest)] : [];
+    const total = (this.#session.rowsOfHead / queryLength) * seeing;
+    return draw(count, total, first, random(this.#seed, head, stream), new Set(taken.map(number))).map(place);
+  }
+
+  #checkKeys(head: number): number[] {
+    const keys = draw(SAMPLE_ROWS, this.#session.geometry.keyLength, [this.#bounds[head].k_argmax], random(this.#seed, head, CHECK));
+    return keys.sort((a, b) => a - b);
+  }
+
+  /** Rows of an array of the session, one after the other. */
+  #gather(array: 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv', head: number, rows: readonly number[]): Float32Array {
+    const parts = rows.map((row) => this.#session.resultRows(array, head, row, 1));
+    const all = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
+    parts.forEach((part, n) => all.set(part, n * part.length));
+    return all;
+  }
+
+  /**
+   * Frobenius norm below which a difference of these rows of dq is float32 rounding: dq = scale sum_j dS_ij k_j, and dS = P
+   * (dP - delta) cancels where the values of all keys are alike, dP being as large as |dout| |v|. Taken for dk too.
+   */
+  #rounding(head: number, rows: readonly number[], exact: Rows): number {
+    const { scale, valueDim } = this.#session.geometry;
+    const { k_norm, v_half_range } = this.#bounds[head];
+    const largest = exact.out.reduce((most, x) => Math.max(most, Math.abs(x)), 0) + 2 * v_half_range;
+    const dout = Math.sqrt(this.#gather('dout', head, rows).reduce((sum, x) => sum + x * x, 0));
+    return (ROUNDING / 4) * Math.abs(scale) * k_norm * Math.sqrt(valueDim) * largest * dout;
+  }
+}
+
+/** Adds up errors over heads. NaN anywhere counts as an infinite error. */
+class Tally {
+  #largest = 0;
+  #squares = new Map<string, { difference: number; reference: number; rounding: number }>();
+
+  /** Weights that are not positive, or no polynomial at all. */
+  fail(): void {
+    this.#largest = Infinity;
+  }
+
+  output(exact: Float32Array, got: Float32Array, halfRange: number): void {
+    this.#largest = worse(this.#largest, outputError(exact, got, halfRange));
+    this.#add('out', exact, got, 0);
+  }
+
+  gradient(name: 'dq' | 'dk' | 'dv', exact: Float32Array, got: Float32Array, rounding: number): void {
+    this.#add(name, exact, got, rounding);
+  }
+
+  result(): Measured {
+    let error = this.#largest;
+    const total = { difference: 0, reference: 0, rounding: 0 };
+    for (const [name, squares] of this.#squares) {
+      if (name !== 'out') error = worse(error, ratio(squares));
+      total.difference += squares.difference;
+      total.reference += squares.reference;
+      total.rounding += squares.rounding;
+    }
+    return { error, relative: worse(ratio(total), this.#largest === Infinity ? Infinity : 0) };
+  }
+
+  #add(name: string, exact: Float32Array, got: Float32Array, rounding: number): void {
+    const squares = this.#squares.get(name) ?? { difference: 0, reference: 0, rounding: 0 };
+    exact.forEach((x, n) => {
+      squares.difference += (got[n] - x) ** 2;
+      squares.reference += x * x;
+    });
+    squares.rounding += rounding ** 2;
+    this.#squares.set(name, squares);
+  }
+}
+
+/**
+ * max |got - exact| over half the range of v. Where v is constant (half range 0) the output is v whatever the weights: then
+ * the error is 0 for differences at the rounding level of |v|, else infinite.
+ */
+function outputError(exact: Float32Array, got: Float32Array, halfRange: number): number {
+  let [difference, largest] = [0, 0];
+  exact.forEach((x, n) => {
+    difference = worse(difference, Math.abs(got[n] - x));
+    largest = Math.max(largest, Math.abs(x));
+  });
+  if (halfRange > 0) return difference / halfRange;
+  return difference <= ROUNDING * largest ? 0 : Infinity;
+}
+
+/** Relative Frobenius error. */
+function ratio({ difference, reference, rounding }: { difference: number; reference: number; rounding: number }): number {
+  if (difference <= rounding) return 0; // 0 / 0 included
+  return worse(0, Math.sqrt(difference / reference));
+}
+
+/** The larger one; NaN is worse than anything. */
+function worse(a: number, b: number): number {
+  return Number.isNaN(b) ? Infinity : Math.max(a, b);
+}
+
+/** sum_j |p(s_j) / sum p - exp(s_j) / sum exp|: what the output can move by for values in [-1, 1]. */
+function totalVariation(scores: Float32Array, coefficients: Float32Array): number {
+  const top = scores.reduce((most, s) => Math.max(most, s), -Infinity);
+  const exact = Array.from(scores, (s) => Math.exp(s - top));
+  const got = Array.from(scores, (s) => evaluate(coefficients, s));
+  const sum = (values: number[]) => values.reduce((total, value) => total + value, 0);
+  const [exactSum, gotSum] = [sum(exact), sum(got)];
+  if (scores.length > 0 && !(gotSum > 0)) return Infinity;
+  return sum(exact.map((w, n) => Math.abs(got[n] / gotSum - w / exactSum)));
+}
+
+/** Up to `count` different numbers below `total`: those of `first`, then random ones, those of `avoid` only when short. */
+function draw(count: number, total: number, first: readonly number[], next: () => number, avoid: ReadonlySet<number> = new Set()): number[] {
+  const drawn = new Set(first);
+  const wanted = Math.min(count, total);
+  const others = total - new Set([...first, ...avoid]).size;
+  const allowed = drawn.size + others >= wanted ? (n: number) => !avoid.has(n) : () => true;
+  while (drawn.size < wanted) {
+    const start = Math.floor(next() * total);
+    // Small totals: the next free number, so that this ends soon.
+    for (let step = 0; step < total; step++) {
+      const n = (start + step) % total;
+      if (drawn.has(n) || !allowed(n)) continue;
+      drawn.add(n);
+      break;
+    }
+  }
+  return [...drawn];
+}
+
+/** Numbers in [0, 1) by mulberry32, from a seed and two more integers. */
+function random(seed: number, head: number, stream: number): () => number {
+  let state = (seed ^ Math.imul(head + 1, 0x9e3779b1) ^ Math.imul(stream, 0x85ebca6b)) >>> 0;
+  return () => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let mixed = Math.imul(state ^ (state >>> 15), state | 1);
+    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
+  };
+}

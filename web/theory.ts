@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: MIT
+//
+// The arithmetic behind the choice between the exact and the polynomial engine: how many features a degree needs, which
+// degree a tolerance needs, what each engine costs, and from which length and up to which entry size the polynomial one wins.
+// Closed forms, for teaching and for the planner; nothing here looks at data.
+//
+//   exact        O(N^2 D) operations, any scores;
+//   polynomial   O(N rank Dv), rank = C(D + g, g), scores within [-S, S] where a polynomial of degree g is close to exp.
+//
+// The papers' statement (Alman, Song 2023, arXiv 2302.13214; with RoPE 2025, arXiv 2505.11892; gradients arXiv 2412.17316v3):
+// with head size O(log n) and entries below o(sqrt(log n)) attention takes n^(1+o(1)) operations, and with entries above
+// order sqrt(log n) it cannot be done in n^(2-e) for any e > 0 unless SETH fails. `frontier` puts numbers to it.
+
+import { MAX_DEGREE, minimax } from './polynomial.js';
+import type { Options, Shape } from './types.js';
+
+/** Features of the polynomial engine: the monomials of degree 0 to g in D variables, C(D + g, g). Exact below 2^53. */
+export function rank(headDim: number, degree: number): number {
+  let count = 1;
+  for (let m = 1; m <= degree; m++) count = (count * (headDim + m)) / m;
+  return count;
+}
+
+/**
+ * The error of attention's output when every weight exp(s_j) is replaced by exp(s_j) (1 + e_j) with |e_j| <= t < 1, at most:
+ *
+ *   |out^ - out| <= 2 (1 - sqrt(1 - t^2)) / t * max_j |v_j - c|,     c any centre, the midrange being the best one.
+ *
+ * Derivation. Let w_j be the softmax weights and take v_j in [-1, 1] (c = 0, half range 1). Then
+ * out^ - out = sum w_j (1 + e_j) v_j / sum w_j (1 + e_j) - sum w_j v_j. It is linear in each v_j and monotone in each e_j
+ * (a ratio of linear functions), so it is largest at corners: v_j = 1 with e_j = t on some keys, of total weight a, and
+ * v_j = -1 with e_j = -t on the others. There it is
+ *
+ *   f(a) = 4 a (1 - a) t / (1 - t + 2 a t).
+ *
+ * With u = 1 - t + 2 a t, the sum of the changed weights, f = (2 - u - (1 - t^2) / u) / t, largest at u = sqrt(1 - t^2).
+ * The bound is attained (two keys are enough), grows from t (1 + t^2/4 + ...) at small t to 2 at t = 1, and with
+ * t = sin(y) reads 2 tan(y / 2).
+ *
+ * @param t the relative error of the polynomial on the scores, 0 or more (`minimax`); from 1 on the answer is Infinity, as
+ *   weights may then vanish or be negative.
+ */
+export function certifiedBound(t: number): number {
+  return t < 1 ? (2 * t) / (1 + Math.sqrt(1 - t * t)) : Infinity;
+}
+
+/** The relative error t that a polynomial may have for `certifiedBound(t)` to be the tolerance: its inverse, 4 x / (4 + x^2). */
+function admissible(tolerance: number): number {
+  return tolerance < 2 ? (4 * tolerance) / (4 + tolerance * tolerance) : 1;
+}
+
+/**
+ * The smallest degree whose certified output error is within the tolerance when no |score| exceeds `scoreBound`:
+ * certifiedBound(minimax(degree, scoreBound).error) <= tolerance.
+ *
+ * @param args.tolerance in units of max |v - c|, as for `forward`; positive.
+ * @param args.scoreBound S: scores lie in [-S, S] (after centring; `scoreBound`, or a report's).
+ * @returns the degree, or null where none up to 8, with float32 coefficients, will do.
+ */
+export function degreeFor(args: { tolerance: number; scoreBound: number }): number | null {
+  for (let degree = 0; degree <= MAX_DEGREE; degree++) {
+    if (certifiedBound(minimax(degree, args.scoreBound).error) <= args.tolerance) return degree;
+  }
+  return null;
+}
+
+/**
+ * The largest |score| that entries within [-B, B] allow, whatever their signs and the rotation (which keeps norms): queries
+ * and keys have norms up to sqrt(D) B, so |scale q.k| <= |scale| D B^2; and with the mean of the rotated keys subtracted, as
+ * the polynomial engine does, keys have norms below 2 sqrt(D) B, so the bound doubles. The papers' scale is 1/D and their
+ * bound B^2.
+ *
+ * @param args.entryBound B = max |entry| of q and k.
+ * @param args.scale default 1/sqrt(headDim).
+ * @param args.centred false leaves the doubling out. Default true.
+ */
+export function scoreBound(args: { headDim: number; entryBound: number; scale?: number; centred?: boolean }): number {
+  const { headDim, entryBound, scale = 1 / Math.sqrt(headDim), centred = true } = args;
+  return Math.abs(scale) * headDim * entryBound ** 2 * (centred ? 2 : 1);
+}
+
+/** Sizes and pass of `cost`: the fields of a `Shape`, spread. */
+export interface CostArgs extends Shape {
+  method: 'exact' | 'polynomial';
+  /** Of the polynomial; required for it. */
+  degree?: number;
+  causal?: boolean;
+  queryOffset?: number;
+  pass: 'forward' | 'backward';
+}
+
+/**
+ * Useful floating-point operations (a multiply-add counts two) of one call, the products only:
+ *
+ *   exact       forward    2 (D + Dv) pairs                   S = q k^T and out = P v
+ *               backward   2 (3 D + 2 Dv) pairs               S again, dP = dout v^T, dv, dq, dk
+ *   polynomial  forward    2 rank (Dv + 1) (Nk kvHeads + Nq heads) batch       the state, and its use
+ *               backward   2 rank (Dv + 1) (3 Nk kvHeads + 2 Nq heads) batch   state, its use, its gradient; dphi(k), dv
+ *
+ * where pairs counts the allowed (query, key) pairs of all heads. What the engines spend besides (features, exponentials, the
+ * exact diagonal blocks of the polynomial engine under a causal mask, about 32 keys for each query) is not counted.
+ *
+ * @throws RangeError for the polynomial without a degree.
+ */
+export function cost(args: CostArgs): number {
+  const { batch = 1, heads, kvHeads = heads, queryLength, keyLength = queryLength, headDim, valueDim = headDim } = args;
+  const backward = args.pass === 'backward';
+  if (args.method === 'exact') {
+    const perPair = backward ? 2 * (3 * headDim + 2 * valueDim) : 2 * (headDim + valueDim);
+    return perPair * batch * heads * pairs({ ...args, queryLength, keyLength });
+  }
+  if (args.degree === undefined) throw new RangeError('cost: method polynomial needs a degree, got undefined');
+  const rows = backward
+    ? 3 * keyLength * kvHeads + 2 * queryLength * heads
+    : keyLength * kvHeads + queryLength * heads;
+  return 2 * rank(headDim, args.degree) * (valueDim + 1) * rows * batch;
+}
+
+/**
+ * Allowed (query, key) pairs of one head: all Nq Nk, or, when causal, those with j <= i + queryOffset:
+ * sum_i clamp(i + queryOffset + 1, 0, Nk), in closed form.
+ */
+export function pairs(args: Pick<Shape, 'queryLength' | 'keyLength'> & Pick<Options, 'causal' | 'queryOffset'>): number {
+  const { queryLength, keyLength = queryLength, causal = false, queryOffset = 0 } = args;
+  if (!causal) return queryLength * keyLength;
+  // 1 + 2 + ... + n; the sum of max(x, 0) over x = a + 1 .. a + Nq is then triangle(a + Nq) - triangle(a).
+  const triangle = (n: number) => (Math.max(n, 0) * (Math.max(n, 0) + 1)) / 2;
+  const sum = (a: number) => triangle(a + queryLength) - triangle(a);
+  return sum(queryOffset) - sum(queryOffset - keyLength);
+}
+
+/** Sizes of `crossover`: one length for queries and keys. */
+export interface CrossoverArgs {
+  headDim: number;
+  /** Default headDim. */
+  valueDim?: number;
+  degree: number;
+  causal?: boolean;
+  /** `both` is a training step: forward and backward. */
+  pass: 'forward' | 'backward' | 'both';
+  /** Query heads for each key/value head, heads / kvHeads. Default 1. */
+  group?: number;
+  /** Operations per second of the polynomial engine over those of the exact one. Default 1. */
+  speed?: number;
+}
+
+/**
+ * The smallest length N = Nq = Nk at which the polynomial engine costs less than the exact one. By `cost` it grows as the
+ * rank: N = 2 rank (Dv + 1) / (2 Dv) for an ungrouped full forward pass with Dv = D, twice that when causal.
+ */
+export function crossover(args: CrossoverArgs): number {
+  const { headDim, valueDim = headDim, degree, causal = false, group = 1, speed = 1 } = args;
+  const passes: CostArgs['pass'][] = args.pass === 'both' ? ['forward', 'backward'] : [args.pass];
+  const at = (method: 'exact' | 'polynomial') =>
+    passes
+      .map((pass) => cost({ method, degree, pass, heads: group, kvHeads: 1, queryLength: 1, headDim, valueDim }))
+      .reduce((sum, operations) => sum + operations, 0);
+  // Costs at length 1 are the costs of a pair and of a row: exact is a * pairs, polynomial b * N / speed.
+  const ratio = at('polynomial') / speed / at('exact');
+  // pairs = N^2 > ratio N, or N (N + 1) / 2 > ratio N.
+  return Math.max(1, Math.floor(causal ? 2 * ratio - 1 : ratio) + 1);
+}
+
+/**
+ * The largest entry size B, entries of q and k in [-B, B], at which a polynomial with a certified error within the tolerance
+ * is cheaper than exact attention, full forward pass, Nq = Nk = length. Where the papers say "B = o(sqrt(log n))", this is
+ * the curve for real sizes and constants: every degree that is affordable at this length (`crossover`) is tried, the widest
+ * interval of scores on which it is certified found, and turned into B by `scoreBound`.
+ *
+ * @param args.scale default 1/sqrt(headDim); the papers' is 1/headDim.
+ * @param args.causal default false.
+ * @returns `entryBound` B, the `degree` that reaches it and the `scoreBound` S of its interval; 0, null, 0 where no degree
+ *   is cheaper.
+ */
+export function frontier(args: { tolerance: number; headDim: number; length: number; scale?: number; causal?: boolean }): {
+  entryBound: number;
+  degree: number | null;
+  scoreBound: number;
+} {
+  const { tolerance, headDim, length, causal = false } = args;
+  const perSquare = scoreBound({ ...args, entryBound: 1 });
+  const t = admissible(tolerance);
+  let best: ReturnType<typeof frontier> = { entryBound: 0, degree: null, scoreBound: 0 };
+  for (let degree = 0; degree <= MAX_DEGREE; degree++) {
+    if (crossover({ headDim, degree, causal, pass: 'forward' }) > length) break;
+    // The error grows with the radius: bisect. No float32 polynomial is certified at radius 16.
+    let [radius, beyond] = [0, 16];
+    for (let step = 0; step < 40; step++) {
+      const middle = (radius + beyond) / 2;
+      if (minimax(degree, middle).error <= t) radius = middle;
+      else beyond = middle;
+    }
+    if (radius > best.scoreBound) best = { entryBound: Math.sqrt(radius / perSquare), degree, scoreBound: radius };
+  }
+  return best;
+}
+
+/**
+ * The papers' threshold B = sqrt(log n) (natural logarithm, constant 1): entries of smaller order allow almost linear time,
+ * entries of larger order do not. For scores q.k / D and D of order log n.
+ */
+export function paperBound(length: number): number {
+  return Math.sqrt(Math.log(length));
+}
+
+/**
+ * The papers' count of the degree: a polynomial within `error` of exp on [0, B] needs the degree
+ *
+ *   Theta(max(B, log(1/e) / log(log(1/e) / B)))       (Aggarwal, Alman 2022, arXiv 2205.06249; B >= 1)
+ *
+ * returned here without the constant that Theta hides, as a real number: a growth curve, not a choice of degree (`degreeFor` is
+ * that). The inner logarithm is kept at 1 or more: where log(1/e) is below a constant times B the first term decides.
+ */
+export function optimalDegree(args: { scoreBound: number; error: number }): number {
+  const digits = Math.log(1 / args.error);
+  return Math.max(args.scoreBound, digits / Math.max(1, Math.log(digits / args.scoreBound)));
+}

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: MIT
+//
+// The public types. Shapes are [batch, heads, length, dim], row-major; N is a length, D the head size, Dv the value size.
+
+/** Sizes of one call. Lengths and dimensions count elements; all are positive integers. */
+export interface Shape {
+  /** Default 1. */
+  batch?: number;
+  /** Query heads. */
+  heads: number;
+  /** Key/value heads; query head h reads key/value head floor(h * kvHeads / heads). Divides `heads`. Default `heads`. */
+  kvHeads?: number;
+  queryLength: number;
+  /** Default `queryLength`. */
+  keyLength?: number;
+  /** D, 1 to 1024. */
+  headDim: number;
+  /** Dv, 1 to 1024. Default `headDim`. */
+  valueDim?: number;
+}
+
+/** Rotary position embedding (Su et al. 2021): pair p of a vector at position m turns by m * base^(-2p/dim) radians. */
+export interface Rotary {
+  /** Default 10000. Positive. */
+  base?: number;
+  /** Dimensions that rotate, the first ones of the head; even, 0 to headDim. Default headDim (headDim must be even then). */
+  dim?: number;
+  /** Pairs are (p, p + dim/2) when false (Llama, NeoX), (2p, 2p + 1) when true (GPT-J). Default false. */
+  interleaved?: boolean;
+  /** Radians per position, one for each pair, instead of `base`: dim/2 finite numbers. */
+  frequencies?: Float32Array;
+}
+
+/** `polynomial` and `exact` compute the same function at different cost and error. `toeplitz` is not available yet. */
+export type Method = 'auto' | 'exact' | 'polynomial' | 'toeplitz';
+
+/** `certified`: the bound is proved from norms. `sampled`: the error is measured on exact rows of a seeded sample. */
+export type Guarantee = 'certified' | 'sampled';
+
+/** What to compute; the same for `forward`, `backward` and `plan`. */
+export interface Options {
+  shape: Shape;
+  /** `false`: no rotation. Default `{}`. */
+  rotary?: false | Rotary;
+  /** Factor on the scores, finite. Default 1/sqrt(headDim). */
+  scale?: number;
+  /** Key j is allowed for query i when j <= i + queryOffset. Default false. */
+  causal?: boolean;
+  /** Position of query 0 (key 0 is at position 0); an integer. Default 0. */
+  queryOffset?: number;
+  /** Only [-1, -1] (unbounded) so far: other windows are a RangeError. */
+  window?: readonly [left: number, right: number];
+  /** Not available yet: a RangeError. */
+  bias?: Float32Array;
+  /** Not available yet: a RangeError. */
+  relativePositions?: Float32Array;
+  /** Not available yet: a RangeError. */
+  relative?: { support: Uint32Array; weights: Float32Array };
+  /** Default 'auto': the cheapest engine that meets the tolerance. */
+  method?: Method;
+  /**
+   * forward: max |output - exact| <= tolerance * max |v - c|, c the midrange of each value column.
+   * backward: |dX - exact|_F <= tolerance * |dX|_F for each of dq, dk, dv. Default 1e-3, at least 1e-6.
+   */
+  tolerance?: number;
+  /** Default 'sampled'. */
+  guarantee?: Guarantee;
+  /** Degree of the polynomial, 0 to 8, instead of the planner's choice; with `method: 'polynomial'` or 'auto'. */
+  degree?: number;
+  /** Seed of the sampled rows, an unsigned 32-bit integer. Default 0. */
+  seed?: number;
+  /** A forced method that misses the tolerance: 'error' (default) throws a RangeError, 'report' returns the result as it is. */
+  onMiss?: 'error' | 'report';
+}
+
+export interface ForwardArgs extends Options {
+  /** [batch, heads, queryLength, headDim] */
+  q: Float32Array;
+  /** [batch, kvHeads, keyLength, headDim] */
+  k: Float32Array;
+  /** [batch, kvHeads, keyLength, valueDim] */
+  v: Float32Array;
+}
+
+export interface BackwardArgs extends ForwardArgs {
+  /** Gradient of the loss by the output, [batch, heads, queryLength, valueDim]. */
+  dOutput: Float32Array;
+  /** What `forward` returned; with `lse` it spares a forward pass. Both or neither. */
+  output?: Float32Array;
+  lse?: Float32Array;
+}
+
+export interface PlanArgs extends Options {
+  q: Float32Array;
+  k: Float32Array;
+  /** With v, the plan is the one that `forward` follows; without, errors are stated for the worst values. */
+  v?: Float32Array;
+  /** With dOutput (and v), the plan is the one that `backward` follows. */
+  dOutput?: Float32Array;
+}
+
+export interface RotateArgs {
+  /** [batch, heads, queryLength, headDim] of `shape`. */
+  x: Float32Array;
+  shape: Shape;
+  rotary?: false | Rotary;
+  /** Position of row 0. Default 0. */
+  queryOffset?: number;
+  /** Rotate back. Default false. */
+  inverse?: boolean;
+}
+
+/** What a call did and how sure it is. */
+export interface Report {
+  method: 'exact' | 'polynomial';
+  /** Degree of the polynomial; null for exact. */
+  degree: number | null;
+  /** Features per row, C(D + degree, degree); null for exact. */
+  rank: number | null;
+  /** max |entry| of q and k: the papers' B. */
+  entryBound: number;
+  /** A number that no |score| exceeds once the mean key is subtracted (Cauchy-Schwarz, after scale). */
+  scoreBound: number;
+  /** Proved bound of the output error, in units of max |v - c|; null when there is none (or for gradients). */
+  errorBound: number | null;
+  /** Error measured on sampled exact rows, in the units of `tolerance`; null when nothing was sampled. */
+  errorEstimate: number | null;
+  /** Relative Frobenius error of the output (backward: of dq, dk, dv together) on the same rows; null when nothing was sampled. */
+  relativeErrorEstimate: number | null;
+  /** Useful floating-point operations of the engine. */
+  flops: number;
+  /** Bytes of WebAssembly memory that the call needs. */
+  bytes: number;
+  /** Wall time of the call, or for `plan` the predicted cost of the chosen engine (null before any call has set a rate). */
+  milliseconds: number | null;
+  /** One sentence: why this method. */
+  reason: string;
+}
+
+export interface ForwardResult {
+  /** [batch, heads, queryLength, valueDim] */
+  output: Float32Array;
+  /** log sum_j exp(s_ij), [batch, heads, queryLength]; -Infinity where nothing is allowed. */
+  lse: Float32Array;
+  report: Report;
+}
+
+export interface BackwardResult {
+  /** The shape of q. */
+  dq: Float32Array;
+  /** The shape of k. */
+  dk: Float32Array;
+  /** The shape of v. */
+  dv: Float32Array;
+  /** The gradient of `bias`; undefined as long as `bias` is not available. */
+  dBias?: Float32Array;
+  report: Report;
+}
+
+/** Where the WebAssembly comes from when not from the package itself. */
+export type WasmSource = string | URL | ArrayBuffer | ArrayBufferView | Response | WebAssembly.Module;
+
+export interface CreateOptions {
+  /** Default: the bytes that the package carries. */
+  wasm?: WasmSource | Promise<WasmSource>;
+  /** 'auto' (default): by a probe. true, false: this binary or a RangeError. */
+  relaxedSimd?: 'auto' | boolean;
+  /** Upper limit of the WebAssembly memory; default and maximum 4 GiB. */
+  maxMemoryBytes?: number;
+}
+
+/** An instance: one WebAssembly memory, synchronous calls. */
+export interface RopeAttention {
+  /** The binary that was chosen. */
+  readonly simd: 'simd128' | 'relaxed-simd';
+  /** Bytes of WebAssembly memory held now. */
+  readonly memoryBytes: number;
+  forward(args: ForwardArgs): ForwardResult;
+  backward(args: BackwardArgs): BackwardResult;
+  rotate(args: RotateArgs): Float32Array;
+  plan(args: PlanArgs): Report;
+  /** Frees the memory; every later call throws an Error that says so. May be called again. */
+  dispose(): void;
+}
+
+/** For the calls of the worker. */
+export interface RemoteControls {
+  /** Stops the call; its promise rejects with the signal's reason. */
+  signal?: AbortSignal;
+  /** Called with the fraction done, 0 to 1, now and then. */
+  onProgress?: (fraction: number) => void;
+}
+
+export interface CreateWorkerOptions {
+  /** Address of the package's `dist/worker.js`. Default: beside this module. */
+  url?: string | URL;
+  /** As for createRopeAttention, but not a Response. */
+  wasm?: string | URL | ArrayBuffer | ArrayBufferView | WebAssembly.Module;
+  relaxedSimd?: 'auto' | boolean;
+  maxMemoryBytes?: number;
+}
+
+/** The same calls as RopeAttention, as promises, off the main thread. Arguments are copied, never detached. */
+export interface RemoteRopeAttention {
+  readonly simd: 'simd128' | 'relaxed-simd';
+  forward(args: ForwardArgs & RemoteControls): Promise<ForwardResult>;
+  backward(args: BackwardArgs & RemoteControls): Promise<BackwardResult>;
+  rotate(args: RotateArgs & RemoteControls): Promise<Float32Array>;
+  plan(args: PlanArgs & RemoteControls): Promise<Report>;
+  /** Ends the worker; calls under way reject. */
+  dispose(): void;
+}
