@@ -51,16 +51,36 @@ const COMMON: Case[] = [
   [{ shape: { ...SHAPE, heads: -4 } }, RangeError, '@: shape.heads must be an integer'],
   [{ shape: { ...SHAPE, kvHeads: 3 } }, RangeError, '@: shape.heads must be a multiple of shape.kvHeads, got 4 and 3'],
   [{ shape: { ...SHAPE, kvHeads: 8 } }, RangeError, '@: shape.heads must be a multiple of shape.kvHeads, got 4 and 8'],
-  [{ shape: { ...SHAPE, queryLength: 2.5 } }, RangeError, '@: shape.queryLength must be an integer from 1 to 2147483647, got 2.5'],
+  [
+    { shape: { ...SHAPE, queryLength: 2.5 } },
+    RangeError,
+    '@: shape.queryLength must be an integer from 1 to 2147483647, got 2.5',
+  ],
   [{ shape: { ...SHAPE, keyLength: NaN } }, RangeError, '@: shape.keyLength must be an integer'],
   [{ shape: { ...SHAPE, keyLength: 2 ** 32 } }, RangeError, '@: shape.keyLength must be an integer'],
   [{ shape: { ...SHAPE, headDim: 1025 } }, RangeError, '@: shape.headDim must be an integer from 1 to 1024, got 1025'],
-  [{ shape: { ...SHAPE, valueDim: Infinity } }, RangeError, '@: shape.valueDim must be an integer from 1 to 1024, got Infinity'],
-  [{ shape: { ...SHAPE, batch: 2 ** 31 - 1, heads: 2 ** 30, kvHeads: 1, queryLength: 2 ** 30 } }, RangeError, 'which is beyond any array'],
-  [{ shape: { ...SHAPE, headDim: 7 } }, RangeError, '@: rotary.dim is headDim by default and must be even, headDim is 7; give an even rotary.dim, such as 6'],
+  [
+    { shape: { ...SHAPE, valueDim: Infinity } },
+    RangeError,
+    '@: shape.valueDim must be an integer from 1 to 1024, got Infinity',
+  ],
+  [
+    { shape: { ...SHAPE, batch: 2 ** 31 - 1, heads: 2 ** 30, kvHeads: 1, queryLength: 2 ** 30 } },
+    RangeError,
+    'which is beyond any array',
+  ],
+  [
+    { shape: { ...SHAPE, headDim: 7 } },
+    RangeError,
+    '@: rotary.dim is headDim by default and must be even, headDim is 7; give an even rotary.dim, such as 6',
+  ],
   [{ rotary: true }, TypeError, '@: rotary must be false or an object, got true'],
   [{ rotary: null }, TypeError, '@: rotary must be an object, got null'],
-  [{ rotary: { theta: 1 } }, TypeError, '@: there is no option rotary.theta; known are base, dim, interleaved, frequencies'],
+  [
+    { rotary: { theta: 1 } },
+    TypeError,
+    '@: there is no option rotary.theta; known are base, dim, interleaved, frequencies',
+  ],
   [{ rotary: { base: 0 } }, RangeError, '@: rotary.base must be positive and finite, got 0'],
   [{ rotary: { base: NaN } }, RangeError, '@: rotary.base must be positive and finite, got NaN'],
   [{ rotary: { base: '10000' } }, TypeError, "@: rotary.base must be a number, got '10000'"],
@@ -68,8 +88,16 @@ const COMMON: Case[] = [
   [{ rotary: { dim: 10 } }, RangeError, '@: rotary.dim must be an integer from 0 to 8, got 10'],
   [{ rotary: { interleaved: 1 } }, TypeError, '@: rotary.interleaved must be true or false, got 1'],
   [{ rotary: { frequencies: [1, 2, 3, 4] } }, TypeError, '@: rotary.frequencies must be a Float32Array, got an array'],
-  [{ rotary: { frequencies: new Float32Array(3) } }, RangeError, '@: rotary.frequencies has 3 values, rotary.dim/2 needs 4'],
-  [{ rotary: { frequencies: Float32Array.of(1, 2, NaN, 4) } }, RangeError, '@: rotary.frequencies[2] must be finite, got NaN'],
+  [
+    { rotary: { frequencies: new Float32Array(3) } },
+    RangeError,
+    '@: rotary.frequencies has 3 values, rotary.dim/2 needs 4',
+  ],
+  [
+    { rotary: { frequencies: Float32Array.of(1, 2, NaN, 4) } },
+    RangeError,
+    '@: rotary.frequencies[2] must be finite, got NaN',
+  ],
   [{ rotary: { base: 500, frequencies: new Float32Array(4) } }, TypeError, '@: rotary has both base and frequencies'],
   [{ scale: '1' }, TypeError, "@: scale must be a number, got '1'"],
   [{ scale: Infinity }, RangeError, '@: scale must be a finite float32, got Infinity'],
@@ -88,7 +116,11 @@ const COMMON: Case[] = [
   [{ method: 'toeplitz' }, RangeError, "@: method 'toeplitz' is not available in this version"],
   [{ method: 'fast' }, RangeError, "@: method must be one of 'auto', 'exact', 'polynomial', 'toeplitz', got 'fast'"],
   [{ method: 1 }, TypeError, '@: method must be one of'],
-  [{ tolerance: 1e-7 }, RangeError, '@: tolerance must be finite and at least 0.000001, the floor of float32 sums, got 1e-7'],
+  [
+    { tolerance: 1e-7 },
+    RangeError,
+    '@: tolerance must be finite and at least 0.000001, the floor of float32 sums, got 1e-7',
+  ],
   [{ tolerance: Infinity }, RangeError, '@: tolerance must be finite'],
   [{ tolerance: NaN }, RangeError, '@: tolerance must be finite'],
   [{ tolerance: '1e-3' }, TypeError, "@: tolerance must be a number, got '1e-3'"],
@@ -106,7 +138,9 @@ const COMMON: Case[] = [
 ];
 
 const CASES: [name: 'forward' | 'backward' | 'plan' | 'rotate', ...Case][] = [
-  ...(['forward', 'backward', 'plan'] as const).flatMap((name) => COMMON.map((one): (typeof CASES)[number] => [name, ...one])),
+  ...(['forward', 'backward', 'plan'] as const).flatMap((name) =>
+    COMMON.map((one): (typeof CASES)[number] => [name, ...one]),
+  ),
   ['forward', { v: undefined }, TypeError, '@: v must be a Float32Array, got undefined'],
   ['forward', { dOutput }, TypeError, '@: there is no option dOutput'],
   ['backward', { v: undefined }, TypeError, '@: v must be a Float32Array, got undefined'],
@@ -120,7 +154,12 @@ const CASES: [name: 'forward' | 'backward' | 'plan' | 'rotate', ...Case][] = [
   ['rotate', { x: args.k }, RangeError, '@: x has 224 values, shape needs 320'],
   ['rotate', { x: [1, 2] }, TypeError, '@: x must be a Float32Array, got an array'],
   ['rotate', { inverse: 1 }, TypeError, '@: inverse must be true or false, got 1'],
-  ['rotate', { causal: true }, TypeError, '@: there is no option causal; known are x, shape, rotary, queryOffset, inverse'],
+  [
+    'rotate',
+    { causal: true },
+    TypeError,
+    '@: there is no option causal; known are x, shape, rotary, queryOffset, inverse',
+  ],
   ['rotate', { shape: { ...SHAPE, headDim: 7 } }, RangeError, '@: rotary.dim is headDim by default'],
   ['rotate', { rotary: { dim: 3 } }, RangeError, '@: rotary.dim must be even, got 3'],
   ['rotate', { queryOffset: 2 ** 31 }, RangeError, '@: queryOffset must be an integer'],
@@ -150,14 +189,26 @@ describe('misuse', () => {
 
   const CREATE: [unknown, typeof TypeError | typeof RangeError, string][] = [
     [null, TypeError, 'createRopeAttention: its argument must be an object, got null'],
-    [{ simd: true }, TypeError, 'createRopeAttention: there is no option simd; known are wasm, relaxedSimd, maxMemoryBytes'],
+    [
+      { simd: true },
+      TypeError,
+      'createRopeAttention: there is no option simd; known are wasm, relaxedSimd, maxMemoryBytes',
+    ],
     [{ relaxedSimd: 'yes' }, RangeError, "createRopeAttention: relaxedSimd must be 'auto', true or false, got 'yes'"],
     [{ relaxedSimd: 1 }, TypeError, "createRopeAttention: relaxedSimd must be 'auto', true or false, got 1"],
     [{ maxMemoryBytes: '1' }, TypeError, "createRopeAttention: maxMemoryBytes must be a number, got '1'"],
-    [{ maxMemoryBytes: 0 }, RangeError, 'createRopeAttention: maxMemoryBytes must be above 0 and at most 4294967296, got 0'],
+    [
+      { maxMemoryBytes: 0 },
+      RangeError,
+      'createRopeAttention: maxMemoryBytes must be above 0 and at most 4294967296, got 0',
+    ],
     [{ maxMemoryBytes: 2 ** 33 }, RangeError, 'createRopeAttention: maxMemoryBytes must be above 0'],
     [{ maxMemoryBytes: 1000 }, RangeError, 'createRopeAttention: maxMemoryBytes is 1000, an instance at rest holds '],
-    [{ wasm: 7 }, TypeError, 'createRopeAttention: wasm must be an address, bytes, a Response or a WebAssembly.Module, got 7'],
+    [
+      { wasm: 7 },
+      TypeError,
+      'createRopeAttention: wasm must be an address, bytes, a Response or a WebAssembly.Module, got 7',
+    ],
     [{ wasm: {} }, TypeError, 'createRopeAttention: wasm must be'],
   ];
   test.each(CREATE)('createRopeAttention(%p)', async (options, kind, message) => {
@@ -167,7 +218,14 @@ describe('misuse', () => {
   });
 
   test('an option that is undefined is an option not given', () => {
-    const absent = { rotary: undefined, scale: undefined, causal: undefined, window: undefined, bias: undefined, degree: undefined };
+    const absent = {
+      rotary: undefined,
+      scale: undefined,
+      causal: undefined,
+      window: undefined,
+      bias: undefined,
+      degree: undefined,
+    };
     expect(attention.forward({ ...forwardArgs, ...absent }).output).toEqual(attention.forward(forwardArgs).output);
   });
 
@@ -194,7 +252,8 @@ describe('arguments', () => {
     ['views on shared memory', (bytes: number) => new SharedArrayBuffer(bytes)],
   ])('%s count as their part only, and are not written', (_, allocate) => {
     const given: BackwardArgs = { ...args };
-    for (const name of arrays) given[name] = inMiddle(args[name], allocate(4 * args[name].length + 64), 20) as Float32Array;
+    for (const name of arrays)
+      given[name] = inMiddle(args[name], allocate(4 * args[name].length + 64), 20) as Float32Array;
     const before = arrays.map((name) => new Uint8Array(given[name].buffer).slice());
     const expected = { ...attention.backward(args), ...attention.forward(forwardArgs) };
     const { dOutput: _dOutput, ...forwardGiven } = given;
@@ -245,9 +304,14 @@ describe('options reach the kernels', () => {
     const given = { ...args, ...setting };
     const { dOutput: _dOutput, ...forwardGiven } = given;
     const expected = { ...reference.forward(given), ...reference.backward(given) };
-    const got = { ...attention.forward({ ...forwardGiven, method: 'exact' }), ...attention.backward({ ...given, method: 'exact' }) };
+    const got = {
+      ...attention.forward({ ...forwardGiven, method: 'exact' }),
+      ...attention.backward({ ...given, method: 'exact' }),
+    };
     for (const name of ['output', 'lse', 'dq', 'dk', 'dv'] as const) {
-      expect(maxDifference(got[name], expected[name])).toBeLessThan(1e-5 * maxAbs(expected[name].filter(Number.isFinite)));
+      expect(maxDifference(got[name], expected[name])).toBeLessThan(
+        1e-5 * maxAbs(expected[name].filter(Number.isFinite)),
+      );
     }
     // The setting matters: without it the result is another one.
     const plain = reference.forward({ ...args });
@@ -261,7 +325,9 @@ describe('options reach the kernels', () => {
     const rotated = attention.rotate({ ...rotateArgs, ...setting });
     expect(maxDifference(rotated, expected)).toBeLessThan(1e-6 * maxAbs(args.q));
     expect(maxDifference(rotated, args.q)).toBeGreaterThan(0.1);
-    expect(maxDifference(attention.rotate({ ...rotateArgs, ...setting, x: rotated, inverse: true }), args.q)).toBeLessThan(1e-6 * maxAbs(args.q));
+    expect(
+      maxDifference(attention.rotate({ ...rotateArgs, ...setting, x: rotated, inverse: true }), args.q),
+    ).toBeLessThan(1e-6 * maxAbs(args.q));
     expect(attention.rotate({ ...rotateArgs, rotary: false })).toEqual(args.q);
   });
 
@@ -360,7 +426,8 @@ describe('an instance', () => {
       expect(error).toBeInstanceOf(RangeError);
       message = (error as Error).message;
     }
-    const [, needed, limit] = /^forward: needs (\d+) bytes of WebAssembly memory, the limit is (\d+)$/.exec(message) ?? [];
+    const [, needed, limit] =
+      /^forward: needs (\d+) bytes of WebAssembly memory, the limit is (\d+)$/.exec(message) ?? [];
     expect(Number(limit)).toBe(maxMemoryBytes);
     expect(Number(needed)).toBeGreaterThan(4 * q.byteLength); // q, k, v, output
     expect(small.memoryBytes).toBeLessThanOrEqual(maxMemoryBytes);

@@ -73,16 +73,48 @@ describe('sources', () => {
   });
 
   const FAULTS: [string, () => CreateOptions['wasm'], RegExp][] = [
-    ['a page instead of the file', () => `${origin}/page.wasm`, /^createRopeAttention: http:.*page\.wasm is not WebAssembly: expected magic word 00 61 73 6d, found 3c 21 44 4f \(39 bytes, content type text\/html\); this looks like HTML/],
-    ['an address that is not there', () => `${origin}/nothing.wasm`, /^createRopeAttention: http:.*nothing\.wasm answered 404 Not Found$/],
+    [
+      'a page instead of the file',
+      () => `${origin}/page.wasm`,
+      /^createRopeAttention: http:.*page\.wasm is not WebAssembly: expected magic word 00 61 73 6d, found 3c 21 44 4f \(39 bytes, content type text\/html\); this looks like HTML/,
+    ],
+    [
+      'an address that is not there',
+      () => `${origin}/nothing.wasm`,
+      /^createRopeAttention: http:.*nothing\.wasm answered 404 Not Found$/,
+    ],
     ['half a file', () => `${origin}/half.wasm`, /^createRopeAttention: cannot compile http:.*half\.wasm: /],
-    ['a server that is not there', () => 'http://127.0.0.1:9/x.wasm', /^createRopeAttention: cannot fetch http:\/\/127\.0\.0\.1:9\/x\.wasm: /],
-    ['a file that is not there', () => new URL('nothing.wasm', dist), /^createRopeAttention: cannot read file:.*nothing\.wasm: ENOENT/],
+    [
+      'a server that is not there',
+      () => 'http://127.0.0.1:9/x.wasm',
+      /^createRopeAttention: cannot fetch http:\/\/127\.0\.0\.1:9\/x\.wasm: /,
+    ],
+    [
+      'a file that is not there',
+      () => new URL('nothing.wasm', dist),
+      /^createRopeAttention: cannot read file:.*nothing\.wasm: ENOENT/,
+    ],
     ['an address that is none', () => 'no address', /^createRopeAttention: cannot fetch no address: /],
-    ['no bytes', () => new Uint8Array(0), /^createRopeAttention: the given view is not WebAssembly: .* found nothing \(0 bytes\)$/],
-    ['a used Response', () => used(new Response(bytes.slice())), /^createRopeAttention: cannot read the body of the given Response: /],
-    ['a module of another program', () => new WebAssembly.Module(bytes.slice(0, 8)), /^createRopeAttention: the given WebAssembly is not rope-attention's \(it has no memory\)$/],
-    ['a module with imports', () => importing(), /^createRopeAttention: the given WebAssembly is not rope-attention's \(it imports a\.b\)$/],
+    [
+      'no bytes',
+      () => new Uint8Array(0),
+      /^createRopeAttention: the given view is not WebAssembly: .* found nothing \(0 bytes\)$/,
+    ],
+    [
+      'a used Response',
+      () => used(new Response(bytes.slice())),
+      /^createRopeAttention: cannot read the body of the given Response: /,
+    ],
+    [
+      'a module of another program',
+      () => new WebAssembly.Module(bytes.slice(0, 8)),
+      /^createRopeAttention: the given WebAssembly is not rope-attention's \(it has no memory\)$/,
+    ],
+    [
+      'a module with imports',
+      () => importing(),
+      /^createRopeAttention: the given WebAssembly is not rope-attention's \(it imports a\.b\)$/,
+    ],
   ];
   test.each(FAULTS)('%s', async (_, source, message) => {
     await expect(createRopeAttention({ wasm: source() as WasmSource })).rejects.toThrow(message);
@@ -95,7 +127,9 @@ describe('sources', () => {
 
   test('a binary other than relaxedSimd says is refused', async () => {
     const module = new WebAssembly.Module(bytes.slice());
-    const expected = hasRelaxedSimd() ? 'relaxedSimd is true, the given wasm is the simd128 binary' : 'this JavaScript engine has no relaxed SIMD';
+    const expected = hasRelaxedSimd()
+      ? 'relaxedSimd is true, the given wasm is the simd128 binary'
+      : 'this JavaScript engine has no relaxed SIMD';
     await expect(createRopeAttention({ wasm: module, relaxedSimd: true })).rejects.toThrow(RangeError);
     await expect(createRopeAttention({ wasm: module, relaxedSimd: true })).rejects.toThrow(expected);
   });
@@ -119,7 +153,9 @@ describe('the embedded binaries', () => {
 
   test('without SIMD, or without relaxed SIMD, an error says so', async () => {
     const validate = jest.spyOn(WebAssembly, 'validate').mockReturnValue(false);
-    await expect(createRopeAttention()).rejects.toThrow('createRopeAttention: this JavaScript engine has no WebAssembly SIMD');
+    await expect(createRopeAttention()).rejects.toThrow(
+      'createRopeAttention: this JavaScript engine has no WebAssembly SIMD',
+    );
     validate.mockImplementation((probe) => !contains(probe as Uint8Array, [0xfd, 0x85, 0x02]));
     await expect(createRopeAttention({ relaxedSimd: true })).rejects.toThrow(RangeError);
     const attention = await createRopeAttention();
@@ -145,24 +181,27 @@ describe('the embedded binaries', () => {
     expect(lines).toEqual(['out of luck', '2']);
   });
 
-  test.each(['rope-attention.wasm', 'rope-attention.relaxed.wasm'])('%s imports nothing and is smaller than 96 KB', (name) => {
-    const content = new Uint8Array(readFileSync(new URL(name, dist)));
-    expect(content.length).toBeLessThan(96 * 1024);
-    // Sections are id, length (LEB128), content; imports are section 2. Read here, for engines that refuse the binary.
-    const sections: number[] = [];
-    for (let at = 8; at < content.length; ) {
-      sections.push(content[at++]);
-      let length = 0;
-      for (let shift = 0; ; shift += 7) {
-        const byte = content[at++];
-        length += (byte & 127) * 2 ** shift;
-        if (byte < 128) break;
+  test.each(['rope-attention.wasm', 'rope-attention.relaxed.wasm'])(
+    '%s imports nothing and is smaller than 96 KB',
+    (name) => {
+      const content = new Uint8Array(readFileSync(new URL(name, dist)));
+      expect(content.length).toBeLessThan(96 * 1024);
+      // Sections are id, length (LEB128), content; imports are section 2. Read here, for engines that refuse the binary.
+      const sections: number[] = [];
+      for (let at = 8; at < content.length;) {
+        sections.push(content[at++]);
+        let length = 0;
+        for (let shift = 0; ; shift += 7) {
+          const byte = content[at++];
+          length += (byte & 127) * 2 ** shift;
+          if (byte < 128) break;
+        }
+        at += length;
       }
-      at += length;
-    }
-    expect(sections).toContain(7); // exports
-    expect(sections).not.toContain(2);
-  });
+      expect(sections).toContain(7); // exports
+      expect(sections).not.toContain(2);
+    },
+  );
 
   test.each(binaries)('$file is the one that is embedded', async ({ relaxed, file: name }) => {
     const generated = await import('../dist/generated/wasm-bytes.js');

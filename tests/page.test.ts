@@ -262,6 +262,21 @@ describe('stored curves', () => {
     expect(bounds).toBeGreaterThan(50);
   });
 
+  test('are replaced point by point, times all at once', () => {
+    const dataset = new Dataset(DEFAULTS, storedPoints(stored, DEFAULTS));
+    const [points, times] = [dataset.size, dataset.times()];
+    dataset.add([{ ...dataset.byLength()[0], output: 0.5 }], 'live');
+    expect(dataset.size).toBe(points);
+    expect(dataset.byLength()[0]).toMatchObject({ source: 'live', output: 0.5 });
+    expect(dataset.byLength()[1].source).toBe('stored');
+    dataset.add([{ kind: 'time', length: 256, degree: null, forward: 1, backward: 2 }], 'live');
+    expect(dataset.times()).toHaveLength(1);
+    expect(dataset.retiredTimes).toEqual(times);
+    dataset.dropStored();
+    expect(dataset.size).toBe(2);
+    expect(dataset.retiredTimes).toEqual([]);
+  });
+
   test('are what packing makes of them', () => {
     for (const set of stored.sets) expect(pack(set.settings, unpack(set))).toEqual(set);
   });

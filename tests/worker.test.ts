@@ -157,7 +157,11 @@ describe('errors', () => {
     [{ signal: 'stop' }, TypeError, 'forward: signal must be an AbortSignal, got stop'],
     [{ onProgress: 1 }, TypeError, 'forward: onProgress must be a function, got 1'],
     // Found by the worker, while computing
-    [{ method: 'polynomial', degree: 0 }, RangeError, "forward: method 'polynomial' misses the tolerance 0.001: degree 0 has a sampled error of"],
+    [
+      { method: 'polynomial', degree: 0 },
+      RangeError,
+      "forward: method 'polynomial' misses the tolerance 0.001: degree 0 has a sampled error of",
+    ],
   ];
   test.each(CASES)('%o', async (changes, kind, message) => {
     const call = remote.forward({ ...smallForward, ...changes } as ForwardArgs);
@@ -168,7 +172,9 @@ describe('errors', () => {
 
   test('memory that is not there', async () => {
     const tight = await createRopeAttentionWorker({ maxMemoryBytes: 2 ** 20 });
-    await expect(tight.forward(largeForward)).rejects.toThrow(/^forward: needs \d+ bytes of WebAssembly memory, the limit is 1048576$/);
+    await expect(tight.forward(largeForward)).rejects.toThrow(
+      /^forward: needs \d+ bytes of WebAssembly memory, the limit is 1048576$/,
+    );
     await expect(tight.forward(largeForward)).rejects.toThrow(RangeError);
     await expect(tight.forward(smallForward)).resolves.toBeDefined();
     tight.dispose();
@@ -178,7 +184,10 @@ describe('errors', () => {
     [{ url: new URL('nowhere.js', dist) }, 'the url option'],
     [{ url: new URL('nowhere.js', dist) }, 'nowhere.js did not start'],
     [{ url: 3 as never }, 'createRopeAttentionWorker: url must be a string or a URL, got 3'],
-    [{ wasm: new Response('') as never }, 'createRopeAttentionWorker: wasm must be an address, bytes or a WebAssembly.Module, got a Response'],
+    [
+      { wasm: new Response('') as never },
+      'createRopeAttentionWorker: wasm must be an address, bytes or a WebAssembly.Module, got a Response',
+    ],
     [{ wasm: new URL('nothing.wasm', dist) }, 'cannot read file:'],
     [{ wasm: Uint8Array.of(1, 2, 3) }, 'is not WebAssembly: expected magic word'],
     [{ relaxedSimd: 'no' as never }, "createRopeAttentionWorker: relaxedSimd must be 'auto', true or false, got 'no'"],
@@ -232,7 +241,10 @@ describe('the end', () => {
     ['after dispose', 'remote.dispose();'],
     ['with an idle worker', ''],
   ])('a process ends %s, not before its calls', (_, end) => {
-    const { status, stdout, stderr } = spawnSync(process.execPath, ['--input-type=module', '-e', script(end)], { timeout: 20_000, encoding: 'utf8' });
+    const { status, stdout, stderr } = spawnSync(process.execPath, ['--input-type=module', '-e', script(end)], {
+      timeout: 20_000,
+      encoding: 'utf8',
+    });
     expect({ status, stdout, stderr }).toEqual({ status: 0, stdout: '1\n', stderr: '' });
   });
 });

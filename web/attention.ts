@@ -14,7 +14,17 @@ import { certify, scoreRadius } from './certificate.js';
 import type { Pass } from './cost.js';
 import { Kernel, type Bounds, type Session } from './kernel.js';
 import { loadModule } from './load.js';
-import { choose, costOf, flopsOf, refuseMiss, short, workspaceOf, type Attempt, type Plan, type Task } from './planner.js';
+import {
+  choose,
+  costOf,
+  flopsOf,
+  refuseMiss,
+  short,
+  workspaceOf,
+  type Attempt,
+  type Plan,
+  type Task,
+} from './planner.js';
 import type { Measured } from './sampling.js';
 import { rank } from './theory.js';
 import type { BackwardArgs, BackwardResult, CreateOptions, ForwardArgs, ForwardResult, PlanArgs } from './types.js';
@@ -123,7 +133,8 @@ export class Attention implements RopeAttention {
     try {
       const plan = yield* this.#plan(session, task, inputs);
       const chosen = plan.attempts[0];
-      const coefficients = chosen.coefficients ?? (chosen.degree === null ? null : yield* plan.sampler.coefficients(chosen.degree));
+      const coefficients =
+        chosen.coefficients ?? (chosen.degree === null ? null : yield* plan.sampler.coefficients(chosen.degree));
       if (problem.method === 'polynomial' && !(errorOf(chosen) <= problem.tolerance)) {
         refuseMiss(task, `degree ${chosen.degree} has a predicted error of ${short(errorOf(chosen))}`);
       }
@@ -132,14 +143,28 @@ export class Attention implements RopeAttention {
       yield 1;
       const reason = explain(task, { ...chosen, bound }, chosen.predicted, 'predicted', plan.because, []);
       const cost = costOf(problem, passes, chosen.degree);
-      return reportOf(task, chosen, plan.bounds, bound, chosen.predicted, bytes, this.#rate && cost / this.#rate, reason);
+      return reportOf(
+        task,
+        chosen,
+        plan.bounds,
+        bound,
+        chosen.predicted,
+        bytes,
+        this.#rate && cost / this.#rate,
+        reason,
+      );
     } finally {
       session.close();
     }
   }
 
   /** The whole of a call: `read` copies the results out of the finished session. */
-  *#compute<T>(name: 'forward' | 'backward', call: Call, passes: readonly Pass[], read: (session: Session, report: Report) => T): Generator<number, T> {
+  *#compute<T>(
+    name: 'forward' | 'backward',
+    call: Call,
+    passes: readonly Pass[],
+    read: (session: Session, report: Report) => T,
+  ): Generator<number, T> {
     const start = performance.now();
     const { problem, inputs } = call;
     const task: Task = { name, problem, pass: name, passes, hasValues: true, predict: false };
@@ -162,7 +187,10 @@ export class Attention implements RopeAttention {
           if (!last) continue;
         }
         const bytes = session.bytes;
-        const ran = { ...attempt, bound: boundOf(task, { ...attempt, coefficients: outcome.coefficients }, plan.bounds) };
+        const ran = {
+          ...attempt,
+          bound: boundOf(task, { ...attempt, coefficients: outcome.coefficients }, plan.bounds),
+        };
         const reason = explain(task, ran, outcome.measured, 'sampled', plan.because, [...outcome.notes, ...misses]);
         const report = reportOf(outcome.task, attempt, plan.bounds, ran.bound, outcome.measured, bytes, null, reason);
         const result = read(session, report);
@@ -185,9 +213,22 @@ export class Attention implements RopeAttention {
   }
 
   /** Runs one engine and, for a polynomial, checks it. */
-  *#attempt(session: Session, task: Task, plan: Plan, attempt: Attempt, from: number, to: number): Generator<number, Outcome> {
+  *#attempt(
+    session: Session,
+    task: Task,
+    plan: Plan,
+    attempt: Attempt,
+    from: number,
+    to: number,
+  ): Generator<number, Outcome> {
     if (attempt.degree === null) return yield* this.#exact(session, task, plan, from, to);
-    const failed = (miss: string, coefficients: Float32Array | null) => ({ task, coefficients, measured: null, miss, notes: [] });
+    const failed = (miss: string, coefficients: Float32Array | null) => ({
+      task,
+      coefficients,
+      measured: null,
+      miss,
+      notes: [],
+    });
     const coefficients = attempt.coefficients ?? (yield* plan.sampler.coefficients(attempt.degree));
     if (!coefficients) return failed('has coefficients beyond float32', null);
 
@@ -195,9 +236,16 @@ export class Attention implements RopeAttention {
     session.setEngine(attempt.degree, coefficients);
     const positive = yield* this.#run(session, task, task.passes, attempt.degree, from, to);
     const measured = yield* plan.sampler.check(task.pass);
-    if (!positive) return { ...failed('has rows whose weights do not add up to a positive number', coefficients), measured };
+    if (!positive)
+      return { ...failed('has rows whose weights do not add up to a positive number', coefficients), measured };
     const met = measured.error <= task.problem.tolerance;
-    return { task, coefficients, measured, miss: met ? null : `has a sampled error of ${short(measured.error)}`, notes: [] };
+    return {
+      task,
+      coefficients,
+      measured,
+      miss: met ? null : `has a sampled error of ${short(measured.error)}`,
+      notes: [],
+    };
   }
 
   /**
@@ -221,13 +269,20 @@ export class Attention implements RopeAttention {
   }
 
   /** Runs all units of the passes; false when the polynomial's weights are not positive. */
-  *#run(session: Session, { problem }: Task, passes: readonly Pass[], degree: number | null, from: number, to: number): Generator<number, boolean> {
+  *#run(
+    session: Session,
+    { problem }: Task,
+    passes: readonly Pass[],
+    degree: number | null,
+    from: number,
+    to: number,
+  ): Generator<number, boolean> {
     const total = costOf(problem, passes, degree);
     let [done, milliseconds, positive] = [0, 0, true];
     for (const pass of passes) {
       const units = session.units(pass);
       const share = costOf(problem, [pass], degree) / total;
-      for (let unit = 0, slice = 1; unit < units; ) {
+      for (let unit = 0, slice = 1; unit < units;) {
         const last = Math.min(units, unit + slice);
         const start = performance.now();
         positive = session.run(pass, unit, last) && positive;
@@ -272,19 +327,31 @@ function errorOf(attempt: Attempt): number {
 }
 
 /** Proved bound of the output error of what runs; null for exact, for gradients, and where there is none. */
-function boundOf({ problem, pass }: Task, { degree, coefficients, bound }: Attempt, bounds: readonly Bounds[]): number | null {
+function boundOf(
+  { problem, pass }: Task,
+  { degree, coefficients, bound }: Attempt,
+  bounds: readonly Bounds[],
+): number | null {
   if (degree === null || pass === 'backward') return null;
   return bound ?? (coefficients && certify(problem, coefficients, degree, bounds));
 }
 
 /** The report's sentence. */
-function explain(task: Task, ran: Attempt, measured: Measured | null, kind: 'sampled' | 'predicted', because: string, notes: readonly string[]): string {
+function explain(
+  task: Task,
+  ran: Attempt,
+  measured: Measured | null,
+  kind: 'sampled' | 'predicted',
+  because: string,
+  notes: readonly string[],
+): string {
   const { problem, passes } = task;
   const parts: string[] = because === '' ? [] : [because];
   if (ran.degree === null) return `exact: ${parts.concat(notes).join('; ')}`;
   const ratio = costOf(problem, passes, null) / costOf(problem, passes, ran.degree);
   parts.push(`predicted ${ratio >= 1 ? `${figures(ratio)}x cheaper` : `${figures(1 / ratio)}x dearer`} than exact`);
-  const within = (error: number) => `${short(error)} ${error <= problem.tolerance ? 'within' : 'above'} ${problem.tolerance}`;
+  const within = (error: number) =>
+    `${short(error)} ${error <= problem.tolerance ? 'within' : 'above'} ${problem.tolerance}`;
   if (problem.guarantee === 'certified' && ran.bound !== null) parts.push(`certified error ${within(ran.bound)}`);
   if (measured) parts.push(`${kind} error ${within(measured.error)}`);
   const sentence = `polynomial of degree ${ran.degree} (rank ${rank(problem.headDim, ran.degree)}): ${parts.join(', ')}`;

@@ -5,7 +5,8 @@
 // By Cauchy-Schwarz every score of a key/value head, centred, lies in [-R, R], R = |scale| max|q_i| max|Rk_j - mean Rk|. If
 // |p(s) exp(-s) - 1| <= t < 1 there, the engine's weights are w_j (1 + e_j), |e_j| <= t, w the true ones, and the output
 // moves by at most `certifiedBound(t)` of theory.ts, 2 (1 - sqrt(1 - t^2)) / t, about t: a sharp bound, derived there.
-// float32 adds the term of `roundingBound`. What the float32 rounding of an exact attention would add is not counted.
+// float32 adds the term of `roundingBound`. Not counted is what no float32 result can avoid: the rounding of v and of the
+// output themselves, one part in 2^24 of |v|.
 
 import type { Bounds } from './kernel.js';
 import { relativeError } from './polynomial.js';
@@ -15,7 +16,10 @@ import type { Geometry } from './validate.js';
 /** Unit roundoff of float32. */
 const UNIT = 2 ** -24;
 
-/** The engine sums over keys in chunks of 32 and then over chunks, over features in blocks of 48 and then over blocks. */
+/**
+ * The engine sums over keys in chunks of 32 and then over chunks, over features in blocks of 48 and then over blocks (which
+ * end with each degree), and over the keys of the exact diagonal block last.
+ */
 const KEY_CHUNK = 32;
 const FEATURE_BLOCK = 48;
 
@@ -36,12 +40,21 @@ export function scoreRadius(g: Geometry, bounds: Bounds): number {
  * @param t relative error of the polynomial on [-radius, radius], so that min p >= (1 - t) exp(-radius).
  * @param valueRatio largest |v| that the engine sums over half the range of v.
  */
-export function roundingBound(g: Geometry, coefficients: ArrayLike<number>, radius: number, t: number, bounds: Bounds, valueRatio: number): number {
+export function roundingBound(
+  g: Geometry,
+  coefficients: ArrayLike<number>,
+  radius: number,
+  t: number,
+  bounds: Bounds,
+  valueRatio: number,
+): number {
   const degree = coefficients.length - 1;
   const overKeys = KEY_CHUNK + Math.ceil(g.keyLength / KEY_CHUNK);
-  const overFeatures = FEATURE_BLOCK + Math.ceil(rank(g.headDim, degree) / FEATURE_BLOCK);
-  const products = 2 * degree + 6;
-  const gamma = ((n) => (n < 1 ? n / (1 - n) : Infinity))((overKeys + overFeatures + products) * UNIT);
+  const overFeatures =
+    FEATURE_BLOCK + Math.ceil(rank(g.headDim, degree) / FEATURE_BLOCK) + degree + (g.causal ? KEY_CHUNK : 0);
+  const products = 2 * degree + 6; // features of q and k, weights, [v, 1], the quotient
+  const chain = (overKeys + overFeatures + products) * UNIT;
+  const gamma = chain < 1 ? chain / (1 - chain) : Infinity;
   let magnitude = 0;
   for (let m = degree; m >= 0; m--) magnitude = magnitude * radius + Math.abs(coefficients[m]);
   const sums = (2 * gamma * magnitude * valueRatio) / ((1 - t) * Math.exp(-radius));
@@ -55,7 +68,12 @@ export function roundingBound(g: Geometry, coefficients: ArrayLike<number>, radi
  *
  * @param coefficients [heads][degree + 1], as the engine takes them.
  */
-export function certify(g: Geometry, coefficients: Float32Array, degree: number, heads: readonly Bounds[]): number | null {
+export function certify(
+  g: Geometry,
+  coefficients: Float32Array,
+  degree: number,
+  heads: readonly Bounds[],
+): number | null {
   let largest = 0;
   for (const [n, bounds] of heads.entries()) {
     const own = coefficients.subarray(n * (degree + 1), (n + 1) * (degree + 1));

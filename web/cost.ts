@@ -47,7 +47,9 @@ export function polynomialFlops(g: Geometry, pass: Pass, degree: number): number
 /** Operations at peak speed that take as long as the pass: `degree` null for the exact engine. */
 export function cost(g: Geometry, pass: Pass, degree: number | null): number {
   const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
-  return degree === null ? exactFlops(g, pass) / share.exact[pass] : polynomialFlops(g, pass, degree) / share.polynomial[pass];
+  return degree === null
+    ? exactFlops(g, pass) / share.exact[pass]
+    : polynomialFlops(g, pass, degree) / share.polynomial[pass];
 }
 
 /** The same for the sampling that goes with the polynomial engine, by the number of degrees to compare. */

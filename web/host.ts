@@ -9,5 +9,7 @@ interface Host {
 /** The Node module `name` ('node:fs'), undefined where there is none: browsers, and Node before 20.16. */
 export function builtin<T>(name: string): T | undefined {
   const { process } = globalThis as Host;
-  return typeof process?.getBuiltinModule === 'function' ? (process.getBuiltinModule(name) as T | undefined) : undefined;
+  return typeof process?.getBuiltinModule === 'function'
+    ? (process.getBuiltinModule(name) as T | undefined)
+    : undefined;
 }

@@ -6,5 +6,11 @@ export { createRopeAttention } from './attention.js';
 export { createRopeAttentionWorker } from './worker-client.js';
 export { reference } from './reference.js';
 export * as theory from './theory.js';
-export type { ReferenceBackward, ReferenceBackwardArgs, ReferenceForward, ReferenceForwardArgs, ReferenceRotateArgs } from './reference.js';
+export type {
+  ReferenceBackward,
+  ReferenceBackwardArgs,
+  ReferenceForward,
+  ReferenceForwardArgs,
+  ReferenceRotateArgs,
+} from './reference.js';
 export type * from './types.js';

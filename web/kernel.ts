@@ -29,10 +29,27 @@ interface Exports {
   ra_units(problem: number, pass: number): number;
   ra_run(problem: number, arrays: number, pass: number, workspace: number, first: number, last: number): number;
   ra_rotate_workspace(problem: number): number;
-  ra_rotate(problem: number, x: number, y: number, rows: number, position: number, inverse: number, workspace: number): number;
+  ra_rotate(
+    problem: number,
+    x: number,
+    y: number,
+    rows: number,
+    position: number,
+    inverse: number,
+    workspace: number,
+  ): number;
   ra_sample_workspace(problem: number): number;
   ra_sample_prepare(problem: number, arrays: number, head: number, bounds: number, workspace: number): number;
-  ra_sample_scores(p: number, x: number, head: number, rows: number, count: number, stride: number, scores: number, workspace: number): number;
+  ra_sample_scores(
+    p: number,
+    x: number,
+    head: number,
+    rows: number,
+    count: number,
+    stride: number,
+    scores: number,
+    workspace: number,
+  ): number;
   ra_sample_rows(
     p: number,
     x: number,
@@ -46,13 +63,35 @@ interface Exports {
     dq: number,
     workspace: number,
   ): number;
-  ra_sample_columns(p: number, x: number, head: number, keys: number, count: number, dk: number, dv: number, workspace: number): number;
+  ra_sample_columns(
+    p: number,
+    x: number,
+    head: number,
+    keys: number,
+    count: number,
+    dk: number,
+    dv: number,
+    workspace: number,
+  ): number;
   ra_relaxed(): number;
 }
 
-const EXPORTS = ['memory', '__heap_base', 'ra_workspace', 'ra_units', 'ra_run', 'ra_rotate_workspace', 'ra_rotate'].concat(
-  ['ra_sample_workspace', 'ra_sample_prepare', 'ra_sample_scores', 'ra_sample_rows', 'ra_sample_columns', 'ra_relaxed'],
-);
+const EXPORTS = [
+  'memory',
+  '__heap_base',
+  'ra_workspace',
+  'ra_units',
+  'ra_run',
+  'ra_rotate_workspace',
+  'ra_rotate',
+].concat([
+  'ra_sample_workspace',
+  'ra_sample_prepare',
+  'ra_sample_scores',
+  'ra_sample_rows',
+  'ra_sample_columns',
+  'ra_relaxed',
+]);
 const OK = 0;
 const NOT_POSITIVE = -3;
 const [EXACT, POLYNOMIAL] = [1, 2];
@@ -76,13 +115,18 @@ export class Kernel {
 
   /** @throws Error for a module of another kind; RangeError when the empty instance is larger than the limit. */
   static async create(name: string, module: WebAssembly.Module, maxMemoryBytes: number): Promise<Kernel> {
-    const foreign = (why: string, cause?: unknown) => new Error(`${name}: the given WebAssembly is not rope-attention's (${why})`, { cause });
+    const foreign = (why: string, cause?: unknown) =>
+      new Error(`${name}: the given WebAssembly is not rope-attention's (${why})`, { cause });
     const [needed] = WebAssembly.Module.imports(module);
     if (needed) throw foreign(`it imports ${needed.module}.${needed.name}`);
     const exports = (await WebAssembly.instantiate(module)).exports as unknown as Exports;
     const missing = EXPORTS.find((one) => !(one in exports));
     if (missing) throw foreign(`it has no ${missing}`);
-    const arena = new Arena(exports.memory, exports.__heap_base.value as number, Math.min(maxMemoryBytes, MEMORY_LIMIT));
+    const arena = new Arena(
+      exports.memory,
+      exports.__heap_base.value as number,
+      Math.min(maxMemoryBytes, MEMORY_LIMIT),
+    );
     if (arena.bytes > maxMemoryBytes) {
       throw new RangeError(`${name}: maxMemoryBytes is ${maxMemoryBytes}, an instance at rest holds ${arena.bytes}`);
     }
@@ -245,7 +289,9 @@ export class Session {
       arrays.dk = floats(size.k);
       arrays.dv = floats(size.v);
     }
-    this.#sampling = this.#arena.reserve(this.#size(this.#exports.ra_sample_workspace(this.#at.problem), 'ra_sample_workspace'));
+    this.#sampling = this.#arena.reserve(
+      this.#size(this.#exports.ra_sample_workspace(this.#at.problem), 'ra_sample_workspace'),
+    );
     this.#loaded = this.#arena.needed;
     this.#arena.reserve(workspaceBytes);
     this.#arena.check(this.#name);
@@ -279,7 +325,14 @@ export class Session {
   /** Runs units first .. last-1; false when the polynomial's weights are not positive everywhere. */
   run(pass: Pass, first: number, last: number): boolean {
     this.#check();
-    const code = this.#exports.ra_run(this.#at.problem, this.#at.arrays, passNumber(pass), this.#workspace, first, last);
+    const code = this.#exports.ra_run(
+      this.#at.problem,
+      this.#at.arrays,
+      passNumber(pass),
+      this.#workspace,
+      first,
+      last,
+    );
     if (code === NOT_POSITIVE) return false;
     this.#expect(code, 'ra_run');
     return true;
@@ -315,7 +368,8 @@ export class Session {
     const at = this.#at;
     this.#arena.writeIntegers(at.rows, rows);
     const { ra_sample_scores } = this.#exports;
-    const count = ra_sample_scores(at.problem, at.arrays, head, at.rows, rows.length, stride, at.scores, this.#sampling) >>> 0;
+    const count =
+      ra_sample_scores(at.problem, at.arrays, head, at.rows, rows.length, stride, at.scores, this.#sampling) >>> 0;
     if (count > SAMPLE_ROWS * this.geometry.keyLength) throw this.#failure('ra_sample_scores', count | 0);
     return this.#arena.readFloats(at.scores, count);
   }
@@ -330,7 +384,19 @@ export class Session {
     const [own, degree] = coefficients ? [at.own, coefficients.length - 1] : [0, 0];
     const { ra_sample_rows } = this.#exports;
     const dq = gradient ? at.dq : 0;
-    const code = ra_sample_rows(at.problem, at.arrays, head, at.rows, rows.length, own, degree, at.out, at.lse, dq, this.#sampling);
+    const code = ra_sample_rows(
+      at.problem,
+      at.arrays,
+      head,
+      at.rows,
+      rows.length,
+      own,
+      degree,
+      at.out,
+      at.lse,
+      dq,
+      this.#sampling,
+    );
     if (code !== NOT_POSITIVE) this.#expect(code, 'ra_sample_rows');
     return {
       positive: code === OK,
@@ -346,7 +412,10 @@ export class Session {
     const at = this.#at;
     this.#arena.writeIntegers(at.rows, keys);
     const { ra_sample_columns } = this.#exports;
-    this.#expect(ra_sample_columns(at.problem, at.arrays, head, at.rows, keys.length, at.dk, at.dv, this.#sampling), 'ra_sample_columns');
+    this.#expect(
+      ra_sample_columns(at.problem, at.arrays, head, at.rows, keys.length, at.dk, at.dv, this.#sampling),
+      'ra_sample_columns',
+    );
     const { headDim, valueDim } = this.geometry;
     return {
       dk: this.#arena.readFloats(at.dk, keys.length * headDim),
@@ -365,7 +434,10 @@ export class Session {
     this.#arena.writeFloats(at, x);
     for (let head = 0; head < batch * heads; head++) {
       const rows = at + 4 * head * queryLength * headDim;
-      this.#expect(ra_rotate(this.#at.problem, rows, rows, queryLength, queryOffset, Number(inverse), workspace), 'ra_rotate');
+      this.#expect(
+        ra_rotate(this.#at.problem, rows, rows, queryLength, queryOffset, Number(inverse), workspace),
+        'ra_rotate',
+      );
     }
     return this.#arena.readFloats(at, x.length);
   }
@@ -378,7 +450,8 @@ export class Session {
   }
 
   #check(): void {
-    if (!this.#open) throw new Error(`${this.#name}: this call was left: its instance was disposed or began another call`);
+    if (!this.#open)
+      throw new Error(`${this.#name}: this call was left: its instance was disposed or began another call`);
   }
 
   #size(bytes: number, what: string): number {

@@ -53,7 +53,8 @@ async function fromSource(source: WasmSource): Promise<WebAssembly.Module> {
   if (ArrayBuffer.isView(source)) {
     return compile(new Uint8Array(source.buffer, source.byteOffset, source.byteLength), 'the given view');
   }
-  if (tag === 'ArrayBuffer' || tag === 'SharedArrayBuffer') return compile(new Uint8Array(source as ArrayBuffer), `the given ${tag}`);
+  if (tag === 'ArrayBuffer' || tag === 'SharedArrayBuffer')
+    return compile(new Uint8Array(source as ArrayBuffer), `the given ${tag}`);
   const kind = source === null || typeof source !== 'object' ? String(source) : tag;
   throw new TypeError(`${NAME}: wasm must be an address, bytes, a Response or a WebAssembly.Module, got ${kind}`);
 }
@@ -67,7 +68,10 @@ async function fromAddress(address: string): Promise<WebAssembly.Module> {
   return fromResponse(await attempt(() => fetch(address), `cannot fetch ${address}`), address);
 }
 
-async function fromResponse(response: Response, address = response.url || 'the given Response'): Promise<WebAssembly.Module> {
+async function fromResponse(
+  response: Response,
+  address = response.url || 'the given Response',
+): Promise<WebAssembly.Module> {
   if (!response.ok) throw new Error(`${NAME}: ${address} answered ${response.status} ${response.statusText}`.trimEnd());
   const bytes = await attempt(() => response.arrayBuffer(), `cannot read the body of ${address}`);
   return compile(new Uint8Array(bytes), address, response.headers.get('content-type') ?? 'none');
@@ -78,8 +82,11 @@ async function compile(bytes: Uint8Array, origin: string, contentType?: string):
   if (!MAGIC.every((byte, n) => bytes[n] === byte)) {
     const found = Array.from(bytes.subarray(0, 4), (byte) => byte.toString(16).padStart(2, '0')).join(' ') || 'nothing';
     const type = contentType === undefined ? '' : `, content type ${contentType}`;
-    const html = bytes[0] === 0x3c ? '; this looks like HTML, so the file is probably not where the server was asked for it' : '';
-    throw new Error(`${NAME}: ${origin} is not WebAssembly: expected magic word 00 61 73 6d, found ${found} (${bytes.length} bytes${type})${html}`);
+    const html =
+      bytes[0] === 0x3c ? '; this looks like HTML, so the file is probably not where the server was asked for it' : '';
+    throw new Error(
+      `${NAME}: ${origin} is not WebAssembly: expected magic word 00 61 73 6d, found ${found} (${bytes.length} bytes${type})${html}`,
+    );
   }
   return attempt(() => WebAssembly.compile(bytes.slice()), `cannot compile ${origin}`);
 }

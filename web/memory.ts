@@ -120,7 +120,10 @@ export class Arena {
     try {
       this.#memory.grow(Math.ceil((needed - held) / PAGE));
     } catch (cause) {
-      throw new RangeError(`${caller}: needs ${needed} bytes of WebAssembly memory, the engine gives no more than the present ${held}`, { cause });
+      throw new RangeError(
+        `${caller}: needs ${needed} bytes of WebAssembly memory, the engine gives no more than the present ${held}`,
+        { cause },
+      );
     }
   }
 

@@ -72,7 +72,8 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
 
   if (problem.method === 'exact') return exactly('as asked');
   if (!bounds.every((one) => one.finite === 1)) {
-    if (problem.method === 'polynomial') throw new RangeError(`${name}: method 'polynomial' needs finite inputs, found NaN or infinity`);
+    if (problem.method === 'polynomial')
+      throw new RangeError(`${name}: method 'polynomial' needs finite inputs, found NaN or infinity`);
     return exactly('the inputs hold NaN or infinity, which no polynomial stands');
   }
   const degrees = candidates(session, task);
@@ -93,7 +94,12 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   // Half the tolerance, so that other rows may be worse than the pilot's.
   const fitting = degrees.filter((degree) => errorOf(degree) <= problem.tolerance * (auto ? 0.5 : 1));
   if (fitting.length > 0) {
-    return { bounds, sampler, attempts: [...fitting.map(attemptOf), ...(auto ? [EXACT] : [])], because: auto ? '' : 'as asked' };
+    return {
+      bounds,
+      sampler,
+      attempts: [...fitting.map(attemptOf), ...(auto ? [EXACT] : [])],
+      because: auto ? '' : 'as asked',
+    };
   }
   const best = degrees.reduce((a, b) => (errorOf(b) < errorOf(a) ? b : a));
   const what = `at best degree ${best} with a predicted error of ${short(errorOf(best))}`;
@@ -115,7 +121,8 @@ export function short(error: number): string {
 
 /** Degrees to consider, ascending: for `auto` those predicted cheaper than exact, the sampling included. */
 function candidates(session: Session, { problem, pass, passes }: Task): number[] {
-  const all = problem.degree === null ? Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree) : [problem.degree];
+  const all =
+    problem.degree === null ? Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree) : [problem.degree];
   const forced = problem.method === 'polynomial';
   const cheaper = (than: number) => all.filter((degree) => costOf(problem, passes, degree) < than);
   const exact = costOf(problem, passes, null);
@@ -144,7 +151,10 @@ function* chooseCertified(
   for (const degree of degrees) {
     const coefficients = new Float32Array(session.heads * (degree + 1));
     for (const [head, one] of bounds.entries()) {
-      coefficients.set(minimax(degree, Math.min(scoreRadius(problem, one), Number.MAX_VALUE)).coefficients, head * (degree + 1));
+      coefficients.set(
+        minimax(degree, Math.min(scoreRadius(problem, one), Number.MAX_VALUE)).coefficients,
+        head * (degree + 1),
+      );
       yield 0;
     }
     const one = attempt(degree, { coefficients, bound: certify(problem, coefficients, degree, bounds) });
@@ -156,7 +166,13 @@ function* chooseCertified(
   const boundOf = (one: Attempt) => one.bound ?? Infinity;
   const best = tried.reduce((a, b) => (boundOf(b) < boundOf(a) ? b : a));
   const what = `degree ${best.degree} is certified to ${best.bound === null ? 'nothing' : short(best.bound)}`;
-  if (auto) return { bounds, sampler, attempts: [EXACT], because: `no cheaper polynomial is certified within ${problem.tolerance}, at best ${what}` };
+  if (auto)
+    return {
+      bounds,
+      sampler,
+      attempts: [EXACT],
+      because: `no cheaper polynomial is certified within ${problem.tolerance}, at best ${what}`,
+    };
   refuseMiss(task, `at best ${what}`);
   const least = leastBad(task, degrees, (degree) => boundOf(tried.find((one) => one.degree === degree)!));
   return { bounds, sampler, attempts: [tried.find((one) => one.degree === least)!], because: 'as asked' };

@@ -142,7 +142,9 @@ export class Sampler {
         const exact = this.#session.rows(head, rows, null, false);
         tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range);
         const lse = this.#gather('lse', head, rows);
-        exact.lse.forEach((value, n) => (largest = worse(largest, Math.abs(value - lse[n]) / Math.max(1, Math.abs(value)))));
+        exact.lse.forEach(
+          (value, n) => (largest = worse(largest, Math.abs(value - lse[n]) / Math.max(1, Math.abs(value)))),
+        );
         yield 0;
       }
     }
@@ -170,7 +172,9 @@ export class Sampler {
   #checkRows(head: number): number[][] {
     const portions = Math.ceil(CHECK_ROWS / SAMPLE_ROWS / this.#looked.length);
     const rows = this.#rows(head, CHECK, portions * SAMPLE_ROWS, this.#pilotRows(head));
-    return Array.from({ length: Math.ceil(rows.length / SAMPLE_ROWS) }, (_, n) => rows.slice(n * SAMPLE_ROWS, (n + 1) * SAMPLE_ROWS));
+    return Array.from({ length: Math.ceil(rows.length / SAMPLE_ROWS) }, (_, n) =>
+      rows.slice(n * SAMPLE_ROWS, (n + 1) * SAMPLE_ROWS),
+    );
   }
 
   /** Rows of a head, the one of the largest query first, else none of `taken` as long as there are others. */
@@ -189,7 +193,12 @@ export class Sampler {
   }
 
   #checkKeys(head: number): number[] {
-    const keys = draw(SAMPLE_ROWS, this.#session.geometry.keyLength, [this.#bounds[head].k_argmax], random(this.#seed, head, CHECK));
+    const keys = draw(
+      SAMPLE_ROWS,
+      this.#session.geometry.keyLength,
+      [this.#bounds[head].k_argmax],
+      random(this.#seed, head, CHECK),
+    );
     return keys.sort((a, b) => a - b);
   }
 
@@ -271,7 +280,15 @@ function outputError(exact: Float32Array, got: Float32Array, halfRange: number):
 }
 
 /** Relative Frobenius error. */
-function ratio({ difference, reference, rounding }: { difference: number; reference: number; rounding: number }): number {
+function ratio({
+  difference,
+  reference,
+  rounding,
+}: {
+  difference: number;
+  reference: number;
+  rounding: number;
+}): number {
   if (difference <= rounding) return 0; // 0 / 0 included
   return worse(0, Math.sqrt(difference / reference));
 }
@@ -293,7 +310,13 @@ function totalVariation(scores: Float32Array, coefficients: Float32Array): numbe
 }
 
 /** Up to `count` different numbers below `total`: those of `first`, then random ones, those of `avoid` only when short. */
-function draw(count: number, total: number, first: readonly number[], next: () => number, avoid: ReadonlySet<number> = new Set()): number[] {
+function draw(
+  count: number,
+  total: number,
+  first: readonly number[],
+  next: () => number,
+  avoid: ReadonlySet<number> = new Set(),
+): number[] {
   const drawn = new Set(first);
   const wanted = Math.min(count, total);
   const others = total - new Set([...first, ...avoid]).size;

@@ -27,7 +27,7 @@ export interface Rotary {
   dim?: number;
   /** Pairs are (p, p + dim/2) when false (Llama, NeoX), (2p, 2p + 1) when true (GPT-J). Default false. */
   interleaved?: boolean;
-  /** Radians per position, one for each pair, instead of `base`: dim/2 finite numbers. */
+  /** Radians per position, one for each pair, instead of `base` (not both): dim/2 finite numbers. */
   frequencies?: Float32Array;
 }
 
@@ -42,11 +42,11 @@ export interface Options {
   shape: Shape;
   /** `false`: no rotation. Default `{}`. */
   rotary?: false | Rotary;
-  /** Factor on the scores, finite. Default 1/sqrt(headDim). */
+  /** Factor on the scores, finite as a float32; may be negative. Default 1/sqrt(headDim). */
   scale?: number;
   /** Key j is allowed for query i when j <= i + queryOffset. Default false. */
   causal?: boolean;
-  /** Position of query 0 (key 0 is at position 0); an integer. Default 0. */
+  /** Position of query 0 (key 0 is at position 0); an integer of 32 bits, queryOffset + queryLength too. Default 0. */
   queryOffset?: number;
   /** Only [-1, -1] (unbounded) so far: other windows are a RangeError. */
   window?: readonly [left: number, right: number];
@@ -63,7 +63,7 @@ export interface Options {
    * backward: |dX - exact|_F <= tolerance * |dX|_F for each of dq, dk, dv. Default 1e-3, at least 1e-6.
    */
   tolerance?: number;
-  /** Default 'sampled'. */
+  /** Default 'sampled'. Of gradients there is no certificate: 'certified' computes them exactly. */
   guarantee?: Guarantee;
   /** Degree of the polynomial, 0 to 8, instead of the planner's choice; with `method: 'polynomial'` or 'auto'. */
   degree?: number;
@@ -95,7 +95,7 @@ export interface PlanArgs extends Options {
   k: Float32Array;
   /** With v, the plan is the one that `forward` follows; without, errors are stated for the worst values. */
   v?: Float32Array;
-  /** With dOutput (and v), the plan is the one that `backward` follows. */
+  /** With dOutput (and v), the plan is the one that `backward` follows when it is given no output and lse. */
   dOutput?: Float32Array;
 }
 
@@ -121,13 +121,13 @@ export interface Report {
   entryBound: number;
   /** A number that no |score| exceeds once the mean key is subtracted (Cauchy-Schwarz, after scale). */
   scoreBound: number;
-  /** Proved bound of the output error, in units of max |v - c|; null when there is none (or for gradients). */
+  /** Proved bound of a polynomial's output error, in units of max |v - c|; null when there is none, for gradients, for exact. */
   errorBound: number | null;
-  /** Error measured on sampled exact rows, in the units of `tolerance`; null when nothing was sampled. */
+  /** Error measured on sampled exact rows, in the units of `tolerance` (`plan`: predicted); null when nothing was sampled. */
   errorEstimate: number | null;
   /** Relative Frobenius error of the output (backward: of dq, dk, dv together) on the same rows; null when nothing was sampled. */
   relativeErrorEstimate: number | null;
-  /** Useful floating-point operations of the engine. */
+  /** Useful floating-point operations of the engine; `backward` without output and lse counts its forward pass too. */
   flops: number;
   /** Bytes of WebAssembly memory that the call needs. */
   bytes: number;
@@ -161,11 +161,11 @@ export interface BackwardResult {
 export type WasmSource = string | URL | ArrayBuffer | ArrayBufferView | Response | WebAssembly.Module;
 
 export interface CreateOptions {
-  /** Default: the bytes that the package carries. */
+  /** Default: the bytes that the package carries. An address may be of the scheme file: in Node. */
   wasm?: WasmSource | Promise<WasmSource>;
-  /** 'auto' (default): by a probe. true, false: this binary or a RangeError. */
+  /** 'auto' (default): by a probe; with `wasm`, whatever that is. true, false: this binary or a RangeError. */
   relaxedSimd?: 'auto' | boolean;
-  /** Upper limit of the WebAssembly memory; default and maximum 4 GiB. */
+  /** Upper limit of the WebAssembly memory; default and maximum 4 GiB. A call that needs more is a RangeError. */
   maxMemoryBytes?: number;
 }
 
@@ -173,7 +173,7 @@ export interface CreateOptions {
 export interface RopeAttention {
   /** The binary that was chosen. */
   readonly simd: 'simd128' | 'relaxed-simd';
-  /** Bytes of WebAssembly memory held now. */
+  /** Bytes of WebAssembly memory held now, those of the largest call so far; 0 after `dispose`. */
   readonly memoryBytes: number;
   forward(args: ForwardArgs): ForwardResult;
   backward(args: BackwardArgs): BackwardResult;
@@ -185,9 +185,9 @@ export interface RopeAttention {
 
 /** For the calls of the worker. */
 export interface RemoteControls {
-  /** Stops the call; its promise rejects with the signal's reason. */
+  /** Stops the call, also while it computes; its promise rejects with the signal's reason. */
   signal?: AbortSignal;
-  /** Called with the fraction done, 0 to 1, now and then. */
+  /** Called with the fraction done, 0 to 1, about every 50 ms. What it throws ends the call. */
   onProgress?: (fraction: number) => void;
 }
 

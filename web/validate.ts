@@ -59,9 +59,17 @@ export interface Call {
 
 const SHAPE = ['batch', 'heads', 'kvHeads', 'queryLength', 'keyLength', 'headDim', 'valueDim'];
 const ROTARY = ['base', 'dim', 'interleaved', 'frequencies'];
-const OPTIONS = ['shape', 'rotary', 'scale', 'causal', 'queryOffset', 'window', 'bias', 'relativePositions', 'relative'].concat(
-  ['method', 'tolerance', 'guarantee', 'degree', 'seed', 'onMiss'],
-);
+const OPTIONS = [
+  'shape',
+  'rotary',
+  'scale',
+  'causal',
+  'queryOffset',
+  'window',
+  'bias',
+  'relativePositions',
+  'relative',
+].concat(['method', 'tolerance', 'guarantee', 'degree', 'seed', 'onMiss']);
 const LATER = ['bias', 'relativePositions', 'relative'];
 
 /** The options of each call, by name. */
@@ -106,14 +114,19 @@ export function readRotate(args: RotateArgs): { geometry: Geometry; x: Float32Ar
 }
 
 /** Checks what `createRopeAttention` and the worker share; `wasm` is looked at when it is loaded. */
-export function readCreate(name: string, options: unknown, known: readonly string[]): Omit<CreateOptions, 'wasm'> & { maxMemoryBytes: number } {
+export function readCreate(
+  name: string,
+  options: unknown,
+  known: readonly string[],
+): Omit<CreateOptions, 'wasm'> & { maxMemoryBytes: number } {
   const given = readRecord(name, 'its argument', options, known);
   const relaxedSimd = given['relaxedSimd'] ?? 'auto';
   if (typeof relaxedSimd !== 'boolean' && relaxedSimd !== 'auto') {
     throw wrong(name, 'relaxedSimd', "'auto', true or false", relaxedSimd, typeof relaxedSimd === 'string');
   }
   const limit = 2 ** 32;
-  const maxMemoryBytes = given['maxMemoryBytes'] === undefined ? limit : readNumber(name, 'maxMemoryBytes', given['maxMemoryBytes']);
+  const maxMemoryBytes =
+    given['maxMemoryBytes'] === undefined ? limit : readNumber(name, 'maxMemoryBytes', given['maxMemoryBytes']);
   if (!(maxMemoryBytes > 0 && maxMemoryBytes <= limit)) {
     throw wrong(name, 'maxMemoryBytes', `above 0 and at most ${limit}`, maxMemoryBytes, true);
   }
@@ -124,7 +137,8 @@ export function readCreate(name: string, options: unknown, known: readonly strin
 export function sizesOf(name: string, g: Geometry): { q: number; k: number; v: number; output: number; lse: number } {
   const product = (array: string, ...factors: number[]) => {
     const values = factors.reduce((a, b) => a * b);
-    if (values > Number.MAX_SAFE_INTEGER) throw new RangeError(`${name}: shape needs ${values} values of ${array}, which is beyond any array`);
+    if (values > Number.MAX_SAFE_INTEGER)
+      throw new RangeError(`${name}: shape needs ${values} values of ${array}, which is beyond any array`);
     return values;
   };
   return {
@@ -143,12 +157,19 @@ function readProblem(name: string, given: Given): Problem {
   refuseLater(name, given);
   const tolerance = given['tolerance'] === undefined ? 1e-3 : readNumber(name, 'tolerance', given['tolerance']);
   if (!(tolerance >= TOLERANCE_FLOOR && tolerance < Infinity)) {
-    throw wrong(name, 'tolerance', `finite and at least ${TOLERANCE_FLOOR}, the floor of float32 sums`, tolerance, true);
+    throw wrong(
+      name,
+      'tolerance',
+      `finite and at least ${TOLERANCE_FLOOR}, the floor of float32 sums`,
+      tolerance,
+      true,
+    );
   }
   const method = readChoice(name, 'method', given['method'], ['auto', 'exact', 'polynomial', 'toeplitz'] as const);
   if (method === 'toeplitz') throw new RangeError(`${name}: method 'toeplitz' is not available in this version`);
   const degree = given['degree'] === undefined ? null : readInteger(name, 'degree', given['degree'], 0, MAX_DEGREE);
-  if (degree !== null && method === 'exact') throw new RangeError(`${name}: method 'exact' has no degree, got degree ${degree}`);
+  if (degree !== null && method === 'exact')
+    throw new RangeError(`${name}: method 'exact' has no degree, got degree ${degree}`);
   return {
     ...geometry,
     method,
@@ -162,9 +183,14 @@ function readProblem(name: string, given: Given): Problem {
 
 function readGeometry(name: string, given: Given): Geometry {
   const shape = readShape(name, given['shape']);
-  const queryOffset = given['queryOffset'] === undefined ? 0 : readInteger(name, 'queryOffset', given['queryOffset'], -(2 ** 31), INT32_MAX);
+  const queryOffset =
+    given['queryOffset'] === undefined
+      ? 0
+      : readInteger(name, 'queryOffset', given['queryOffset'], -(2 ** 31), INT32_MAX);
   if (queryOffset + shape.queryLength > INT32_MAX) {
-    throw new RangeError(`${name}: queryOffset ${queryOffset} + queryLength ${shape.queryLength} must not exceed ${INT32_MAX}`);
+    throw new RangeError(
+      `${name}: queryOffset ${queryOffset} + queryLength ${shape.queryLength} must not exceed ${INT32_MAX}`,
+    );
   }
   const scale = given['scale'] === undefined ? 1 / Math.sqrt(shape.headDim) : readNumber(name, 'scale', given['scale']);
   if (!Number.isFinite(Math.fround(scale))) throw wrong(name, 'scale', 'a finite float32', scale, true);
@@ -180,10 +206,13 @@ function readGeometry(name: string, given: Given): Geometry {
 function readShape(name: string, value: unknown): Required<Shape> {
   const shape = readRecord(name, 'shape', value, SHAPE);
   const size = (option: string, most: number, absent?: number) =>
-    shape[option] === undefined && absent !== undefined ? absent : readInteger(name, `shape.${option}`, shape[option], 1, most);
+    shape[option] === undefined && absent !== undefined
+      ? absent
+      : readInteger(name, `shape.${option}`, shape[option], 1, most);
   const heads = size('heads', INT32_MAX);
   const kvHeads = size('kvHeads', INT32_MAX, heads);
-  if (heads % kvHeads !== 0) throw new RangeError(`${name}: shape.heads must be a multiple of shape.kvHeads, got ${heads} and ${kvHeads}`);
+  if (heads % kvHeads !== 0)
+    throw new RangeError(`${name}: shape.heads must be a multiple of shape.kvHeads, got ${heads} and ${kvHeads}`);
   const queryLength = size('queryLength', INT32_MAX);
   const headDim = size('headDim', MAX_DIM);
   return {
@@ -197,18 +226,26 @@ function readShape(name: string, value: unknown): Required<Shape> {
   };
 }
 
-function readRotary(name: string, value: unknown, headDim: number): Pick<Geometry, 'rotaryDim' | 'interleaved' | 'frequencies'> {
+function readRotary(
+  name: string,
+  value: unknown,
+  headDim: number,
+): Pick<Geometry, 'rotaryDim' | 'interleaved' | 'frequencies'> {
   if (value === false) return { rotaryDim: 0, interleaved: false, frequencies: new Float64Array(0) };
   if (value === true) throw wrong(name, 'rotary', 'false or an object', value, false);
-  const rotary: { readonly [option in keyof Rotary]: unknown } = value === undefined ? {} : readRecord(name, 'rotary', value, ROTARY);
+  const rotary: { readonly [option in keyof Rotary]: unknown } =
+    value === undefined ? {} : readRecord(name, 'rotary', value, ROTARY);
   if (rotary.dim === undefined && headDim % 2 !== 0) {
     const advice = `give an even rotary.dim, such as ${headDim - 1}, or rotary: false`;
-    throw new RangeError(`${name}: rotary.dim is headDim by default and must be even, headDim is ${headDim}; ${advice}`);
+    throw new RangeError(
+      `${name}: rotary.dim is headDim by default and must be even, headDim is ${headDim}; ${advice}`,
+    );
   }
   const rotaryDim = rotary.dim === undefined ? headDim : readInteger(name, 'rotary.dim', rotary.dim, 0, headDim);
   if (rotaryDim % 2 !== 0) throw wrong(name, 'rotary.dim', 'even', rotaryDim, true);
   const interleaved = readBoolean(name, 'rotary.interleaved', rotary.interleaved, false);
-  if (rotary.frequencies === undefined) return { rotaryDim, interleaved, frequencies: readBase(name, rotary.base, rotaryDim) };
+  if (rotary.frequencies === undefined)
+    return { rotaryDim, interleaved, frequencies: readBase(name, rotary.base, rotaryDim) };
 
   if (rotary.base !== undefined) throw new TypeError(`${name}: rotary has both base and frequencies; give one of them`);
   const given = readFloats(name, 'rotary.frequencies', rotary.frequencies, rotaryDim / 2, 'rotary.dim/2');
@@ -223,7 +260,8 @@ function readBase(name: string, value: unknown, dim: number): Float64Array {
   const base = value === undefined ? 10000 : readNumber(name, 'rotary.base', value);
   if (!(base > 0 && base < Infinity)) throw wrong(name, 'rotary.base', 'positive and finite', base, true);
   const frequencies = Float64Array.from({ length: dim / 2 }, (_, p) => base ** ((-2 * p) / dim));
-  if (!frequencies.every(Number.isFinite)) throw wrong(name, 'rotary.base', 'large enough that base^(-2p/dim) is finite', base, true);
+  if (!frequencies.every(Number.isFinite))
+    throw wrong(name, 'rotary.base', 'large enough that base^(-2p/dim) is finite', base, true);
   return frequencies;
 }
 
@@ -239,7 +277,9 @@ function refuseLater(name: string, given: Given): void {
   readInteger(name, 'window[0]', left, -1, INT32_MAX);
   readInteger(name, 'window[1]', right, -1, INT32_MAX);
   if (left !== -1 || right !== -1) {
-    throw new RangeError(`${name}: window other than [-1, -1] is not available in this version, got [${String(left)}, ${String(right)}]`);
+    throw new RangeError(
+      `${name}: window other than [-1, -1] is not available in this version, got [${String(left)}, ${String(right)}]`,
+    );
   }
 }
 
@@ -264,7 +304,8 @@ function readFloats(name: string, option: string, value: unknown, values: number
     throw wrong(name, option, 'a Float32Array', value, false);
   }
   const array = value as Float32Array;
-  if (array.length !== values) throw new RangeError(`${name}: ${option} has ${array.length} values, ${needs} needs ${values}`);
+  if (array.length !== values)
+    throw new RangeError(`${name}: ${option} has ${array.length} values, ${needs} needs ${values}`);
   return array;
 }
 
@@ -291,7 +332,8 @@ function readBoolean(name: string, option: string, value: unknown, absent: boole
 function readChoice<T extends string>(name: string, option: string, value: unknown, texts: readonly [T, ...T[]]): T {
   if (value === undefined) return texts[0];
   const found = texts.find((text) => text === value);
-  if (found === undefined) throw wrong(name, option, `one of '${texts.join("', '")}'`, value, typeof value === 'string');
+  if (found === undefined)
+    throw wrong(name, option, `one of '${texts.join("', '")}'`, value, typeof value === 'string');
   return found;
 }
 

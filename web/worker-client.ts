@@ -4,7 +4,14 @@
 // and the copies handed over; results come back the same way. The only file that knows its own address (import.meta.url).
 
 import { builtin } from './host.js';
-import type { BackwardArgs, BackwardResult, CreateWorkerOptions, ForwardArgs, ForwardResult, PlanArgs } from './types.js';
+import type {
+  BackwardArgs,
+  BackwardResult,
+  CreateWorkerOptions,
+  ForwardArgs,
+  ForwardResult,
+  PlanArgs,
+} from './types.js';
 import type { RemoteControls, RemoteRopeAttention, Report, RopeAttention, RotateArgs } from './types.js';
 import { readCall, readCreate, readRotate, type CallName } from './validate.js';
 import type { Reply, Request } from './worker.js';
@@ -114,7 +121,9 @@ class Remote implements RemoteRopeAttention, Listener {
   failure(why: string): void {
     const reason = why === '' ? '' : ` (${why})`;
     const advice = 'dist/worker.js of the package must be there, or its address be given by the url option';
-    const message = this.#ready ? `the worker ${this.#address} did not start${reason}; ${advice}` : `the worker ${this.#address} broke off${reason}`;
+    const message = this.#ready
+      ? `the worker ${this.#address} did not start${reason}; ${advice}`
+      : `the worker ${this.#address} broke off${reason}`;
     this.#end((name) => new Error(`${name}: ${message}`));
   }
 
@@ -172,12 +181,17 @@ class Remote implements RemoteRopeAttention, Listener {
 }
 
 function errorOf({ type, message }: Extract<Reply, { kind: 'error' }>): Error {
-  return type === 'TypeError' ? new TypeError(message) : type === 'RangeError' ? new RangeError(message) : new Error(message);
+  return type === 'TypeError'
+    ? new TypeError(message)
+    : type === 'RangeError'
+      ? new RangeError(message)
+      : new Error(message);
 }
 
 /** The controls of the call, and the arguments without them. */
 function separate(args: unknown): { controls: Record<keyof RemoteControls, unknown>; rest: unknown } {
-  if (typeof args !== 'object' || args === null || Array.isArray(args)) return { controls: { signal: undefined, onProgress: undefined }, rest: args };
+  if (typeof args !== 'object' || args === null || Array.isArray(args))
+    return { controls: { signal: undefined, onProgress: undefined }, rest: args };
   const { signal, onProgress, ...rest } = args as Record<string, unknown>;
   return { controls: { signal, onProgress }, rest };
 }
@@ -220,11 +234,15 @@ function copySource(wasm: unknown): [wasm: CreateWorkerOptions['wasm'], transfer
   if (typeof wasm === 'string') return [absolute(wasm), []];
   if (tag === 'URL') return [String(wasm), []];
   if (ArrayBuffer.isView(wasm) || tag === 'ArrayBuffer' || tag === 'SharedArrayBuffer') {
-    const bytes = ArrayBuffer.isView(wasm) ? new Uint8Array(wasm.buffer, wasm.byteOffset, wasm.byteLength) : new Uint8Array(wasm as ArrayBuffer);
+    const bytes = ArrayBuffer.isView(wasm)
+      ? new Uint8Array(wasm.buffer, wasm.byteOffset, wasm.byteLength)
+      : new Uint8Array(wasm as ArrayBuffer);
     const copy = bytes.slice();
     return [copy, [copy.buffer]];
   }
-  throw new TypeError(`${NAME}: wasm must be an address, bytes or a WebAssembly.Module, got ${tag === 'Response' ? 'a Response' : String(wasm)}`);
+  throw new TypeError(
+    `${NAME}: wasm must be an address, bytes or a WebAssembly.Module, got ${tag === 'Response' ? 'a Response' : String(wasm)}`,
+  );
 }
 
 /** Addresses are relative to the page, not to the worker. */
@@ -257,16 +275,27 @@ function openWorker(url: string | undefined, listener: Listener): Channel {
       // Vite and webpack know this expression, word for word, and bundle the worker. The address is a path from here, and the
       // package's export of that name as well: the dev server of Vite before 8 moves this module to node_modules/.vite/deps,
       // beside which there is no worker, and finds it by its name.
-      return openWebWorker(new Worker(new URL('rope-attention/worker.js', import.meta.url), { type: 'module' }), listener);
+      return openWebWorker(
+        new Worker(new URL('rope-attention/worker.js', import.meta.url), { type: 'module' }),
+        listener,
+      );
     }
-    const threads = builtin<{ Worker: new (url: URL | string, options: { execArgv: string[] }) => NodeWorker }>('node:worker_threads');
+    const threads = builtin<{ Worker: new (url: URL | string, options: { execArgv: string[] }) => NodeWorker }>(
+      'node:worker_threads',
+    );
     if (!threads) throw new Error('this JavaScript engine has no workers');
     const address = url ?? defaultAddress();
     // Options of the process (--input-type, --import) are for its own modules.
-    return openNodeWorker(new threads.Worker(/^[a-z]+:/i.test(address) ? new URL(address) : address, { execArgv: [] }), listener);
+    return openNodeWorker(
+      new threads.Worker(/^[a-z]+:/i.test(address) ? new URL(address) : address, { execArgv: [] }),
+      listener,
+    );
   } catch (cause) {
     const why = cause instanceof Error ? cause.message : String(cause);
-    throw new Error(`${NAME}: cannot start the worker ${url ?? defaultAddress()}: ${why}; another address can be given by the url option`, { cause });
+    throw new Error(
+      `${NAME}: cannot start the worker ${url ?? defaultAddress()}: ${why}; another address can be given by the url option`,
+      { cause },
+    );
   }
 }
 

@@ -122,7 +122,9 @@ function createPause(): () => Promise<void> {
 
 /** Results own their buffers, so these can be handed over instead of copied. */
 function buffersOf(value: unknown): ArrayBuffer[] {
-  const arrays = ArrayBuffer.isView(value) ? [value] : Object.values(value as object).filter((one) => ArrayBuffer.isView(one));
+  const arrays = ArrayBuffer.isView(value)
+    ? [value]
+    : Object.values(value as object).filter((one) => ArrayBuffer.isView(one));
   return arrays.map((array) => (array as Float32Array<ArrayBuffer>).buffer);
 }
 
@@ -150,7 +152,11 @@ function start(): void {
     return;
   }
   const port = builtin<{ parentPort: NodePort | null }>('node:worker_threads')?.parentPort;
-  if (port) port.on('message', serve((reply, transfer = []) => port.postMessage(reply, transfer)));
+  if (port)
+    port.on(
+      'message',
+      serve((reply, transfer = []) => port.postMessage(reply, transfer)),
+    );
 }
 
 start();

@@ -1,0 +1,5 @@
+// Uses a part that needs no WebAssembly.
+
+import { theory } from 'rope-attention';
+
+console.log(theory.rank(16, 3));

@@ -1,0 +1,3 @@
+// A worker script of one's own, for the url option.
+
+import 'rope-attention/worker';
