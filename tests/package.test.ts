@@ -308,12 +308,13 @@ describe('webpack', () => {
 
 // --- Consumers -------------------------------------------------------------------------------------------------------
 
+/** The environment without what Jest, and the npm that may have started it, put there. */
+const env = Object.fromEntries(
+  Object.entries(process.env).filter(([name]) => !/^(npm_.*|NODE_OPTIONS|NODE_ENV|JEST_.*)$/i.test(name)),
+);
+
 /** Standard output of a program, which has to end well and to write no errors or warnings. */
 async function run(program: string, args: string[], cwd: string): Promise<string> {
-  // Node's options are those of this test, and npm's configuration that of the npm that may have started it
-  const env = Object.fromEntries(
-    Object.entries(process.env).filter(([name]) => name !== 'NODE_OPTIONS' && !/^npm_/i.test(name)),
-  );
   const { stdout, stderr } = await promisify(execFile)(program, args, { cwd, env, maxBuffer: 2 ** 26 }).catch(
     (error: { stdout?: string; stderr?: string; message: string }) => {
       throw new Error(
@@ -326,7 +327,11 @@ async function run(program: string, args: string[], cwd: string): Promise<string
 }
 
 function startVite() {
-  return spawn(process.execPath, [resolve('tests/package/vite.js')], { cwd: app, stdio: ['pipe', 'pipe', 'inherit'] });
+  return spawn(process.execPath, [resolve('tests/package/vite.js')], {
+    cwd: app,
+    env,
+    stdio: ['pipe', 'pipe', 'inherit'],
+  });
 }
 
 /** The consumer computed at these places, everywhere what the reference says. */

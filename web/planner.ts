@@ -91,8 +91,8 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const errorOf = (degree: number) => predictions.get(degree)!.error;
   const attemptOf = (degree: number) => attempt(degree, { predicted: predictions.get(degree)! });
   const auto = problem.method === 'auto';
-  // Half the tolerance, so that other rows may be worse than the pilot's.
-  const fitting = degrees.filter((degree) => errorOf(degree) <= problem.tolerance * (auto ? 0.5 : 1));
+  // Less than the tolerance, since other rows may be worse than the pilot's; a miss costs one run of a cheap degree.
+  const fitting = degrees.filter((degree) => errorOf(degree) <= problem.tolerance * (auto ? 0.8 : 1));
   if (fitting.length > 0) {
     return {
       bounds,

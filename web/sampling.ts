@@ -211,15 +211,18 @@ export class Sampler {
   }
 
   /**
-   * Frobenius norm below which a difference of these rows of dq is float32 rounding: dq = scale sum_j dS_ij k_j, and dS = P
-   * (dP - delta) cancels where the values of all keys are alike, dP being as large as |dout| |v|. Taken for dk too.
+   * Frobenius norm below which a difference of these rows of dq is float32 rounding: dq = scale sum_j P_ij (dP_ij - delta_i)
+   * k_j, and a rounding of delta_i = dout_i.out_i, alike for all keys, takes the mean key with it. It shows only where the rest
+   * cancels, as for values that are all alike. Taken for dk too.
    */
   #rounding(head: number, rows: readonly number[], exact: Rows): number {
     const { scale, valueDim } = this.#session.geometry;
-    const { k_norm, v_half_range } = this.#bounds[head];
-    const largest = exact.out.reduce((most, x) => Math.max(most, Math.abs(x)), 0) + 2 * v_half_range;
-    const dout = Math.sqrt(this.#gather('dout', head, rows).reduce((sum, x) => sum + x * x, 0));
-    return (ROUNDING / 4) * Math.abs(scale) * k_norm * Math.sqrt(valueDim) * largest * dout;
+    const { q_norm, k_norm } = this.#bounds[head];
+    const dout = this.#gather('dout', head, rows);
+    const squares = (values: Float32Array, row: number) =>
+      values.subarray(row * valueDim, (row + 1) * valueDim).reduce((sum, x) => sum + x * x, 0);
+    const deltas = rows.reduce((sum, _, n) => sum + squares(dout, n) * squares(exact.out, n), 0);
+    return (ROUNDING / 16) * Math.abs(scale) * Math.max(q_norm, k_norm) * Math.sqrt(deltas);
   }
 }
 

@@ -1,5 +1,5 @@
-// Vite with its default configuration on the folder it is run in: production builds into build-vite/, then a dev server.
-// Prints its address; when it is sent a line, prints what Vite complained about until then, and ends.
+// Vite with its default configuration on the folder it is run in: production builds into build-vite/, then a dev
+// server. Prints its address; when it is sent a line, prints what Vite complained about until then, and ends.
 
 import { once } from 'node:events';
 import { build, createLogger, createServer } from 'vite';
