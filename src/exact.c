@@ -135,6 +135,7 @@ RA_KERNEL void score_tile(const float *k_panel, const float *q_strip, uint32_t D
     ra_tile t;
     ra_tile_multiply(&t, 4, start0, start1, D, k_panel, 4, 1, q_strip, LANES);
     ra_tile_store(&t, 4, s, LANES);
+    RA_UNROLLED
     for (int r = 0; r < 4; r++) max0 = f32x4_max(max0, t.c[r][0]), max1 = f32x4_max(max1, t.c[r][1]);
     k_panel += (size_t)D * 4;
     s += 4 * LANES;
@@ -314,6 +315,7 @@ RA_KERNEL void product_tiles_weighted(const float *panel, const float *strip, ui
   for (uint32_t n = 0; n < panels; n++) {
     ra_tile t;
     ra_tile_multiply(&t, 4, start0, start1, columns, panel, 4, 1, strip, LANES);
+    RA_UNROLLED
     for (int r = 0; r < 4; r++) {
       t.c[r][0] = f32x4_mul(t.c[r][0], f32x4_load(weight + r * QUERY_CHUNK));
       t.c[r][1] = f32x4_mul(t.c[r][1], f32x4_load(weight + r * QUERY_CHUNK + 4));

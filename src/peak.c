@@ -9,10 +9,12 @@
 
 static float registers(uint32_t iterations) {
   f32x4 a = f32x4_splat(0.5f), b = f32x4_splat(0.999f), c[12];
+  RA_UNROLLED
   for (int i = 0; i < 12; i++) c[i] = f32x4_splat((float)i);
   RA_ROLLED
-  for (uint32_t n = 0; n < iterations; n++)
-    for (int i = 0; i < 12; i++) c[i] = f32x4_madd(c[i], b, a);
+  for (uint32_t n = 0; n < iterations; n++) RA_UNROLLED
+  for (int i = 0; i < 12; i++) c[i] = f32x4_madd(c[i], b, a);
+  RA_UNROLLED
   for (int i = 1; i < 12; i++) c[0] = f32x4_add(c[0], c[i]);
   return f32x4_sum(c[0]);
 }

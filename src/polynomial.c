@@ -186,6 +186,7 @@ RA_KERNEL void add_to_state(const float *weights, const float *f, uint32_t rows,
   for (uint32_t d = 0; d < values; d += 8) {
 #define STEP(R)                                                                                                        \
   ra_tile_multiply(&t, R, zero, zero, CHUNK, f + (size_t)r * CHUNK, 1, CHUNK, u + d, u_row);                           \
+  RA_UNROLLED                                                                                                          \
   for (int n = 0; n < R; n++) {                                                                                        \
     f32x4 w = f32x4_load_splat(weights + r + n);                                                                       \
     float *z_r = z + (r + (uint32_t)n) * u_row + d;                                                                    \

@@ -17,8 +17,11 @@
 // Loops over vectors that must stay loops: unrolled by the compiler they need more than the 15 registers that engines
 // give them (0.53 instead of 0.86 of the multiply-add peak).
 #define RA_ROLLED _Pragma("clang loop unroll(disable) vectorize(disable) interleave(disable)")
+// Loops over the rows of a tile, which must not stay loops: their vectors are to be registers.
+#define RA_UNROLLED _Pragma("clang loop unroll(full)")
 #else
 #define RA_ROLLED
+#define RA_UNROLLED
 #endif
 
 #ifdef __wasm_simd128__

@@ -25,10 +25,12 @@ typedef struct ra_tile {
 RA_INLINE void ra_tile_multiply(ra_tile *t, const int R, f32x4 init0, f32x4 init1, size_t count, const float *a,
                                 size_t a_step, size_t a_row, const float *b, size_t b_row) {
   f32x4 c[6][2];
+  RA_UNROLLED
   for (int r = 0; r < R; r++) c[r][0] = init0, c[r][1] = init1;
   RA_ROLLED
   for (size_t n = 0; n < count; n++) {
     f32x4 b0 = f32x4_load(b), b1 = f32x4_load(b + 4);
+    RA_UNROLLED
     for (int r = 0; r < R; r++) {
       f32x4 x = f32x4_load_splat(a + (size_t)r * a_row);
       c[r][0] = f32x4_madd(x, b0, c[r][0]);
@@ -37,11 +39,13 @@ RA_INLINE void ra_tile_multiply(ra_tile *t, const int R, f32x4 init0, f32x4 init
     a += a_step;
     b += b_row;
   }
+  RA_UNROLLED
   for (int r = 0; r < R; r++) t->c[r][0] = c[r][0], t->c[r][1] = c[r][1];
 }
 
 // C[r] = tile row r
 RA_INLINE void ra_tile_store(const ra_tile *t, const int R, float *c, size_t c_row) {
+  RA_UNROLLED
   for (int r = 0; r < R; r++) {
     f32x4_store(c + (size_t)r * c_row, t->c[r][0]);
     f32x4_store(c + (size_t)r * c_row + 4, t->c[r][1]);
@@ -50,6 +54,7 @@ RA_INLINE void ra_tile_store(const ra_tile *t, const int R, float *c, size_t c_r
 
 // C[r] += tile row r
 RA_INLINE void ra_tile_add(const ra_tile *t, const int R, float *c, size_t c_row) {
+  RA_UNROLLED
   for (int r = 0; r < R; r++) {
     float *c_r = c + (size_t)r * c_row;
     f32x4_store(c_r, f32x4_add(f32x4_load(c_r), t->c[r][0]));

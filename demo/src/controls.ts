@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: MIT
+//
+// The form: sliders over lists of values, two check boxes, a seed. It shows a state and reports a new one.
+
+import { integer } from './format.js';
+import { BOUNDS, DEGREES, HEAD_DIMS, LENGTHS, MAX_SEED, parseSeed, type Settings } from './state.js';
+
+export function element<T extends HTMLElement = HTMLElement>(id: string): T {
+  const found = document.getElementById(id);
+  if (found === null) throw new Error(`no element #${id}`);
+  return found as T;
+}
+
+interface Slider {
+  readonly id: string;
+  readonly key: 'headDim' | 'maxDegree' | 'entryBound' | 'length';
+  readonly values: readonly number[];
+  readonly say: (value: number) => string;
+}
+
+const SLIDERS: readonly Slider[] = [
+  { id: 'D', key: 'headDim', values: HEAD_DIMS, say: String },
+  { id: 'degrees', key: 'maxDegree', values: DEGREES, say: (value) => (value === 1 ? '1' : `1 to ${value}`) },
+  { id: 'B', key: 'entryBound', values: BOUNDS, say: String },
+  { id: 'N', key: 'length', values: LENGTHS, say: integer },
+];
+
+const FLAGS = ['causal', 'certified'] as const;
+
+export interface Controls {
+  show(settings: Settings): void;
+}
+
+/** `changed` is called at every step, with `done` false while a slider is still moving. */
+export function createControls(changed: (change: Partial<Settings>, done: boolean) => void): Controls {
+  const seed = element<HTMLInputElement>('seed');
+
+  const place = ({ id, values, say }: Slider, value: number) => {
+    const input = element<HTMLInputElement>(id);
+    const text = say(value);
+    input.value = String(values.indexOf(value));
+    input.style.setProperty('--filled', `${(100 * values.indexOf(value)) / (values.length - 1)}%`);
+    input.setAttribute('aria-valuetext', text);
+    element(`${id}-value`).textContent = text;
+  };
+
+  for (const slider of SLIDERS) {
+    const input = element<HTMLInputElement>(slider.id);
+    input.min = '0';
+    input.max = String(slider.values.length - 1);
+    input.step = '1';
+    const report = (done: boolean) => {
+      const value = slider.values[Number(input.value)]!;
+      place(slider, value);
+      changed({ [slider.key]: value }, done);
+    };
+    input.addEventListener('input', () => report(false));
+    input.addEventListener('change', () => report(true));
+  }
+
+  for (const id of FLAGS) {
+    const box = element<HTMLInputElement>(id);
+    box.addEventListener('change', () => changed({ [id]: box.checked }, true));
+  }
+  seed.addEventListener('input', () => {
+    const value = parseSeed(seed.value);
+    seed.setAttribute('aria-invalid', String(value === undefined));
+    if (value !== undefined) changed({ seed: value }, false);
+  });
+  seed.addEventListener('change', () => {
+    const value = parseSeed(seed.value);
+    if (value !== undefined) changed({ seed: value }, true);
+  });
+  element('reseed').addEventListener('click', () => {
+    seed.value = String(Math.floor(Math.random() * 10_000) % MAX_SEED);
+    seed.dispatchEvent(new Event('input'));
+    seed.dispatchEvent(new Event('change'));
+  });
+  element('controls').addEventListener('submit', (event) => event.preventDefault());
+
+  return {
+    show(settings) {
+      for (const slider of SLIDERS) place(slider, settings[slider.key]);
+      for (const id of FLAGS) element<HTMLInputElement>(id).checked = settings[id];
+      if (parseSeed(seed.value) !== settings.seed) seed.value = String(settings.seed);
+      seed.setAttribute('aria-invalid', 'false');
+    },
+  };
+}
