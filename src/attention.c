@@ -7,6 +7,22 @@
 #include <float.h>
 #include <math.h>
 
+// NULL for a number that names none. The oracle stays out of WebAssembly, where it would take 20 KB.
+static const ra_engine *engine_of(const ra_problem *p) {
+  switch (p->method) {
+#ifndef __wasm__
+  case RA_NAIVE:
+    return &ra_naive_engine;
+#endif
+  case RA_EXACT:
+    return &ra_exact_engine;
+  case RA_POLYNOMIAL:
+    return &ra_polynomial_engine;
+  default:
+    return NULL;
+  }
+}
+
 int ra_check(const ra_problem *p) {
   int sizes = p->batch >= 1 && p->kv_heads >= 1 && p->heads >= 1 && p->heads % p->kv_heads == 0 &&
               p->query_length >= 1 && p->key_length >= 1 && p->head_dim >= 1 && p->head_dim <= RA_MAX_HEAD_DIM &&
@@ -16,8 +32,7 @@ int ra_check(const ra_problem *p) {
   int positions =
       (int64_t)p->query_offset + p->query_length <= INT32_MAX && p->key_length <= INT32_MAX &&
       (!(p->query_positions || p->key_positions) || p->position_batches == 1 || p->position_batches == p->batch);
-  int engine =
-      p->method <= RA_POLYNOMIAL && (p->method != RA_POLYNOMIAL || (p->degree <= RA_MAX_DEGREE && p->coefficients));
+  int engine = engine_of(p) && (p->method != RA_POLYNOMIAL || (p->degree <= RA_MAX_DEGREE && p->coefficients));
   int flags = p->interleaved <= 1 && p->causal <= 1 && p->layout <= 1 && isfinite(p->scale);
   int masks = p->window_left >= -1 && p->window_right >= -1 && (!p->segments || p->segment_count >= 1) &&
               p->softcap >= 0 && p->softcap <= FLT_MAX && (!p->bias || p->bias_heads == 1 || p->bias_heads == p->heads);
@@ -72,11 +87,6 @@ uint32_t ra_query_end(const ra_problem *p, uint32_t j) {
     else low = middle + 1;
   }
   return low;
-}
-
-static const ra_engine *engine_of(const ra_problem *p) {
-  static const ra_engine *const engines[] = {&ra_naive_engine, &ra_exact_engine, &ra_polynomial_engine};
-  return engines[p->method];
 }
 
 size_t ra_workspace(const ra_problem *p, uint32_t pass) {

@@ -64,7 +64,7 @@ enum {
 
 // Engines, ra_problem.method.
 enum {
-  RA_NAIVE = 0,      // the oracle: plain loops over whole rows, one float sum each; O(N^2 D); for tests
+  RA_NAIVE = 0,      // the oracle: plain loops over whole rows, one float sum each; O(N^2 D); in native builds only
   RA_EXACT = 1,      // tiled online softmax
   RA_POLYNOMIAL = 2, // exp(s) ~ sum_m coefficients[m] s^m
 };
