@@ -29,15 +29,7 @@ interface Exports {
   ra_units(problem: number, pass: number): number;
   ra_run(problem: number, arrays: number, pass: number, workspace: number, first: number, last: number): number;
   ra_rotate_workspace(problem: number): number;
-  ra_rotate(
-    problem: number,
-    x: number,
-    y: number,
-    rows: number,
-    position: number,
-    inverse: number,
-    workspace: number,
-  ): number;
+  ra_rotate(problem: number, x: number, inverse: number, workspace: number): number;
   ra_sample_workspace(problem: number): number;
   ra_sample_prepare(problem: number, arrays: number, head: number, bounds: number, workspace: number): number;
   ra_sample_scores(
@@ -181,7 +173,7 @@ export class Session {
   readonly #exports: Exports;
   readonly #arena: Arena;
   readonly #at: Places;
-  readonly #arrays: Values<typeof ARRAYS> = { q: 0, k: 0, v: 0, out: 0, lse: 0, dout: 0, dq: 0, dk: 0, dv: 0 };
+  readonly #arrays = Object.fromEntries(Object.keys(ARRAYS).map((name) => [name, 0])) as Values<typeof ARRAYS>;
   #sampling = 0;
   #loaded = 0;
   #workspace = 0;
@@ -256,6 +248,27 @@ export class Session {
       method: degree === null ? EXACT : POLYNOMIAL,
       degree: degree ?? 0,
       coefficients: this.#at.coefficients,
+      layout: 0,
+      rotary_factor: 1,
+      query_positions: 0,
+      key_positions: 0,
+      position_batches: 1,
+      cos_table: 0,
+      sin_table: 0,
+      table_rows: 0,
+      window_left: -1,
+      window_right: -1,
+      segments: 0,
+      segment_count: 0,
+      softcap: 0,
+      bias: 0,
+      bias_heads: 0,
+      mask: 0,
+      allowed: 0,
+      mask_batch: 0,
+      mask_head: 0,
+      mask_row: 0,
+      sinks: 0,
     });
   }
 
@@ -426,19 +439,12 @@ export class Session {
   /** Rotates all rows of x [batch][heads][queryLength][headDim]. */
   rotate(x: Float32Array, inverse: boolean): Float32Array {
     this.#check();
-    const { batch, heads, queryLength, headDim, queryOffset } = this.geometry;
     const { ra_rotate_workspace, ra_rotate } = this.#exports;
     const at = this.#arena.reserve(4 * x.length);
     const workspace = this.#arena.reserve(ra_rotate_workspace(this.#at.problem) >>> 0); // 0 without rotation
     this.#arena.commit(this.#name);
     this.#arena.writeFloats(at, x);
-    for (let head = 0; head < batch * heads; head++) {
-      const rows = at + 4 * head * queryLength * headDim;
-      this.#expect(
-        ra_rotate(this.#at.problem, rows, rows, queryLength, queryOffset, Number(inverse), workspace),
-        'ra_rotate',
-      );
-    }
+    this.#expect(ra_rotate(this.#at.problem, at, Number(inverse), workspace), 'ra_rotate');
     return this.#arena.readFloats(at, x.length);
   }
 
