@@ -152,6 +152,7 @@ interface Places {
   arrays: number;
   bounds: number;
   frequencies: number;
+  segments: number;
   coefficients: number;
   own: number;
   rows: number;
@@ -194,6 +195,7 @@ export class Session {
       arrays: arena.reserve(sizeOf(ARRAYS)),
       bounds: arena.reserve(sizeOf(BOUNDS)),
       frequencies: arena.reserve(8 * g.frequencies.length),
+      segments: floats(g.segments.length),
       coefficients: floats(this.heads * MAX_COEFFICIENTS),
       own: floats(MAX_COEFFICIENTS),
       rows: floats(SAMPLE_ROWS),
@@ -206,6 +208,7 @@ export class Session {
     };
     arena.commit(name);
     arena.writeDoubles(this.#at.frequencies, g.frequencies);
+    arena.writeIntegers(this.#at.segments, g.segments);
     this.setEngine(null);
   }
 
@@ -256,10 +259,10 @@ export class Session {
       cos_table: 0,
       sin_table: 0,
       table_rows: 0,
-      window_left: -1,
-      window_right: -1,
-      segments: 0,
-      segment_count: 0,
+      window_left: g.window[0],
+      window_right: g.window[1],
+      segments: g.segments.length > 1 ? this.#at.segments : 0,
+      segment_count: g.segments.length,
       softcap: 0,
       bias: 0,
       bias_heads: 0,

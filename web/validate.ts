@@ -5,6 +5,7 @@
 
 import { readBoolean, readChoice, readFloats, readInteger, readNumber, readRecord, wrong, type Given } from './check.js';
 import { readRotary, type Rotation } from './rotation.js';
+import { exactOnly, readScores, type Scores } from './scores.js';
 import type { BackwardArgs, CreateOptions, ForwardArgs, PlanArgs, RotateArgs, Shape } from './types.js';
 
 /** The largest headDim and valueDim (RA_MAX_HEAD_DIM), and degree (RA_MAX_DEGREE). */
@@ -14,8 +15,8 @@ const INT32_MAX = 2 ** 31 - 1;
 /** Smallest tolerance: what float32 sums keep at moderate lengths. */
 export const TOLERANCE_FLOOR = 1e-6;
 
-/** Sizes, rotation and mask: what the kernels compute. */
-export interface Geometry extends Rotation {
+/** Sizes, rotation, masks: what the kernels compute. */
+export interface Geometry extends Rotation, Scores {
   batch: number;
   heads: number;
   kvHeads: number;
@@ -61,6 +62,7 @@ const OPTIONS = [
   'causal',
   'queryOffset',
   'window',
+  'segments',
   'bias',
   'relativePositions',
   'relative',
@@ -163,6 +165,9 @@ function readProblem(name: string, given: Given): Problem {
   const degree = given['degree'] === undefined ? null : readInteger(name, 'degree', given['degree'], 0, MAX_DEGREE);
   if (degree !== null && method === 'exact')
     throw new RangeError(`${name}: method 'exact' has no degree, got degree ${degree}`);
+  const [foreign] = exactOnly(geometry);
+  if (method === 'polynomial' && foreign !== undefined)
+    throw new RangeError(`${name}: method 'polynomial' has no ${foreign}; 'auto' and 'exact' have it`);
   return {
     ...geometry,
     method,
@@ -193,6 +198,7 @@ function readGeometry(name: string, given: Given): Geometry {
     causal: readBoolean(name, 'causal', given['causal'], false),
     queryOffset,
     scale,
+    ...readScores(name, given),
   };
 }
 
@@ -223,16 +229,5 @@ function readShape(name: string, value: unknown): Required<Shape> {
 function refuseLater(name: string, given: Given): void {
   for (const option of LATER) {
     if (given[option] !== undefined) throw new RangeError(`${name}: ${option} is not available in this version`);
-  }
-  const window = given['window'];
-  if (window === undefined) return;
-  if (!Array.isArray(window) || window.length !== 2) throw wrong(name, 'window', 'a pair [left, right]', window, false);
-  const [left, right] = window as unknown[];
-  readInteger(name, 'window[0]', left, -1, INT32_MAX);
-  readInteger(name, 'window[1]', right, -1, INT32_MAX);
-  if (left !== -1 || right !== -1) {
-    throw new RangeError(
-      `${name}: window other than [-1, -1] is not available in this version, got [${String(left)}, ${String(right)}]`,
-    );
   }
 }
