@@ -4,23 +4,89 @@
 
 #include "engines.h"
 
+#include <float.h>
 #include <math.h>
+
+// NULL for a number that names none. The oracle stays out of WebAssembly, where it would take 20 KB.
+static const ra_engine *engine_of(const ra_problem *p) {
+  switch (p->method) {
+#ifndef __wasm__
+  case RA_NAIVE:
+    return &ra_naive_engine;
+#endif
+  case RA_EXACT:
+    return &ra_exact_engine;
+  case RA_POLYNOMIAL:
+    return &ra_polynomial_engine;
+  default:
+    return NULL;
+  }
+}
 
 int ra_check(const ra_problem *p) {
   int sizes = p->batch >= 1 && p->kv_heads >= 1 && p->heads >= 1 && p->heads % p->kv_heads == 0 &&
               p->query_length >= 1 && p->key_length >= 1 && p->head_dim >= 1 && p->head_dim <= RA_MAX_HEAD_DIM &&
               p->value_dim >= 1 && p->value_dim <= RA_MAX_HEAD_DIM;
-  int rotary = p->rotary_dim % 2 == 0 && p->rotary_dim <= p->head_dim && (p->rotary_dim == 0 || p->frequencies);
-  int positions = (int64_t)p->query_offset + p->query_length <= INT32_MAX && p->key_length <= INT32_MAX;
-  int engine =
-      p->method <= RA_POLYNOMIAL && (p->method != RA_POLYNOMIAL || (p->degree <= RA_MAX_DEGREE && p->coefficients));
-  int flags = p->interleaved <= 1 && p->causal <= 1 && isfinite(p->scale);
-  return sizes && rotary && positions && engine && flags ? RA_OK : RA_ERROR_PROBLEM;
+  int rotary = p->rotary_dim % 2 == 0 && p->rotary_dim <= p->head_dim && isfinite(p->rotary_factor) &&
+               (p->rotary_dim == 0 || p->frequencies || (p->cos_table && p->sin_table && p->table_rows >= 1));
+  int positions =
+      (int64_t)p->query_offset + p->query_length <= INT32_MAX && p->key_length <= INT32_MAX &&
+      (!(p->query_positions || p->key_positions) || p->position_batches == 1 || p->position_batches == p->batch);
+  int engine = engine_of(p) && (p->method != RA_POLYNOMIAL || (p->degree <= RA_MAX_DEGREE && p->coefficients));
+  int flags = p->interleaved <= 1 && p->causal <= 1 && p->layout <= 1 && isfinite(p->scale);
+  int masks = p->window_left >= -1 && p->window_right >= -1 && (!p->segments || p->segment_count >= 1) &&
+              p->softcap >= 0 && p->softcap <= FLT_MAX && (!p->bias || p->bias_heads == 1 || p->bias_heads == p->heads);
+  int causal_only = !ra_is_modified(p) && !p->sinks && p->window_left < 0 && p->window_right < 0 && !p->segments;
+  int known = p->method != RA_POLYNOMIAL || causal_only;
+  return sizes && rotary && positions && engine && flags && masks && known ? RA_OK : RA_ERROR_PROBLEM;
 }
 
-static const ra_engine *engine_of(const ra_problem *p) {
-  static const ra_engine *const engines[] = {&ra_naive_engine, &ra_exact_engine, &ra_polynomial_engine};
-  return engines[p->method];
+// The first position of the segment that holds `position`, and of the next one.
+static void segment_of(const ra_problem *p, int64_t position, int64_t *first, int64_t *end) {
+  uint32_t low = 0, high = p->segment_count; // segments[low] <= position < segments[high]
+  while (high - low > 1) {
+    uint32_t middle = low + (high - low) / 2;
+    if (p->segments[middle] <= position) low = middle;
+    else high = middle;
+  }
+  *first = p->segments[low];
+  *end = high < p->segment_count ? p->segments[high] : INT64_MAX;
+}
+
+ra_range ra_keys_of(const ra_problem *p, uint32_t i) {
+  int64_t position = (int64_t)i + p->query_offset, first = 0, end = p->key_length;
+  if (p->causal && position + 1 < end) end = position + 1;
+  if (p->window_left >= 0 && position - p->window_left > first) first = position - p->window_left;
+  if (p->window_right >= 0 && position + p->window_right + 1 < end) end = position + p->window_right + 1;
+  if (p->segments) {
+    int64_t segment_first, segment_end;
+    segment_of(p, position, &segment_first, &segment_end);
+    if (segment_first > first) first = segment_first;
+    if (segment_end < end) end = segment_end;
+  }
+  if (first > p->key_length) first = p->key_length;
+  if (end < first) end = first;
+  return (ra_range){(uint32_t)first, (uint32_t)end};
+}
+
+uint32_t ra_query_start(const ra_problem *p, uint32_t j) {
+  uint32_t low = 0, high = p->query_length; // ends rise with i
+  while (low < high) {
+    uint32_t middle = low + (high - low) / 2;
+    if (ra_keys_of(p, middle).end > j) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
+
+uint32_t ra_query_end(const ra_problem *p, uint32_t j) {
+  uint32_t low = 0, high = p->query_length; // firsts rise with i
+  while (low < high) {
+    uint32_t middle = low + (high - low) / 2;
+    if (ra_keys_of(p, middle).first > j) high = middle;
+    else low = middle + 1;
+  }
+  return low;
 }
 
 size_t ra_workspace(const ra_problem *p, uint32_t pass) {

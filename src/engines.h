@@ -23,26 +23,39 @@ int ra_check(const ra_problem *p);
 static inline uint32_t ra_min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
 static inline uint32_t ra_ceil_div(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
 
-// Keys that query i may see: 0 .. limit-1.
-static inline uint32_t ra_key_limit(const ra_problem *p, uint32_t i) {
-  if (!p->causal) return p->key_length;
-  int64_t limit = (int64_t)i + p->query_offset + 1;
-  return limit <= 0 ? 0 : limit < p->key_length ? (uint32_t)limit : p->key_length;
-}
+// Keys that query i may see: first .. end-1. Both rise with i; first = end when there are none.
+typedef struct ra_range {
+  uint32_t first, end;
+} ra_range;
 
-// The first query that may see key j; Nq when there is none.
-static inline uint32_t ra_query_start(const ra_problem *p, uint32_t j) {
-  if (!p->causal) return 0;
-  int64_t start = (int64_t)j - p->query_offset;
-  return start <= 0 ? 0 : start < p->query_length ? (uint32_t)start : p->query_length;
-}
+ra_range ra_keys_of(const ra_problem *p, uint32_t i);
 
-// Keys that the polynomial engine takes through its state for a chunk of queries that begins at i: all when not causal, else
-// those at positions before the chunk's first query. The chunk's other keys are done exactly.
+static inline uint32_t ra_key_limit(const ra_problem *p, uint32_t i) { return ra_keys_of(p, i).end; }
+
+// The first query whose range of keys ends behind key j: none before it sees j. Nq when there is none.
+uint32_t ra_query_start(const ra_problem *p, uint32_t j);
+
+// The first query whose range of keys begins behind key j: none from there on sees j.
+uint32_t ra_query_end(const ra_problem *p, uint32_t j);
+
+// Scores are more than a product of queries and keys.
+static inline int ra_is_modified(const ra_problem *p) { return p->softcap > 0 || p->bias || p->mask || p->allowed; }
+
+// Keys that the polynomial engine takes through its state for a chunk of queries that begins at i: all when not causal,
+// else those at positions before the chunk's first query. The chunk's other keys are done exactly.
 static inline uint32_t ra_state_keys(const ra_problem *p, uint32_t i) {
   if (!p->causal) return p->key_length;
   int64_t keys = (int64_t)i + p->query_offset;
   return keys <= 0 ? 0 : keys < p->key_length ? (uint32_t)keys : p->key_length;
+}
+
+// Where rows are: floats from one token to the next, and to the first token of a head (flat: batch * heads + head).
+static inline size_t ra_row(const ra_problem *p, uint32_t heads, size_t width) {
+  return p->layout ? heads * width : width;
+}
+
+static inline size_t ra_head(const ra_problem *p, size_t head, uint32_t heads, size_t length, size_t width) {
+  return p->layout ? (head / heads * length * heads + head % heads) * width : head * length * width;
 }
 
 // Query heads that share a key/value head.

@@ -28,6 +28,7 @@ enum {
   KEY_TILE_MAX = 128, // keys of a forward tile: 128, or 64 where D or Dv > 32 (keys, values and weights stay in L1)
   KEY_BLOCK = 128,    // keys of a backward unit
   QUERY_CHUNK = 32,   // queries of a backward step
+  PAD = 32,           // floats around a bias, for the queries and keys that fill up tiles
 };
 
 // A new reference is taken when some score exceeds the old one by this many powers of two; until then sums may grow by
@@ -41,16 +42,22 @@ typedef struct exact_state {
 typedef struct exact {
   const ra_problem *p;
   exact_state *state;
-  uint32_t D, Dv, Dp, Dvp; // Dp, Dvp: padded to 8
-  uint32_t panels, strips; // groups of 4 keys, of 8 queries (backward: of 32, times 4)
-  char *q_space, *k_space; // rotary tables
-  float *rows;             // [32][Dp] rotated rows on their way
-  float *k_panel;          // [panels][D][4] rotated keys
+  uint32_t D, Dv, Dp, Dvp;             // Dp, Dvp: padded to 8
+  uint32_t panels, strips;             // groups of 4 keys, of 8 queries (backward: of 32, times 4)
+  size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays; dq, dk, dv, dout alike
+  int modified;                        // scores are more than a product
+  char *q_space, *k_space;             // rotary tables
+  float *rows;                         // [32][Dp] rotated rows on their way
+  float *k_panel;                      // [panels][D][4] rotated keys
   // forward
   float *q_strip;         // [32 strips][D][8]; backward: all strips of the head
   float *out_t;           // [32 strips][Dv][8] numerators
   float *reference, *sum; // [32 strips][8] in powers of two; denominators
   float *s;               // [KEY_TILE][8] scores, then weights
+  // both, where scores are modified
+  float *bias; // [PAD + Nq + Nk - 1 + PAD] of one head, times log2 e
+  float *mask; // [keys of a tile or block][8 or 32 queries], times log2 e
+  float *zero; // [8] where scores start
   // backward
   float *k_rows, *q_rows;     // [4 panels][Dp], [8 strips][Dp] rotated
   float *v_panel;             // [panels][Dv][4]
@@ -60,6 +67,8 @@ typedef struct exact {
   float *weight, *ds;         // [KEY_BLOCK][32]
   float *dq_t;                // [strips][Dp][8]
   float *dk_block, *dv_block; // [KEY_BLOCK][Dp], [KEY_BLOCK][Dvp]
+  float *slope;               // [KEY_BLOCK][32] derivative of softcap
+  float *dbias;               // [PAD + Nq + Nk - 1 + PAD] of one head
 } exact;
 
 static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) {
@@ -67,6 +76,12 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
   e.Dp = (e.D + 7) / 8 * 8;
   e.Dvp = (e.Dv + 7) / 8 * 8;
   e.panels = ra_ceil_div(p->key_length, 4);
+  e.q_row = ra_row(p, p->heads, e.D);
+  e.k_row = ra_row(p, p->kv_heads, e.D);
+  e.v_row = ra_row(p, p->kv_heads, e.Dv);
+  e.out_row = ra_row(p, p->heads, e.Dv);
+  e.modified = ra_is_modified(p);
+  size_t diagonals = (size_t)p->query_length + p->key_length + 2 * PAD;
   e.state = ra_take(w, 1, 1, sizeof(exact_state));
   e.q_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
   e.k_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
@@ -94,7 +109,12 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
     e.ds = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
     e.dk_block = ra_take_floats(w, KEY_BLOCK, e.Dp);
     e.dv_block = ra_take_floats(w, KEY_BLOCK, e.Dvp);
+    if (p->softcap > 0) e.slope = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
+    if (p->bias) e.dbias = ra_take_floats(w, diagonals, 1);
   }
+  if (e.modified) e.zero = ra_take_floats(w, 1, LANES);
+  if (p->bias) e.bias = ra_take_floats(w, diagonals, 1);
+  if (p->mask || p->allowed) e.mask = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
   return e;
 }
 
@@ -117,9 +137,79 @@ RA_KERNEL void prepare_keys(const exact *e, const float *k) {
   for (uint32_t j = 0; j < p->key_length; j += 32) {
     uint32_t count = ra_min_u32(32, p->key_length - j);
     float *rows = e->k_rows ? e->k_rows + (size_t)j * e->Dp : e->rows;
-    ra_rotary_rows(&e->state->k_rotary, k + (size_t)j * e->D, e->D, rows, e->Dp, count, j, 0, 1.0f);
+    ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, rows, e->Dp, count, j, RA_ROTATE, 1.0f);
     pack(rows, e->Dp, count, e->D, 4, e->k_panel + (size_t)j * e->D);
   }
+}
+
+// --- Modified scores ------------------------------------------------------------------------------------------------
+//
+// s = softcap tanh(q.k / softcap) + bias + mask, all in powers of two.
+
+static void prepare_modifiers(const exact *e, uint32_t head) {
+  const ra_problem *p = e->p;
+  size_t length = (size_t)p->query_length + p->key_length - 1;
+  if (e->zero) ra_fill(e->zero, LANES, 0);
+  if (e->dbias) ra_fill(e->dbias, length + 2 * PAD, 0);
+  if (!e->bias) return;
+  const float *bias = p->bias + (p->bias_heads > 1 ? head % p->heads * length : 0);
+  ra_fill(e->bias, length + 2 * PAD, 0);
+  for (size_t n = 0; n < length; n++) e->bias[PAD + n] = (float)(bias[n] * RA_LOG2_E);
+}
+
+// Where e->bias and e->dbias have key j of query i.
+static size_t diagonal(const exact *e, uint32_t i, uint32_t j) { return (size_t)PAD + i + e->p->key_length - 1 - j; }
+
+// e->mask [keys][lanes] for queries i .. and keys key0 .. key0 + keys - 1; what lies past the arrays is forbidden elsewhere.
+RA_KERNEL void load_mask(const exact *e, uint32_t head, uint32_t i, uint32_t lanes, uint32_t key0, uint32_t keys) {
+  const ra_problem *p = e->p;
+  size_t base = head / p->heads * p->mask_batch + head % p->heads * p->mask_head + key0;
+  keys = ra_min_u32(keys, p->key_length - key0);
+  for (uint32_t r = 0; r < lanes; r++) {
+    uint32_t row = ra_min_u32(i + r, p->query_length - 1);
+    size_t at = base + row * p->mask_row;
+    for (uint32_t n = 0; n < keys; n++) {
+      float value = p->mask ? (float)(p->mask[at + n] * RA_LOG2_E) : 0;
+      if (p->allowed && !p->allowed[at + n]) value = RA_MASKED;
+      e->mask[n * lanes + r] = value < RA_MASKED ? RA_MASKED : value; // a NaN stays
+    }
+  }
+}
+
+// s[n][0 .. lanes-1] -> modified s - reference, for the queries from i and keys from key0; rows of s and slope are `row` long.
+RA_KERNEL void modify(const exact *e, uint32_t head, uint32_t i, uint32_t lanes, uint32_t key0, uint32_t keys,
+                      const float *reference, float *s, float *slope) {
+  const ra_exp2_constants *constants = ra_exp2_load();
+  float cap = (float)(e->p->softcap * RA_LOG2_E);
+  f32x4 cap4 = f32x4_splat(cap), inverse4 = f32x4_splat(cap > 0 ? 1 / cap : 0), masked = f32x4_splat(RA_MASKED);
+  if (e->mask) load_mask(e, head, i, lanes, key0, keys);
+  for (uint32_t n = 0; n < keys; n++, s += lanes) {
+    const float *bias = e->bias ? e->bias + diagonal(e, i, key0 + n) : NULL;
+    for (uint32_t c = 0; c < lanes; c += 4) {
+      f32x4 value = f32x4_load(s + c);
+      if (cap > 0) {
+        f32x4 t = ra_tanh(f32x4_mul(value, inverse4), constants);
+        value = f32x4_mul(cap4, t);
+        if (slope) f32x4_store(slope + n * lanes + c, f32x4_sub(f32x4_splat(1), f32x4_mul(t, t)));
+      }
+      if (bias) value = f32x4_add(value, f32x4_load(bias + c));
+      if (e->mask) value = f32x4_add(value, f32x4_load(e->mask + n * lanes + c));
+      f32x4_store(s + c, f32x4_max(masked, f32x4_sub(value, f32x4_load(reference + c))));
+    }
+  }
+}
+
+// dbias of the diagonals that ds [keys][32] crosses.
+RA_KERNEL void add_diagonals(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *ds) {
+  float sum[KEY_BLOCK + QUERY_CHUNK]; // diagonal(i, key0 + keys - 1) and on
+  ra_fill(sum, KEY_BLOCK + QUERY_CHUNK, 0);
+  for (uint32_t n = 0; n < keys; n++, ds += QUERY_CHUNK)
+    for (uint32_t c = 0; c < QUERY_CHUNK; c += 4) {
+      float *at = sum + (keys - 1 - n) + c;
+      f32x4_store(at, f32x4_add(f32x4_load(at), f32x4_load(ds + c)));
+    }
+  float *dbias = e->dbias + diagonal(e, i, key0) - (keys - 1);
+  for (uint32_t n = 0; n < keys + QUERY_CHUNK - 1; n++) dbias[n] += sum[n];
 }
 
 // --- Forward ------------------------------------------------------------------------------------------------------
@@ -143,20 +233,32 @@ RA_KERNEL void score_tile(const float *k_panel, const float *q_strip, uint32_t D
   max[0] = max0, max[1] = max1;
 }
 
-// Takes out the pairs that are not allowed: key n of the tile stays in lane i while n < limit[i] - key0. `max` anew.
-RA_KERNEL void mask_tile(float *s, uint32_t keys, const uint32_t *limit, uint32_t key0, f32x4 max[2]) {
-  float bound[LANES];
+// A range of keys as numbers of a tile: n in [*first, *end) of 0 .. keys.
+static void place_range(ra_range range, uint32_t key0, uint32_t keys, float *first, float *end) {
+  *first = range.first <= key0 ? 0.0f : (float)ra_min_u32(range.first - key0, keys);
+  *end = range.end <= key0 ? 0.0f : (float)ra_min_u32(range.end - key0, keys);
+}
+
+// Takes out the pairs that are not allowed: key key0 + n stays in lane i while it is in range[i]. `max` anew.
+RA_KERNEL void mask_tile(float *s, uint32_t keys, const ra_range *range, uint32_t key0, f32x4 max[2]) {
+  float first[LANES], end[LANES];
   f32x4 masked = f32x4_splat(RA_MASKED);
-  for (int i = 0; i < LANES; i++) bound[i] = limit[i] <= key0 ? 0.0f : (float)ra_min_u32(limit[i] - key0, keys);
-  f32x4 bound0 = f32x4_load(bound), bound1 = f32x4_load(bound + 4);
+  for (int i = 0; i < LANES; i++) place_range(range[i], key0, keys, &first[i], &end[i]);
+  f32x4 first0 = f32x4_load(first), first1 = f32x4_load(first + 4), end0 = f32x4_load(end), end1 = f32x4_load(end + 4);
   max[0] = max[1] = f32x4_splat(-INFINITY);
   for (uint32_t n = 0; n < keys; n++, s += LANES) {
     f32x4 key = f32x4_splat((float)n);
-    f32x4 s0 = f32x4_where_less(key, bound0, f32x4_load(s), masked);
-    f32x4 s1 = f32x4_where_less(key, bound1, f32x4_load(s + 4), masked);
+    f32x4 s0 = f32x4_where_less(key, first0, masked, f32x4_where_less(key, end0, f32x4_load(s), masked));
+    f32x4 s1 = f32x4_where_less(key, first1, masked, f32x4_where_less(key, end1, f32x4_load(s + 4), masked));
     f32x4_store(s, s0), f32x4_store(s + 4, s1);
     max[0] = f32x4_max(max[0], s0), max[1] = f32x4_max(max[1], s1);
   }
+}
+
+RA_KERNEL void find_max(const float *s, uint32_t keys, f32x4 max[2]) {
+  max[0] = max[1] = f32x4_splat(-INFINITY);
+  for (uint32_t n = 0; n < keys; n++, s += LANES)
+    max[0] = f32x4_max(max[0], f32x4_load(s)), max[1] = f32x4_max(max[1], f32x4_load(s + 4));
 }
 
 // Moves the reference of a strip to the maxima of the tile (relative to it): scores, sums and numerators follow. A query
@@ -195,72 +297,89 @@ RA_KERNEL void weigh_tile(float *s, uint32_t keys, float *sum) {
   f32x4_store(sum + 4, f32x4_add(f32x4_load(sum + 4), sum1));
 }
 
-// One strip of queries against keys key0 .. key0 + keys - 1.
-static void forward_tile(const exact *e, uint32_t strip, const uint32_t *limit, uint32_t key0, uint32_t keys,
-                         const float *v) {
+// One strip of queries, from i, against keys key0 .. key0 + keys - 1; key0 is a multiple of 4.
+RA_KERNEL void forward_tile(const exact *e, uint32_t head, uint32_t strip, uint32_t i, const ra_range *range,
+                            uint32_t key0, uint32_t keys, const float *v) {
   float *reference = e->reference + strip * LANES, *sum = e->sum + strip * LANES;
   float *out_t = e->out_t + (size_t)strip * e->Dv * LANES;
   uint32_t panels = ra_ceil_div(keys, 4);
   f32x4 max[2];
-  score_tile(e->k_panel + (size_t)key0 * e->D, e->q_strip + (size_t)strip * e->D * LANES, e->D, panels, reference, e->s,
-             max);
-  if (limit[0] < key0 + 4 * panels) mask_tile(e->s, 4 * panels, limit, key0, max); // limits do not fall along the lanes
+  score_tile(e->k_panel + (size_t)key0 * e->D, e->q_strip + (size_t)strip * e->D * LANES, e->D, panels,
+             e->modified ? e->zero : reference, e->s, max);
+  if (e->modified) {
+    modify(e, head, i, LANES, key0, 4 * panels, reference, e->s, NULL);
+    find_max(e->s, 4 * panels, max);
+  }
+  // ranges rise along the lanes
+  if (range[0].end < key0 + 4 * panels || range[LANES - 1].first > key0) mask_tile(e->s, 4 * panels, range, key0, max);
   f32x4 lazy = f32x4_splat(LAZY), tiny = f32x4_splat(FLT_MIN);
   if (f32x4_any_greater(max[0], lazy) || f32x4_any_greater(max[1], lazy) || f32x4_any_greater(tiny, f32x4_load(sum)) ||
       f32x4_any_greater(tiny, f32x4_load(sum + 4)))
     move_reference(e->s, 4 * panels, reference, sum, out_t, e->Dv, max);
   weigh_tile(e->s, keys, sum);
-  ra_add_columns(v + (size_t)key0 * e->Dv, e->Dv, e->Dv, e->s, LANES, keys, out_t, LANES);
+  ra_add_columns(v + key0 * e->v_row, e->v_row, e->Dv, e->s, LANES, keys, out_t, LANES);
 }
 
-// Numerators over denominators, back to rows.
-RA_KERNEL void finish_strip(const exact *e, uint32_t strip, uint32_t count, float *out, float *lse) {
+// Numerators over denominators, back to rows. A sink adds to the denominator.
+RA_KERNEL void finish_strip(const exact *e, uint32_t head, uint32_t strip, uint32_t count, float *out, float *lse) {
   float *out_t = e->out_t + (size_t)strip * e->Dv * LANES, inverse[LANES];
+  const float *sinks = e->p->sinks;
   for (uint32_t i = 0; i < LANES; i++) {
-    float sum = e->sum[strip * LANES + i], reference = e->reference[strip * LANES + i];
-    inverse[i] = sum == 0 ? 0 : 1 / sum;
-    if (i < count) lse[i] = sum == 0 ? -INFINITY : (float)((reference + log2((double)sum)) * RA_LN_2);
+    double sum = e->sum[strip * LANES + i], whole = -INFINITY;
+    inverse[i] = sum == 0 ? 0 : (float)(1 / sum);
+    if (sum != 0) whole = (e->reference[strip * LANES + i] + log2(sum)) * RA_LN_2;
+    if (sinks) {
+      double sink = sinks[head % e->p->heads], high = sink > whole ? sink : whole, low = sink > whole ? whole : sink;
+      double with_sink = high == -INFINITY ? high : high + log1p(exp(low - high));
+      if (sum != 0) inverse[i] = (float)(exp(whole - with_sink) / sum);
+      whole = with_sink;
+    }
+    if (i < count) lse[i] = (float)whole;
   }
   for (uint32_t d = 0; d < e->Dv; d++)
     for (int h = 0; h < 2; h++) {
       float *at = out_t + d * LANES + 4 * h;
       f32x4_store(at, f32x4_mul(f32x4_load(at), f32x4_load(inverse + 4 * h)));
     }
-  ra_transpose(out_t, LANES, e->Dv, count, out, e->Dv);
+  ra_transpose(out_t, LANES, e->Dv, count, out, e->out_row);
 }
 
 // A block of queries of one head against all keys. Keys outside, strips inside: a key tile is read from L1.
-RA_KERNEL void forward_block(const exact *e, const float *q, const float *v, uint32_t query0, float *out, float *lse) {
+RA_KERNEL void forward_block(const exact *e, uint32_t head, const float *q, const float *v, uint32_t query0, float *out,
+                             float *lse) {
   const ra_problem *p = e->p;
   uint32_t count = ra_min_u32(QUERY_BLOCK, p->query_length - query0), strips = ra_ceil_div(count, LANES);
   uint32_t key_tile = e->D > 32 || e->Dv > 32 ? 64 : KEY_TILE_MAX;
-  uint32_t limit[QUERY_BLOCK];
-  for (uint32_t i = 0; i < strips * LANES; i++) limit[i] = ra_key_limit(p, query0 + ra_min_u32(i, count - 1));
+  ra_range range[QUERY_BLOCK];
+  for (uint32_t i = 0; i < strips * LANES; i++) range[i] = ra_keys_of(p, query0 + ra_min_u32(i, count - 1));
   for (uint32_t i = 0; i < count; i += 32) {
     uint32_t rows = ra_min_u32(32, count - i);
-    ra_rotary_rows(&e->state->q_rotary, q + (size_t)(query0 + i) * e->D, e->D, e->rows, e->Dp, rows,
-                   (int64_t)query0 + i + p->query_offset, 0, (float)(p->scale * RA_LOG2_E));
+    ra_rotary_rows(&e->state->q_rotary, q + (query0 + i) * e->q_row, e->q_row, e->rows, e->Dp, rows, query0 + i,
+                   RA_ROTATE, (float)(p->scale * RA_LOG2_E));
     pack(e->rows, e->Dp, rows, e->D, LANES, e->q_strip + (size_t)i * e->D);
   }
   ra_fill(e->out_t, (size_t)strips * e->Dv * LANES, 0);
   ra_fill(e->reference, (size_t)strips * LANES, 0);
   ra_fill(e->sum, (size_t)strips * LANES, 0);
-  uint32_t end = limit[strips * LANES - 1];
-  for (uint32_t key0 = 0; key0 < end; key0 += key_tile)
+  uint32_t end = range[strips * LANES - 1].end;
+  for (uint32_t tile = range[0].first / key_tile * key_tile; tile < end; tile += key_tile)
     for (uint32_t n = 0; n < strips; n++) {
-      uint32_t last = limit[n * LANES + LANES - 1];
-      if (last > key0) forward_tile(e, n, limit + n * LANES, key0, ra_min_u32(key_tile, last - key0), v);
+      const ra_range *lanes = range + n * LANES;
+      uint32_t first = lanes[0].first / 4 * 4, last = ra_min_u32(tile + key_tile, lanes[LANES - 1].end);
+      if (first < tile) first = tile;
+      if (first < last) forward_tile(e, head, n, query0 + n * LANES, lanes, first, last - first, v);
     }
   for (uint32_t n = 0; n < strips; n++) {
     uint32_t i = query0 + n * LANES;
-    finish_strip(e, n, ra_min_u32(LANES, p->query_length - i), out + (size_t)i * e->Dv, lse + i);
+    finish_strip(e, head, n, ra_min_u32(LANES, p->query_length - i), out + i * e->out_row, lse + i);
   }
 }
 
 // --- Backward -----------------------------------------------------------------------------------------------------
 
 // What every key block of a head reads: queries, dout, lse and delta in lanes, queries and dout as padded rows.
-RA_KERNEL void prepare_queries(const exact *e, const float *q, const float *out, const float *lse, const float *dout) {
+RA_KERNEL void prepare_queries(const exact *e, uint32_t head, const float *q, const float *out, const float *lse,
+                               const float *dout, float *dsinks) {
   const ra_problem *p = e->p;
   uint32_t Nq = p->query_length;
   ra_fill(e->q_rows, (size_t)e->strips * LANES * e->Dp, 0);
@@ -270,25 +389,29 @@ RA_KERNEL void prepare_queries(const exact *e, const float *q, const float *out,
   ra_fill(e->dq_t, (size_t)e->strips * LANES * e->Dp, 0);
   ra_fill(e->lse2, (size_t)e->strips * LANES, 0);
   ra_fill(e->delta, (size_t)e->strips * LANES, 0);
+  const float *sink = p->sinks ? p->sinks + head % p->heads : NULL;
+  double dsink = 0;
   for (uint32_t i = 0; i < Nq; i += 32) {
     uint32_t rows = ra_min_u32(32, Nq - i);
     float *q_rows = e->q_rows + (size_t)i * e->Dp, *dout_rows = e->dout_rows + (size_t)i * e->Dvp;
-    ra_rotary_rows(&e->state->q_rotary, q + (size_t)i * e->D, e->D, q_rows, e->Dp, rows, (int64_t)i + p->query_offset,
-                   0, (float)(p->scale * RA_LOG2_E));
+    ra_rotary_rows(&e->state->q_rotary, q + i * e->q_row, e->q_row, q_rows, e->Dp, rows, i, RA_ROTATE,
+                   (float)(p->scale * RA_LOG2_E));
     for (uint32_t r = 0; r < rows; r++) {
-      const float *dout_i = dout + (size_t)(i + r) * e->Dv, *out_i = out + (size_t)(i + r) * e->Dv;
-      int seen = ra_key_limit(p, i + r) > 0; // a query with no key has lse = -infinity; its dout counts for nothing
+      const float *dout_i = dout + (i + r) * e->out_row, *out_i = out + (i + r) * e->out_row;
+      int seen = lse[i + r] != -INFINITY; // else there was no key, and dout counts for nothing
       double delta = 0;
       for (uint32_t d = 0; d < e->Dv; d++) {
         dout_rows[(size_t)r * e->Dvp + d] = seen ? dout_i[d] : 0;
         delta += (double)dout_i[d] * out_i[d];
       }
+      if (sink) dsink -= exp(*sink - (double)lse[i + r]) * delta;
       e->delta[i + r] = seen ? (float)delta : 0;
       e->lse2[i + r] = seen ? (float)(lse[i + r] * RA_LOG2_E) : 0;
     }
     pack(q_rows, e->Dp, rows, e->D, LANES, e->q_strip + (size_t)i * e->D);
     pack(dout_rows, e->Dvp, rows, e->Dv, LANES, e->dout_strip + (size_t)i * e->Dv);
   }
+  if (sink && dsinks) dsinks[head % p->heads] = (float)((head < p->heads ? 0 : dsinks[head % p->heads]) + dsink);
 }
 
 // C[n][8 lanes] = sum_d panel(n, d) * strip[d][8] - start: scores (keys, queries, lse) and dP (values, dout, delta).
@@ -338,16 +461,19 @@ RA_KERNEL void weigh_block(float *s, uint32_t keys) {
   }
 }
 
-RA_KERNEL void mask_block(float *s, uint32_t keys, const ra_problem *p, uint32_t query0, uint32_t key0) {
+RA_KERNEL void mask_block(const exact *e, float *s, uint32_t keys, uint32_t query0, uint32_t key0) {
+  const ra_problem *p = e->p;
   f32x4 masked = f32x4_splat(RA_MASKED);
-  float bound[QUERY_CHUNK];
+  float first[QUERY_CHUNK], end[QUERY_CHUNK];
   for (uint32_t i = 0; i < QUERY_CHUNK; i++) {
-    uint32_t limit = query0 + i < p->query_length ? ra_key_limit(p, query0 + i) : 0;
-    bound[i] = limit <= key0 ? 0.0f : (float)ra_min_u32(limit - key0, keys);
+    ra_range range = query0 + i < p->query_length ? ra_keys_of(p, query0 + i) : (ra_range){0, 0};
+    place_range(range, key0, keys, &first[i], &end[i]);
   }
   for (uint32_t n = 0; n < keys; n++, s += QUERY_CHUNK)
-    for (uint32_t i = 0; i < QUERY_CHUNK; i += 4)
-      f32x4_store(s + i, f32x4_where_less(f32x4_splat((float)n), f32x4_load(bound + i), f32x4_load(s + i), masked));
+    for (uint32_t i = 0; i < QUERY_CHUNK; i += 4) {
+      f32x4 key = f32x4_splat((float)n), inside = f32x4_where_less(key, f32x4_load(end + i), f32x4_load(s + i), masked);
+      f32x4_store(s + i, f32x4_where_less(key, f32x4_load(first + i), masked, inside));
+    }
 }
 
 // C[n][columns] += sum_i a[n][i] * b[i][columns] over the 32 queries of a chunk, for 4 panels keys: dv (a = P, b = dout),
@@ -366,62 +492,82 @@ RA_KERNEL void accumulate_rows(const float *a, uint32_t panels, const float *b, 
 }
 
 // A chunk of 32 queries against a block of keys: the five products of the backward pass.
-RA_KERNEL void backward_step(const exact *e, uint32_t query0, uint32_t key0, uint32_t keys) {
+RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uint32_t key0, uint32_t keys) {
   const ra_problem *p = e->p;
-  uint32_t last = ra_min_u32(query0 + QUERY_CHUNK, p->query_length) - 1, limit = ra_key_limit(p, last);
-  if (limit <= key0) return;
-  uint32_t panels = ra_ceil_div(ra_min_u32(keys, limit - key0), 4), strip0 = query0 / LANES;
+  uint32_t last = ra_min_u32(query0 + QUERY_CHUNK, p->query_length) - 1, strip0 = query0 / LANES;
+  ra_range of_first = ra_keys_of(p, query0), of_last = ra_keys_of(p, last);
+  uint32_t start =
+      of_first.first > key0 ? (of_first.first - key0) / 4 * 4 : 0; // keys of the block before it see nothing
+  if (of_last.end <= key0 + start || start >= keys) return;
+  keys = ra_min_u32(keys, of_last.end - key0) - start;
+  key0 += start;
+  uint32_t panels = ra_ceil_div(keys, 4);
   const float *k_panel = e->k_panel + (size_t)key0 * e->D, *v_panel = e->v_panel + (size_t)key0 * e->Dv;
 
   // in the forward pass this was s = q.k, P = 2^(s - lse)
   for (uint32_t n = 0; n < 4; n++)
     product_tiles(k_panel, e->q_strip + (size_t)(strip0 + n) * e->D * LANES, e->D, panels,
-                  e->lse2 + (strip0 + n) * LANES, e->weight + n * LANES);
-  if (ra_key_limit(p, query0) < key0 + 4 * panels || last != query0 + QUERY_CHUNK - 1)
-    mask_block(e->weight, 4 * panels, p, query0, key0);
+                  e->modified ? e->zero : e->lse2 + (strip0 + n) * LANES, e->weight + n * LANES);
+  if (e->modified) modify(e, head, query0, QUERY_CHUNK, key0, 4 * panels, e->lse2 + query0, e->weight, e->slope);
+  if (of_first.end < key0 + 4 * panels || of_last.first > key0 || last != query0 + QUERY_CHUNK - 1)
+    mask_block(e, e->weight, 4 * panels, query0, key0);
   weigh_block(e->weight, 4 * panels);
 
   // in the forward pass this was out += P v, so now dP = dout v^T and dS = P (dP - delta)
   for (uint32_t n = 0; n < 4; n++)
     product_tiles_weighted(v_panel, e->dout_strip + (size_t)(strip0 + n) * e->Dv * LANES, e->Dv, panels,
                            e->delta + (strip0 + n) * LANES, e->weight + n * LANES, e->ds + n * LANES);
-  accumulate_rows(e->weight, panels, e->dout_rows + (size_t)query0 * e->Dvp, e->Dvp, e->dv_block);
+  accumulate_rows(e->weight, panels, e->dout_rows + (size_t)query0 * e->Dvp, e->Dvp,
+                  e->dv_block + (size_t)start * e->Dvp);
 
-  // undoes s = q.k on both sides
-  accumulate_rows(e->ds, panels, e->q_rows + (size_t)query0 * e->Dp, e->Dp, e->dk_block);
+  // in the forward pass this was s = softcap tanh(q.k / softcap) + bias
+  if (e->dbias) add_diagonals(e, query0, key0, 4 * panels, e->ds);
+  for (uint32_t n = 0; e->slope && n < 4 * panels * QUERY_CHUNK; n += 4)
+    f32x4_store(e->ds + n, f32x4_mul(f32x4_load(e->ds + n), f32x4_load(e->slope + n)));
+
+  // undoes q.k on both sides
+  accumulate_rows(e->ds, panels, e->q_rows + (size_t)query0 * e->Dp, e->Dp, e->dk_block + (size_t)start * e->Dp);
   for (uint32_t n = 0; n < 4; n++)
     ra_add_columns(e->k_rows + (size_t)key0 * e->Dp, e->Dp, e->Dp, e->ds + n * LANES, QUERY_CHUNK, 4 * panels,
                    e->dq_t + (size_t)(strip0 + n) * e->Dp * LANES, LANES);
 }
 
 // One block of keys against all queries of a head; dk, dv of the block are overwritten, or added to (`add`).
-RA_KERNEL void backward_block(const exact *e, uint32_t key0, float *dk, float *dv, int add) {
+RA_KERNEL void backward_block(const exact *e, uint32_t head, uint32_t key0, float *dk, float *dv, int add) {
   const ra_problem *p = e->p;
-  uint32_t keys = ra_min_u32(KEY_BLOCK, p->key_length - key0);
+  uint32_t keys = ra_min_u32(KEY_BLOCK, p->key_length - key0), end = ra_query_end(p, key0 + keys - 1);
   ra_fill(e->dk_block, (size_t)KEY_BLOCK * e->Dp, 0);
   ra_fill(e->dv_block, (size_t)KEY_BLOCK * e->Dvp, 0);
-  for (uint32_t i = ra_query_start(p, key0) / QUERY_CHUNK * QUERY_CHUNK; i < p->query_length; i += QUERY_CHUNK)
-    backward_step(e, i, key0, keys);
+  for (uint32_t i = ra_query_start(p, key0) / QUERY_CHUNK * QUERY_CHUNK; i < end; i += QUERY_CHUNK)
+    backward_step(e, head, i, key0, keys);
 
   // queries carried scale * log2 e
-  ra_rotary_rows(&e->state->k_rotary, e->dk_block, e->Dp, e->dk_block, e->Dp, keys, key0, 1, (float)RA_LN_2);
+  ra_rotary_rows(&e->state->k_rotary, e->dk_block, e->Dp, e->dk_block, e->Dp, keys, key0, RA_ROTATE_TRANSPOSE,
+                 (float)RA_LN_2);
   for (uint32_t j = 0; j < keys; j++) {
     const float *dk_block = e->dk_block + (size_t)j * e->Dp, *dv_block = e->dv_block + (size_t)j * e->Dvp;
-    float *dk_j = dk + (size_t)(key0 + j) * e->D, *dv_j = dv + (size_t)(key0 + j) * e->Dv;
+    float *dk_j = dk + (key0 + j) * e->k_row, *dv_j = dv + (key0 + j) * e->v_row;
     for (uint32_t d = 0; d < e->D; d++) dk_j[d] = add ? dk_j[d] + dk_block[d] : dk_block[d];
     for (uint32_t d = 0; d < e->Dv; d++) dv_j[d] = add ? dv_j[d] + dv_block[d] : dv_block[d];
   }
 }
 
-// dq of a head, back to rows and back-rotated.
-RA_KERNEL void finish_queries(const exact *e, float *dq) {
+// dq of a head, back to rows and back-rotated; dbias of the head to the sum over heads and batches that it belongs to.
+RA_KERNEL void finish_queries(const exact *e, uint32_t head, float *dq, float *dbias) {
   const ra_problem *p = e->p;
   for (uint32_t i = 0; i < p->query_length; i += 32) {
     uint32_t rows = ra_min_u32(32, p->query_length - i);
     for (uint32_t r = 0; r < rows; r += LANES)
       ra_transpose(e->dq_t + (size_t)(i + r) * e->Dp, LANES, e->Dp, LANES, e->rows + r * e->Dp, e->Dp);
-    ra_rotary_rows(&e->state->q_rotary, e->rows, e->Dp, dq + (size_t)i * e->D, e->D, rows, (int64_t)i + p->query_offset,
-                   1, p->scale);
+    ra_rotary_rows(&e->state->q_rotary, e->rows, e->Dp, dq + i * e->q_row, e->q_row, rows, i, RA_ROTATE_TRANSPOSE,
+                   p->scale);
+  }
+  if (!e->dbias || !dbias) return;
+  size_t length = (size_t)p->query_length + p->key_length - 1;
+  uint32_t own = p->bias_heads > 1 ? head % p->heads : 0;
+  for (size_t n = 0; n < length; n++) {
+    float *sum = dbias + own * length + n;
+    *sum = (head < p->bias_heads ? 0 : *sum) + e->dbias[PAD + n];
   }
 }
 
@@ -436,26 +582,33 @@ static uint32_t units(const ra_problem *p, uint32_t pass) { return p->batch * p-
 static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *workspace, uint32_t first, uint32_t last) {
   ra_workspace_cursor cursor = {workspace, 0, 0};
   exact e = arrange(p, pass, &cursor);
-  size_t Nq = p->query_length, Nk = p->key_length, D = e.D, Dv = e.Dv;
+  size_t Nq = p->query_length, Nk = p->key_length;
   uint32_t blocks = blocks_per_head(p, pass), group = ra_group(p);
   for (uint32_t unit = first; unit < last; unit++) {
-    uint32_t head = unit / blocks, block = unit % blocks, kv = head / group;
-    const float *q = x->q + head * Nq * D, *k = x->k + kv * Nk * D, *v = x->v + kv * Nk * Dv;
+    uint32_t head = unit / blocks, block = unit % blocks, kv = head / group, batch = head / p->heads;
+    size_t q_head = ra_head(p, head, p->heads, Nq, e.D), out_head = ra_head(p, head, p->heads, Nq, e.Dv);
+    size_t k_head = ra_head(p, kv, p->kv_heads, Nk, e.D), v_head = ra_head(p, kv, p->kv_heads, Nk, e.Dv);
     if (unit == 0) {
-      ra_rotary_init(&e.state->q_rotary, p, e.q_space);
-      ra_rotary_init(&e.state->k_rotary, p, e.k_space);
+      ra_rotary_init(&e.state->q_rotary, p, 1, e.q_space);
+      ra_rotary_init(&e.state->k_rotary, p, 0, e.k_space);
+    }
+    if (block == 0) {
+      ra_rotary_batch(&e.state->q_rotary, p, 1, batch);
+      ra_rotary_batch(&e.state->k_rotary, p, 0, batch);
+      prepare_modifiers(&e, head);
     }
     if (block == 0 && head % group == 0) {
-      prepare_keys(&e, k);
-      if (pass == RA_BACKWARD) pack(v, Dv, p->key_length, e.Dv, 4, e.v_panel);
+      prepare_keys(&e, x->k + k_head);
+      if (pass == RA_BACKWARD) pack(x->v + v_head, e.v_row, p->key_length, e.Dv, 4, e.v_panel);
     }
     if (pass == RA_FORWARD) {
-      forward_block(&e, q, v, block * QUERY_BLOCK, x->out + head * Nq * Dv, x->lse + head * Nq);
+      forward_block(&e, head, x->q + q_head, x->v + v_head, block * QUERY_BLOCK, x->out + out_head, x->lse + head * Nq);
       continue;
     }
-    if (block == 0) prepare_queries(&e, q, x->out + head * Nq * Dv, x->lse + head * Nq, x->dout + head * Nq * Dv);
-    backward_block(&e, block * KEY_BLOCK, x->dk + kv * Nk * D, x->dv + kv * Nk * Dv, head % group != 0);
-    if (block == blocks - 1) finish_queries(&e, x->dq + head * Nq * D);
+    if (block == 0)
+      prepare_queries(&e, head, x->q + q_head, x->out + out_head, x->lse + head * Nq, x->dout + out_head, x->dsinks);
+    backward_block(&e, head, block * KEY_BLOCK, x->dk + k_head, x->dv + v_head, head % group != 0);
+    if (block == blocks - 1) finish_queries(&e, head, x->dq + q_head, x->dbias);
   }
   return RA_OK;
 }

@@ -13,6 +13,7 @@ typedef struct naive_workspace {
   float *q, *k;   // [Nq][D], [Nk][D] rotated
   float *dq, *dk; // the same, gradients
   float *s, *ds;  // [Nk] one row of scores and of their gradient
+  float *slope;   // [Nk] derivative of a score by the product that it came from
 } naive_workspace;
 
 static naive_workspace arrange(const ra_problem *p, ra_workspace_cursor *w) {
@@ -23,6 +24,7 @@ static naive_workspace arrange(const ra_problem *p, ra_workspace_cursor *w) {
       .dk = ra_take_floats(w, p->key_length, p->head_dim),
       .s = ra_take_floats(w, p->key_length, 1),
       .ds = ra_take_floats(w, p->key_length, 1),
+      .slope = ra_take_floats(w, p->key_length, 1),
   };
 }
 
@@ -36,16 +38,26 @@ static uint32_t units(const ra_problem *p, uint32_t pass) {
   return p->batch * p->heads;
 }
 
-// y = R^(+-1) x, rows at position, position + 1, ...
-static void rotate(const ra_problem *p, const float *x, float *y, size_t rows, int64_t position, double sign) {
-  size_t D = p->head_dim, half = p->rotary_dim / 2;
+// y = R x, or R^T x (sign -1), for the queries or keys of a batch.
+static void rotate(const ra_problem *p, int queries, size_t batch, const float *x, size_t x_row, float *y, size_t y_row,
+                   double sign) {
+  size_t D = p->head_dim, half = p->rotary_dim / 2, rows = queries ? p->query_length : p->key_length;
+  const double *positions = queries ? p->query_positions : p->key_positions;
+  if (positions && p->position_batches > 1) positions += batch * rows;
   for (size_t n = 0; n < rows; n++) {
-    const float *x_n = x + n * D;
-    float *y_n = y + n * D;
+    const float *x_n = x + n * x_row;
+    float *y_n = y + n * y_row;
+    double position = positions ? positions[n] : (double)((int64_t)n + (queries ? p->query_offset : 0));
     for (size_t i = 0; i < half; i++) {
       size_t first = p->interleaved ? 2 * i : i, second = p->interleaved ? 2 * i + 1 : half + i;
-      double angle = (double)(position + (int64_t)n) * p->frequencies[i];
-      float c = (float)cos(angle), s = (float)(sign * sin(angle));
+      double cosine, sine;
+      if (p->cos_table) {
+        double row = position < 0 ? 0 : position < p->table_rows ? position : p->table_rows - 1;
+        cosine = p->cos_table[(size_t)row * half + i], sine = p->sin_table[(size_t)row * half + i];
+      } else {
+        cosine = cos(position * p->frequencies[i]), sine = sin(position * p->frequencies[i]);
+      }
+      float c = (float)(p->rotary_factor * cosine), s = (float)(sign * p->rotary_factor * sine);
       float x1 = x_n[first], x2 = x_n[second];
       y_n[first] = x1 * c - x2 * s;
       y_n[second] = x1 * s + x2 * c;
@@ -60,55 +72,82 @@ static float dot(const float *a, const float *b, size_t count) {
   return sum;
 }
 
-static void scores(const ra_problem *p, const float *q_i, const float *k, size_t limit, float *s) {
-  for (size_t j = 0; j < limit; j++) s[j] = p->scale * dot(q_i, k + j * p->head_dim, p->head_dim);
+// Scores of query i, as the modifiers leave them; slope[j] = ds_ij / d(scale q.k).
+static void scores(const ra_problem *p, size_t head, uint32_t i, const float *q_i, const float *k, ra_range keys,
+                   float *s, float *slope) {
+  size_t batch = head / p->heads, h = head % p->heads;
+  for (uint32_t j = keys.first; j < keys.end; j++) {
+    size_t at = batch * p->mask_batch + h * p->mask_head + i * p->mask_row + j;
+    s[j] = p->scale * dot(q_i, k + j * p->head_dim, p->head_dim);
+    slope[j] = 1;
+    if (p->softcap > 0) {
+      float t = tanhf(s[j] / p->softcap);
+      s[j] = p->softcap * t, slope[j] = 1 - t * t;
+    }
+    if (p->bias) {
+      size_t length = (size_t)p->query_length + p->key_length - 1;
+      s[j] += p->bias[(p->bias_heads > 1 ? h : 0) * length + i + p->key_length - 1 - j];
+    }
+    if (p->mask) s[j] = p->mask[at] < -1e30f ? -INFINITY : s[j] + p->mask[at];
+    if (p->allowed && !p->allowed[at]) s[j] = -INFINITY;
+  }
 }
 
-static void forward_head(const ra_problem *p, const naive_workspace *w, const float *v, float *out, float *lse) {
+static void forward_head(const ra_problem *p, const naive_workspace *w, size_t head, const float *v, size_t v_row,
+                         float *out, size_t out_row, float *lse) {
   size_t D = p->head_dim, Dv = p->value_dim;
   for (uint32_t i = 0; i < p->query_length; i++) {
-    float *out_i = out + i * Dv, max = -INFINITY, sum = 0;
-    size_t limit = ra_key_limit(p, i);
+    float *out_i = out + i * out_row, sum = 0, max = p->sinks ? p->sinks[head % p->heads] : -INFINITY;
+    ra_range keys = ra_keys_of(p, i);
     for (size_t d = 0; d < Dv; d++) out_i[d] = 0;
-    lse[i] = -INFINITY;
-    if (limit == 0) continue;
 
     // pass 1: scores and their maximum
-    scores(p, w->q + i * D, w->k, limit, w->s);
-    for (size_t j = 0; j < limit; j++)
-      if (w->s[j] > max) max = w->s[j];
+    scores(p, head, i, w->q + i * D, w->k, keys, w->s, w->ds);
+    for (uint32_t j = keys.first; j < keys.end; j++)
+      if (!(w->s[j] <= max)) max = w->s[j];
+    lse[i] = -INFINITY;
+    if (max == -INFINITY) continue;
 
     // pass 2: weights, their sum, the weighted values
-    for (size_t j = 0; j < limit; j++) {
+    if (p->sinks) sum = expf(p->sinks[head % p->heads] - max);
+    for (uint32_t j = keys.first; j < keys.end; j++) {
       float weight = expf(w->s[j] - max);
+      if (weight == 0) continue; // not allowed: whatever the value is, it does not count
       sum += weight;
-      for (size_t d = 0; d < Dv; d++) out_i[d] += weight * v[j * Dv + d];
+      for (size_t d = 0; d < Dv; d++) out_i[d] += weight * v[j * v_row + d];
     }
     for (size_t d = 0; d < Dv; d++) out_i[d] /= sum;
     lse[i] = max + logf(sum);
   }
 }
 
-static void backward_head(const ra_problem *p, const naive_workspace *w, const float *v, const float *out,
-                          const float *lse, const float *dout, float *dv) {
-  size_t D = p->head_dim, Dv = p->value_dim;
+static void backward_head(const ra_problem *p, const naive_workspace *w, size_t head, const ra_arrays *x,
+                          const float *v, size_t v_row, const float *out, size_t out_row, const float *lse,
+                          const float *dout, float *dv) {
+  size_t D = p->head_dim, Dv = p->value_dim, h = head % p->heads, length = (size_t)p->query_length + p->key_length - 1;
+  float *dbias = x->dbias ? x->dbias + (p->bias_heads > 1 ? h : 0) * length : NULL;
   memset(w->dq, 0, sizeof(float) * p->query_length * D);
   memset(w->dk, 0, sizeof(float) * p->key_length * D);
   for (uint32_t i = 0; i < p->query_length; i++) {
-    const float *dout_i = dout + i * Dv;
-    size_t limit = ra_key_limit(p, i);
-    if (limit == 0) continue;
-    float delta = dot(dout_i, out + i * Dv, Dv);
+    const float *dout_i = dout + i * out_row;
+    ra_range keys = ra_keys_of(p, i);
+    if (lse[i] == -INFINITY) continue;
+    float delta = dot(dout_i, out + i * out_row, Dv);
+    if (p->sinks && x->dsinks) x->dsinks[h] -= expf(p->sinks[h] - lse[i]) * delta;
 
-    // undoes pass 1: in the forward pass this was s = scale q.k
-    scores(p, w->q + i * D, w->k, limit, w->s);
-    for (size_t j = 0; j < limit; j++) {
-      float weight = expf(w->s[j] - lse[i]);
-      w->ds[j] = p->scale * weight * (dot(dout_i, v + j * Dv, Dv) - delta);
-      // undoes pass 2: in the forward pass this was out_i += P_ij v_j
-      for (size_t d = 0; d < Dv; d++) dv[j * Dv + d] += weight * dout_i[d];
+    // undoes pass 1: in the forward pass this was s = scale q.k, then softcap and bias
+    scores(p, head, i, w->q + i * D, w->k, keys, w->s, w->slope);
+    for (uint32_t j = keys.first; j < keys.end; j++) {
+      float weight = expf(w->s[j] - lse[i]), ds = 0;
+      if (weight != 0) {
+        ds = weight * (dot(dout_i, v + j * v_row, Dv) - delta);
+        // undoes pass 2: in the forward pass this was out_i += P_ij v_j
+        for (size_t d = 0; d < Dv; d++) dv[j * v_row + d] += weight * dout_i[d];
+      }
+      if (dbias) dbias[i + p->key_length - 1 - j] += ds;
+      w->ds[j] = p->scale * ds * w->slope[j];
     }
-    for (size_t j = 0; j < limit; j++) {
+    for (uint32_t j = keys.first; j < keys.end; j++) {
       for (size_t d = 0; d < D; d++) {
         w->dq[i * D + d] += w->ds[j] * w->k[j * D + d];
         w->dk[j * D + d] += w->ds[j] * w->q[i * D + d];
@@ -121,24 +160,33 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
   ra_workspace_cursor cursor = {workspace, 0, 0};
   naive_workspace w = arrange(p, &cursor);
   size_t Nq = p->query_length, Nk = p->key_length, D = p->head_dim, Dv = p->value_dim, group = ra_group(p);
+  size_t q_row = ra_row(p, p->heads, D), k_row = ra_row(p, p->kv_heads, D);
+  size_t out_row = ra_row(p, p->heads, Dv), v_row = ra_row(p, p->kv_heads, Dv);
+  if (first == 0 && pass == RA_BACKWARD) {
+    if (x->dbias) memset(x->dbias, 0, sizeof(float) * p->bias_heads * (Nq + Nk - 1));
+    if (x->dsinks) memset(x->dsinks, 0, sizeof(float) * p->heads);
+  }
   for (size_t head = first; head < last; head++) {
-    size_t kv = head / group; // group divides heads, so this counts batches too
-    const float *v = x->v + kv * Nk * Dv;
-    rotate(p, x->q + head * Nq * D, w.q, Nq, p->query_offset, 1);
-    rotate(p, x->k + kv * Nk * D, w.k, Nk, 0, 1);
+    size_t kv = head / group, batch = head / p->heads; // group divides heads, so kv counts batches too
+    size_t q_head = ra_head(p, head, p->heads, Nq, D), out_head = ra_head(p, head, p->heads, Nq, Dv);
+    size_t k_head = ra_head(p, kv, p->kv_heads, Nk, D), v_head = ra_head(p, kv, p->kv_heads, Nk, Dv);
+    rotate(p, 1, batch, x->q + q_head, q_row, w.q, D, 1);
+    rotate(p, 0, batch, x->k + k_head, k_row, w.k, D, 1);
     if (pass == RA_FORWARD) {
-      forward_head(p, &w, v, x->out + head * Nq * Dv, x->lse + head * Nq);
+      forward_head(p, &w, head, x->v + v_head, v_row, x->out + out_head, out_row, x->lse + head * Nq);
       continue;
     }
-    float *dk = x->dk + kv * Nk * D, *dv = x->dv + kv * Nk * Dv;
-    if (head % group == 0) {
-      memset(dk, 0, sizeof(float) * Nk * D);
-      memset(dv, 0, sizeof(float) * Nk * Dv);
+    float *dk = x->dk + k_head, *dv = x->dv + v_head;
+    for (size_t j = 0; j < Nk && head % group == 0; j++) {
+      memset(dk + j * k_row, 0, sizeof(float) * D);
+      memset(dv + j * v_row, 0, sizeof(float) * Dv);
     }
-    backward_head(p, &w, v, x->out + head * Nq * Dv, x->lse + head * Nq, x->dout + head * Nq * Dv, dv);
-    rotate(p, w.dq, x->dq + head * Nq * D, Nq, p->query_offset, -1);
-    rotate(p, w.dk, w.k, Nk, 0, -1);
-    for (size_t n = 0; n < Nk * D; n++) dk[n] += w.k[n];
+    backward_head(p, &w, head, x, x->v + v_head, v_row, x->out + out_head, out_row, x->lse + head * Nq,
+                  x->dout + out_head, dv);
+    rotate(p, 1, batch, w.dq, D, x->dq + q_head, q_row, -1);
+    rotate(p, 0, batch, w.dk, D, w.k, D, -1);
+    for (size_t j = 0; j < Nk; j++)
+      for (size_t d = 0; d < D; d++) dk[j * k_row + d] += w.k[j * D + d];
   }
   return RA_OK;
 }

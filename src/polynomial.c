@@ -54,6 +54,7 @@ typedef struct polynomial {
   ra_features f;
   uint32_t D, Dv, Dp, Dvp; // Dp, Dvp: padded to 8
   uint32_t columns, row;   // columns of u, h and the state: Dvp values, then one; length of their rows, a multiple of 4
+  size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays; dq, dk, dv, dout alike
   char *q_space, *k_space;
   float *weights;         // [rank] w_r
   uint8_t *run;           // [rank]
@@ -84,6 +85,10 @@ static polynomial arrange(const ra_problem *p, uint32_t pass, ra_workspace_curso
   e.Dvp = (e.Dv + 7) / 8 * 8;
   e.columns = e.Dvp + 1;
   e.row = e.Dvp + 4;
+  e.q_row = ra_row(p, p->heads, e.D);
+  e.k_row = ra_row(p, p->kv_heads, e.D);
+  e.v_row = ra_row(p, p->kv_heads, e.Dv);
+  e.out_row = ra_row(p, p->heads, e.Dv);
   e.state = ra_take(w, 1, 1, sizeof(polynomial_state));
   uint32_t *tail = ra_take(w, 1, ra_features_cells(p->head_dim, p->degree), sizeof(uint32_t));
   size_t lower = p->degree == 0 ? 1 : ra_rank(p->head_dim, p->degree - 1);
@@ -264,8 +269,7 @@ static void live_tokens(uint32_t count, float *live) {
 // Queries i .. i + count - 1: x_rows, x_t and, if `features`, their stored features.
 RA_KERNEL void load_queries(const polynomial *e, const float *q, uint32_t i, uint32_t count, int features) {
   float live[CHUNK];
-  ra_rotary_rows(&e->state->q_rotary, q + (size_t)i * e->D, e->D, e->x_rows, e->Dp, count,
-                 (int64_t)i + e->p->query_offset, 0, e->p->scale);
+  ra_rotary_rows(&e->state->q_rotary, q + i * e->q_row, e->q_row, e->x_rows, e->Dp, count, i, RA_ROTATE, e->p->scale);
   turn(e, e->x_rows, count, e->x_t);
   live_tokens(count, live);
   if (features) ra_features_lower(&e->f, e->x_t, live, e->lower);
@@ -275,11 +279,11 @@ RA_KERNEL void load_queries(const polynomial *e, const float *q, uint32_t i, uin
 RA_KERNEL void load_keys(const polynomial *e, const float *k, const float *v, uint32_t j, uint32_t count,
                          int features) {
   float live[CHUNK];
-  ra_rotary_rows(&e->state->k_rotary, k + (size_t)j * e->D, e->D, e->y_rows, e->Dp, count, j, 0, 1.0f);
+  ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->y_rows, e->Dp, count, j, RA_ROTATE, 1.0f);
   ra_fill(e->u_rows, (size_t)CHUNK * e->row, 0);
   for (uint32_t n = 0; n < count; n++) {
     float *y = e->y_rows + n * e->Dp, *u = e->u_rows + n * e->row;
-    const float *v_j = v + (size_t)(j + n) * e->Dv;
+    const float *v_j = v + (j + n) * e->v_row;
     for (uint32_t d = 0; d < e->D; d++) y[d] -= e->k_mean[d];
     for (uint32_t d = 0; d < e->Dv; d++) u[d] = v_j[d] - e->v_mean[d];
     u[e->Dvp] = 1;
@@ -337,7 +341,7 @@ RA_KERNEL void take_means(const polynomial *e, const float *k, const float *v) {
   ra_fill(e->k_mean, e->Dp, 0);
   for (uint32_t j = 0; j < Nk; j += CHUNK) {
     uint32_t count = ra_min_u32(CHUNK, Nk - j);
-    ra_rotary_rows(&e->state->k_rotary, k + (size_t)j * e->D, e->D, e->y_rows, e->Dp, count, j, 0, 1.0f);
+    ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->y_rows, e->Dp, count, j, RA_ROTATE, 1.0f);
     for (uint32_t d = 0; d < e->D; d++) {
       float sum = 0;
       for (uint32_t n = 0; n < count; n++) sum += e->y_rows[n * e->Dp + d];
@@ -352,7 +356,7 @@ RA_KERNEL void take_means(const polynomial *e, const float *k, const float *v) {
     uint32_t count = ra_min_u32(CHUNK, Nk - j);
     for (uint32_t d = 0; d < e->Dv; d++) {
       float sum = 0;
-      for (uint32_t n = 0; n < count; n++) sum += v[(size_t)(j + n) * e->Dv + d];
+      for (uint32_t n = 0; n < count; n++) sum += v[(j + n) * e->v_row + d];
       v_sum[d] += sum;
     }
   }
@@ -401,7 +405,7 @@ RA_KERNEL void forward_chunk(const polynomial *e, const float *q, const float *k
       f32x4_store(at, f32x4_where_less(f32x4_splat(0), inverse_c, value, f32x4_splat(0)));
     }
   }
-  ra_transpose(e->sum_t, CHUNK, e->Dv, count, out + (size_t)i * e->Dv, e->Dv);
+  ra_transpose(e->sum_t, CHUNK, e->Dv, count, out + i * e->out_row, e->out_row);
 }
 
 // --- Backward -----------------------------------------------------------------------------------------------------
@@ -414,7 +418,7 @@ RA_KERNEL void load_gradients(const polynomial *e, const float *out, const float
   ra_fill(e->h_rows, (size_t)CHUNK * e->row, 0);
   for (uint32_t n = 0; n < count; n++) {
     if (lse[i + n] == -INFINITY) continue;
-    const float *out_i = out + (size_t)(i + n) * e->Dv, *dout_i = dout + (size_t)(i + n) * e->Dv;
+    const float *out_i = out + (i + n) * e->out_row, *dout_i = dout + (i + n) * e->out_row;
     float *h = e->h_rows + n * e->row, inverse = (float)exp((double)shift[n] - lse[i + n]);
     double delta = 0;
     for (uint32_t d = 0; d < e->Dv; d++) {
@@ -427,19 +431,33 @@ RA_KERNEL void load_gradients(const polynomial *e, const float *out, const float
 }
 
 // y[n][0 .. columns-1] += x[n], count rows
-RA_KERNEL void add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns, float *y) {
+RA_KERNEL void add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns, float *y, size_t y_row) {
   for (uint32_t n = 0; n < count; n++)
-    for (uint32_t d = 0; d < columns; d++) y[(size_t)n * columns + d] += x[n * x_row + d];
+    for (uint32_t d = 0; d < columns; d++) y[n * y_row + d] += x[n * x_row + d];
+}
+
+// Where one query head and its key/value head begin in the arrays.
+typedef struct heads {
+  size_t q, k, v, out, lse;
+} heads;
+
+static heads heads_of(const polynomial *e, size_t head) {
+  const ra_problem *p = e->p;
+  size_t kv = head / ra_group(p), Nq = p->query_length, Nk = p->key_length;
+  return (heads){.q = ra_head(p, head, p->heads, Nq, e->D),
+                 .k = ra_head(p, kv, p->kv_heads, Nk, e->D),
+                 .v = ra_head(p, kv, p->kv_heads, Nk, e->Dv),
+                 .out = ra_head(p, head, p->heads, Nq, e->Dv),
+                 .lse = head * Nq};
 }
 
 // The sweep forwards, one chunk of one query head: dq, and what the diagonal block gives to dk and dv.
-RA_KERNEL void backward_queries(const polynomial *e, const ra_arrays *x, size_t head, size_t kv, uint32_t i,
-                                uint32_t count) {
+RA_KERNEL void backward_queries(const polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
   const ra_problem *p = e->p;
-  size_t Nq = p->query_length, Nk = p->key_length, D = e->D, Dv = e->Dv;
+  heads at = heads_of(e, head);
   uint32_t before = ra_state_keys(p, i), end = ra_key_limit(p, i + count - 1);
-  load_queries(e, x->q + head * Nq * D, i, count, before > 0);
-  load_gradients(e, x->out + head * Nq * Dv, x->lse + head * Nq, x->dout + head * Nq * Dv, i, count);
+  load_queries(e, x->q + at.q, i, count, before > 0);
+  load_gradients(e, x->out + at.out, x->lse + at.lse, x->dout + at.out, i, count);
   ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
 
   // in the forward pass this was sum = phi(x) Z
@@ -448,47 +466,47 @@ RA_KERNEL void backward_queries(const polynomial *e, const ra_arrays *x, size_t 
   // in the forward pass this was sum += A u, A = exp(x.y)
   if (end > before) {
     uint32_t keys = end - before;
-    load_keys(e, x->k + kv * Nk * D, x->v + kv * Nk * Dv, before, keys, 0);
+    load_keys(e, x->k + at.k, x->v + at.v, before, keys, 0);
     diagonal_weights(e, i, before, keys);
     set_rows(e->u_rows, e->row, keys, e->h_t, e->columns, e->da);
     for (uint32_t n = 0; n < keys * CHUNK; n += 4)
       f32x4_store(e->da + n, f32x4_mul(f32x4_load(e->da + n), f32x4_load(e->a + n)));
     add_columns(e->y_rows, e->Dp, e->D, e->da, keys, e->dx_t);
     set_products(e->da, keys, e->x_rows, e->Dp, e->Dp, e->d_rows);
-    add_rows(e->d_rows, e->Dp, keys, e->D, x->dk + (kv * Nk + before) * D);
+    add_rows(e->d_rows, e->Dp, keys, e->D, x->dk + at.k + before * e->k_row, e->k_row);
     set_products(e->a, keys, e->h_rows, e->row, e->Dvp, e->d_rows);
-    add_rows(e->d_rows, e->Dvp, keys, e->Dv, x->dv + (kv * Nk + before) * Dv);
+    add_rows(e->d_rows, e->Dvp, keys, e->Dv, x->dv + at.v + before * e->v_row, e->v_row);
   }
   // in the forward pass this was x = scale R q
   ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);
-  ra_rotary_rows(&e->state->q_rotary, e->d_rows, e->Dp, x->dq + (head * Nq + i) * D, D, count,
-                 (int64_t)i + p->query_offset, 1, p->scale);
+  ra_rotary_rows(&e->state->q_rotary, e->d_rows, e->Dp, x->dq + at.q + i * e->q_row, e->q_row, count, i,
+                 RA_ROTATE_TRANSPOSE, p->scale);
 }
 
 // The sweep backwards: keys start .. edge-1 take their gradients from the state of all queries that saw them through Z.
 RA_KERNEL void retire_keys(const polynomial *e, const ra_arrays *x, size_t kv, uint32_t start) {
-  size_t Nk = e->p->key_length, D = e->D, Dv = e->Dv;
+  heads at = heads_of(e, kv * ra_group(e->p));
   while (e->state->edge > start) {
     uint32_t left = e->state->edge - start, count = left % CHUNK ? left % CHUNK : CHUNK, j = e->state->edge - count;
-    load_keys(e, x->k + kv * Nk * D, x->v + kv * Nk * Dv, j, count, 1);
+    load_keys(e, x->k + at.k, x->v + at.v, j, count, 1);
     ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
     ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
     read_state(e, e->y_t);
     ra_transpose(e->sum_t, CHUNK, e->Dvp, CHUNK, e->d_rows, e->Dvp);
-    add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + (kv * Nk + j) * Dv);
+    add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + at.v + j * e->v_row, e->v_row);
     ra_transpose(e->u_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
     read_state_backward(e, e->y_t, e->h_t);
     ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);
-    add_rows(e->d_rows, e->Dp, count, e->D, x->dk + (kv * Nk + j) * D);
+    add_rows(e->d_rows, e->Dp, count, e->D, x->dk + at.k + j * e->k_row, e->k_row);
     e->state->edge = j;
   }
 }
 
 // One chunk of one query head joins Y.
 RA_KERNEL void append_queries(const polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
-  size_t Nq = e->p->query_length, Dv = e->Dv;
-  load_queries(e, x->q + head * Nq * e->D, i, count, 1);
-  load_gradients(e, x->out + head * Nq * Dv, x->lse + head * Nq, x->dout + head * Nq * Dv, i, count);
+  heads at = heads_of(e, head);
+  load_queries(e, x->q + at.q, i, count, 1);
+  load_gradients(e, x->out + at.out, x->lse + at.lse, x->dout + at.out, i, count);
   update_state(e, e->x_t, e->h_rows);
 }
 
@@ -497,13 +515,13 @@ RA_KERNEL void finish_keys(const polynomial *e, float *dk) {
   uint32_t Nk = e->p->key_length;
   for (uint32_t d = 0; d < e->D; d++) {
     double sum = 0;
-    for (uint32_t j = 0; j < Nk; j++) sum += dk[(size_t)j * e->D + d];
+    for (uint32_t j = 0; j < Nk; j++) sum += dk[j * e->k_row + d];
     float mean = (float)(sum / Nk);
-    for (uint32_t j = 0; j < Nk; j++) dk[(size_t)j * e->D + d] -= mean;
+    for (uint32_t j = 0; j < Nk; j++) dk[j * e->k_row + d] -= mean;
   }
   for (uint32_t j = 0; j < Nk; j += CHUNK)
-    ra_rotary_rows(&e->state->k_rotary, dk + (size_t)j * e->D, e->D, dk + (size_t)j * e->D, e->D,
-                   ra_min_u32(CHUNK, Nk - j), j, 1, 1.0f);
+    ra_rotary_rows(&e->state->k_rotary, dk + j * e->k_row, e->k_row, dk + j * e->k_row, e->k_row,
+                   ra_min_u32(CHUNK, Nk - j), j, RA_ROTATE_TRANSPOSE, 1.0f);
 }
 
 // --- Units --------------------------------------------------------------------------------------------------------
@@ -528,15 +546,16 @@ static uint32_t units(const ra_problem *p, uint32_t pass) {
 
 static void forward_queries(const polynomial *e, const ra_arrays *x, size_t kv, uint32_t block, uint32_t pass) {
   const ra_problem *p = e->p;
-  size_t Nq = p->query_length, Nk = p->key_length, group = ra_group(p);
-  const float *k = x->k + kv * Nk * e->D, *v = x->v + kv * Nk * e->Dv;
+  size_t group = ra_group(p);
+  heads of_keys = heads_of(e, kv * group);
   for (uint32_t i = block * UNIT; i < ra_min_u32(block * UNIT + UNIT, p->query_length); i += CHUNK) {
     uint32_t count = ra_min_u32(CHUNK, p->query_length - i);
-    append_keys(e, k, v, ra_state_keys(p, i));
+    append_keys(e, x->k + of_keys.k, x->v + of_keys.v, ra_state_keys(p, i));
     for (size_t head = kv * group; head < (kv + 1) * group; head++) {
+      heads at = heads_of(e, head);
       if (pass == RA_FORWARD)
-        forward_chunk(e, x->q + head * Nq * e->D, k, v, i, count, x->out + head * Nq * e->Dv, x->lse + head * Nq);
-      else backward_queries(e, x, head, kv, i, count);
+        forward_chunk(e, x->q + at.q, x->k + at.k, x->v + at.v, i, count, x->out + at.out, x->lse + at.lse);
+      else backward_queries(e, x, head, i, count);
     }
   }
 }
@@ -557,32 +576,34 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
   ra_workspace_cursor cursor = {workspace, 0, 0};
   polynomial e = arrange(p, pass, &cursor);
   plan n = plan_units(p, pass);
-  size_t Nk = p->key_length;
   uint32_t blocks = n.key_blocks + n.query_blocks, all = units(p, pass);
   if (first == 0) {
     e.state->not_positive = 0;
-    ra_rotary_init(&e.state->q_rotary, p, e.q_space);
-    ra_rotary_init(&e.state->k_rotary, p, e.k_space);
+    ra_rotary_init(&e.state->q_rotary, p, 1, e.q_space);
+    ra_rotary_init(&e.state->k_rotary, p, 0, e.k_space);
   }
   for (uint32_t unit = first; unit < last; unit++) {
     uint32_t kv = unit / n.per_head, at = unit % n.per_head;
-    const float *k = x->k + kv * Nk * e.D, *v = x->v + kv * Nk * e.Dv;
+    heads of_keys = heads_of(&e, kv * ra_group(p));
     if (at == 0) {
-      prepare_head(&e, kv, k, v);
-      if (pass == RA_BACKWARD) {
-        ra_fill(x->dk + kv * Nk * e.D, Nk * e.D, 0);
-        ra_fill(x->dv + kv * Nk * e.Dv, Nk * e.Dv, 0);
+      ra_rotary_batch(&e.state->q_rotary, p, 1, kv / p->kv_heads);
+      ra_rotary_batch(&e.state->k_rotary, p, 0, kv / p->kv_heads);
+      prepare_head(&e, kv, x->k + of_keys.k, x->v + of_keys.v);
+      for (uint32_t j = 0; pass == RA_BACKWARD && j < p->key_length; j++) {
+        ra_fill(x->dk + of_keys.k + j * e.k_row, e.D, 0);
+        ra_fill(x->dv + of_keys.v + j * e.v_row, e.Dv, 0);
       }
     }
     if (at == blocks) { // keys that no query saw through the state are done
       clear_state(&e);
       e.state->edge = ra_state_keys(p, (p->query_length - 1) / CHUNK * CHUNK);
     }
-    if (at < n.key_blocks) append_keys(&e, k, v, ra_min_u32((at + 1) * UNIT, ra_state_keys(p, 0)));
+    if (at < n.key_blocks)
+      append_keys(&e, x->k + of_keys.k, x->v + of_keys.v, ra_min_u32((at + 1) * UNIT, ra_state_keys(p, 0)));
     else if (at < blocks) forward_queries(&e, x, kv, at - n.key_blocks, pass);
     else if (at < blocks + n.query_blocks) sweep_back(&e, x, kv, blocks + n.query_blocks - 1 - at);
     else retire_keys(&e, x, kv, (n.per_head - 1 - at) * UNIT);
-    if (pass == RA_BACKWARD && at == n.per_head - 1) finish_keys(&e, x->dk + kv * Nk * e.D);
+    if (pass == RA_BACKWARD && at == n.per_head - 1) finish_keys(&e, x->dk + of_keys.k);
   }
   return last == all && e.state->not_positive > 0 ? RA_NOT_POSITIVE : RA_OK;
 }

@@ -16,12 +16,15 @@
 //
 // What is computed, for every head (query head h reads key/value head floor(h * kv_heads / heads)):
 //
-//   s_ij  = scale * (R_{i + query_offset} q_i) . (R_j k_j)       allowed: all pairs, or j <= i + query_offset (causal)
+//   s_ij  = scale * (R_{i + query_offset} q_i) . (R_j k_j)       allowed: all pairs, or those of a mask
 //   P     = softmax of s over the allowed j;   out_i = sum_j P_ij v_j;   lse_i = log sum_j exp(s_ij)
 //   dP_ij = dout_i . v_j;   delta_i = dout_i . out_i;   dS_ij = P_ij (dP_ij - delta_i)
 //   dv_j  = sum_i P_ij dout_i;   dq_i = scale R^T sum_j dS_ij (R k)_j;   dk_j = scale R^T sum_i dS_ij (R q)_i
 //
 // A row with no allowed key gives out = 0, lse = -infinity and no gradient.
+//
+// The exact engine also takes s_ij = softcap tanh(scale q.k / softcap) + bias_{i-j} + mask_ij, and attention sinks: one more
+// key for each head, of score `sink` and value 0.
 //
 // Size letters, everywhere in this folder: B batch, H heads, N length (Nq queries, Nk keys), D head size, Dv value size.
 //
@@ -61,7 +64,7 @@ enum {
 
 // Engines, ra_problem.method.
 enum {
-  RA_NAIVE = 0,      // the oracle: plain loops over whole rows, one float sum each; O(N^2 D); for tests
+  RA_NAIVE = 0,      // the oracle: plain loops over whole rows, one float sum each; O(N^2 D); in native builds only
   RA_EXACT = 1,      // tiled online softmax
   RA_POLYNOMIAL = 2, // exp(s) ~ sum_m coefficients[m] s^m
 };
@@ -85,14 +88,38 @@ typedef struct ra_problem {
   uint32_t causal;                   // 0, or 1: key j is allowed for query i when j <= i + query_offset
   int32_t query_offset;              // position of query 0; key 0 is at position 0
   float scale;                       // factor on the scores
-  const double *frequencies;         // [rotary_dim/2] radians per position; NULL when rotary_dim is 0
+  const double *frequencies;         // [rotary_dim/2] radians per position; NULL without rotation or with tables
   uint32_t method;                   // RA_NAIVE, RA_EXACT, RA_POLYNOMIAL
   uint32_t degree;                   // polynomial: g, 0 .. RA_MAX_DEGREE
   const float *coefficients; // polynomial: [B * kv_heads][g + 1], c_0 .. c_g of p(s) for each key/value head, for s
                              // taken with the mean of the rotated keys subtracted from every rotated key
+  uint32_t layout;           // 0: [B][heads][N][width]   1: [B][N][heads][width]; lse is [B][H][Nq] always
+
+  // Rotation beyond frequencies. Positions stand for i + query_offset and j in the rotation, not in the mask.
+  float rotary_factor;           // on the rotated dimensions of queries and keys (attention factor); usually 1
+  const double *query_positions; // [position_batches][Nq], or NULL
+  const double *key_positions;   // [position_batches][Nk], or NULL
+  uint32_t position_batches;     // 1 or B
+  const float *cos_table,
+      *sin_table;      // [table_rows][rotary_dim/2] instead of frequencies, or NULL; positions are rows then
+  uint32_t table_rows; // positions past the end take the last row
+
+  // Masks that give each query, i at position i + query_offset, a range of keys. All engines but the polynomial one.
+  int32_t window_left, window_right; // -1: unbounded; else key j is allowed when -right <= i + query_offset - j <= left
+  const uint32_t *segments;          // [segment_count] ascending first positions, or NULL: no attention across segments
+  uint32_t segment_count;
+
+  // What is done to scores. All engines but the polynomial one.
+  float softcap;                          // 0: none
+  const float *bias;                      // [bias_heads][Nq + Nk - 1], entry i - j + Nk - 1, or NULL
+  uint32_t bias_heads;                    // 1 or H
+  const float *mask;                      // added, or NULL; -infinity, and all below -1e30, forbids
+  const uint8_t *allowed;                 // 0 forbids, or NULL; strides as for mask
+  size_t mask_batch, mask_head, mask_row; // strides in elements, 0 where all have the same; keys are contiguous
+  const float *sinks;                     // [H], or NULL
 } ra_problem;
 
-// All row-major and contiguous. A pointer that the pass does not name may be NULL.
+// All contiguous, row-major, shapes as in layout 0. A pointer that the pass does not name may be NULL.
 typedef struct ra_arrays {
   const float *q;    // [B][H][Nq][D]
   const float *k;    // [B][kv_heads][Nk][D]
@@ -103,6 +130,8 @@ typedef struct ra_arrays {
   float *dq;         // [B][H][Nq][D]
   float *dk;         // [B][kv_heads][Nk][D], summed over the query heads of its group
   float *dv;         // [B][kv_heads][Nk][Dv], likewise
+  float *dbias;      // [bias_heads][Nq + Nk - 1], summed over batches (and heads); or NULL
+  float *dsinks;     // [H], summed over batches; or NULL
 } ra_arrays;
 
 // --- The contract: any engine, either pass -----------------------------------------------------------------------
@@ -127,11 +156,10 @@ size_t RA_API(ra_rank)(uint32_t head_dim, uint32_t degree);
 
 // --- Rotation alone -----------------------------------------------------------------------------------------------
 
-// Rotates `rows` rows [rows][D] of x into y (y may be x): row r is at position `position` + r. inverse: 0 rotates by
-// +angle, 1 by -angle (the transpose). Uses head_dim, rotary_dim, interleaved, frequencies. Cost O(rows D).
+// Rotates all of x in place; it has the shape, layout and positions of q. inverse: 0 rotates by +angle, 1 undoes that.
+// Cost O(B H Nq D).
 size_t RA_API(ra_rotate_workspace)(const ra_problem *p);
-int RA_API(ra_rotate)(const ra_problem *p, const float *x, float *y, uint32_t rows, int32_t position, uint32_t inverse,
-                      void *workspace);
+int RA_API(ra_rotate)(const ra_problem *p, float *x, uint32_t inverse, void *workspace);
 
 // --- Looking at the data: what a planner needs ----------------------------------------------------------------------
 

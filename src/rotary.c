@@ -9,8 +9,8 @@
 
 #include <math.h>
 
+#include "engines.h"
 #include "simd.h"
-#include "workspace.h"
 
 // One layout for the size and for the pointers.
 static size_t layout(ra_rotary *r, const ra_problem *p, void *space) {
@@ -29,14 +29,27 @@ size_t ra_rotary_bytes(const ra_problem *p) {
   return layout(&r, p, NULL);
 }
 
-void ra_rotary_init(ra_rotary *r, const ra_problem *p, void *space) {
+void ra_rotary_batch(ra_rotary *r, const ra_problem *p, int queries, uint32_t batch) {
+  const double *positions = queries ? p->query_positions : p->key_positions;
+  size_t length = queries ? p->query_length : p->key_length;
+  r->positions = positions ? positions + (p->position_batches > 1 ? batch * length : 0) : NULL;
+  r->first = queries ? p->query_offset : 0;
+}
+
+void ra_rotary_init(ra_rotary *r, const ra_problem *p, int queries, void *space) {
   size_t half = p->rotary_dim / 2;
   layout(r, p, space);
   r->half = (uint32_t)half;
   r->interleaved = p->interleaved;
   r->head_dim = p->head_dim;
   r->frequencies = p->frequencies;
+  r->cos_table = p->cos_table;
+  r->sin_table = p->sin_table;
+  r->table_rows = p->table_rows;
+  r->factor = p->rotary_factor;
   r->anchor = 0;
+  ra_rotary_batch(r, p, queries, 0);
+  if (r->cos_table) return;
   for (size_t i = 0; i < half; i++) {
     double theta = r->frequencies[i];
     r->turn[2 * i] = 1, r->turn[2 * i + 1] = 0;
@@ -50,8 +63,8 @@ void ra_rotary_init(ra_rotary *r, const ra_problem *p, void *space) {
 }
 
 // Moves the anchor: by a rotation when it is one block away, by sin and cos otherwise.
-RA_KERNEL void seek(ra_rotary *r, int64_t position) {
-  int64_t distance = position - r->anchor;
+RA_KERNEL void seek(ra_rotary *r, double position) {
+  double distance = position - r->anchor;
   if (distance == 0) return;
   r->anchor = position;
   for (size_t i = 0; i < r->half; i++) {
@@ -61,11 +74,17 @@ RA_KERNEL void seek(ra_rotary *r, int64_t position) {
       turn[0] = c * c_step - s * s_step;
       turn[1] = s * c_step + c * s_step;
     } else {
-      double angle = (double)position * r->frequencies[i];
+      double angle = position * r->frequencies[i];
       turn[0] = cos(angle), turn[1] = sin(angle);
     }
     r->coarse[i] = (float)turn[0], r->coarse[r->half + i] = (float)turn[1];
   }
+}
+
+// The row of the table; past its end the last one, so that nothing outside is read whatever the positions are.
+static size_t table_row(const ra_rotary *r, uint32_t row) {
+  double position = r->positions ? r->positions[row] : (double)(r->first + row);
+  return position >= r->table_rows ? r->table_rows - 1 : position > 0 ? (size_t)position : 0;
 }
 
 // cos and sin (times sign) of row anchor + m, both times factor.
@@ -116,30 +135,48 @@ RA_KERNEL void rotate_interleaved(const float *x, float *y, const float *c, cons
   }
 }
 
-void ra_rotary_rows(ra_rotary *r, const float *x, size_t x_row, float *y, size_t y_row, uint32_t rows, int64_t position,
-                    int inverse, float factor) {
+// cos and sin (times sign) of a row, both times factor: from the table, or from the anchor, which moves at the first row of
+// a block and where a row is not within a block behind it.
+static void turn_to(ra_rotary *r, uint32_t row, int first, float sign, float factor) {
+  size_t half = r->half;
+  if (r->cos_table) {
+    const float *c = r->cos_table + table_row(r, row) * half, *s = r->sin_table + table_row(r, row) * half;
+    for (size_t i = 0; i < half; i++) r->row[i] = factor * c[i], r->row[half + i] = sign * factor * s[i];
+    return;
+  }
+  double position = r->positions ? r->positions[row] : (double)(r->first + row), ahead = position - r->anchor;
+  if (first || !(ahead >= 0 && ahead < RA_ROTARY_BLOCK && ahead == floor(ahead))) seek(r, position), ahead = 0;
+  row_angles(r, (size_t)ahead, sign, factor);
+}
+
+void ra_rotary_rows(ra_rotary *r, const float *x, size_t x_row, float *y, size_t y_row, uint32_t rows, uint32_t row,
+                    int direction, float scale) {
   size_t half = r->half, D = r->head_dim;
-  float sign = inverse ? -1.0f : 1.0f;
+  float sign = direction == RA_ROTATE ? 1.0f : -1.0f;
+  float factor = direction == RA_ROTATE_INVERSE ? scale / r->factor : scale * r->factor;
   for (uint32_t n = 0; n < rows; n++) {
     const float *x_n = x + n * x_row;
     float *y_n = y + n * y_row;
     if (half > 0) {
-      if (n % RA_ROTARY_BLOCK == 0) seek(r, position + n);
-      row_angles(r, n % RA_ROTARY_BLOCK, sign, factor);
+      turn_to(r, row + n, n % RA_ROTARY_BLOCK == 0, sign, factor);
       if (r->interleaved) rotate_interleaved(x_n, y_n, r->row, r->row + half, half);
       else rotate_half_split(x_n, y_n, r->row, r->row + half, half);
     }
-    for (size_t d = 2 * half; d < D; d++) y_n[d] = factor * x_n[d];
+    for (size_t d = 2 * half; d < D; d++) y_n[d] = scale * x_n[d];
   }
 }
 
-size_t ra_rotate_workspace(const ra_problem *p) { return ra_rotary_bytes(p); }
+size_t ra_rotate_workspace(const ra_problem *p) { return ra_check(p) == RA_OK ? ra_rotary_bytes(p) : 0; }
 
-int ra_rotate(const ra_problem *p, const float *x, float *y, uint32_t rows, int32_t position, uint32_t inverse,
-              void *workspace) {
+int ra_rotate(const ra_problem *p, float *x, uint32_t inverse, void *workspace) {
+  if (ra_check(p) != RA_OK || (inverse && p->rotary_factor == 0)) return RA_ERROR_PROBLEM;
   ra_rotary r;
-  if (p->rotary_dim % 2 || p->rotary_dim > p->head_dim) return RA_ERROR_PROBLEM;
-  ra_rotary_init(&r, p, workspace);
-  ra_rotary_rows(&r, x, p->head_dim, y, p->head_dim, rows, position, (int)inverse, 1.0f);
+  size_t D = p->head_dim, row = ra_row(p, p->heads, D);
+  ra_rotary_init(&r, p, 1, workspace);
+  for (uint32_t head = 0; head < p->batch * p->heads; head++) {
+    float *x_head = x + ra_head(p, head, p->heads, p->query_length, D);
+    ra_rotary_batch(&r, p, 1, head / p->heads);
+    ra_rotary_rows(&r, x_head, row, x_head, row, p->query_length, 0, inverse ? RA_ROTATE_INVERSE : RA_ROTATE, 1.0f);
+  }
   return RA_OK;
 }

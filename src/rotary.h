@@ -19,23 +19,34 @@
 typedef struct ra_rotary {
   uint32_t half, interleaved, head_dim; // 2 half of head_dim dimensions rotate
   const double *frequencies;            // [half]
-  int64_t anchor;                       // position that `turn` stands at
-  double *turn;                         // [half][2] cos, sin of anchor * theta
-  float *coarse;                        // [2][half] the same as floats
-  double *step;                         // [half][2] cos, sin of 32 * theta
-  float *fine;                          // [32][2][half] cos, sin of r * theta
-  float *row;                           // [2][half] cos, sin of the row being rotated
+  const double *positions;              // of the rows of a head, or NULL: row n is at first + n
+  int64_t first;
+  const float *cos_table, *sin_table; // [table_rows][half], or NULL
+  uint32_t table_rows;
+  float factor;  // on the rotated dimensions
+  double anchor; // position that `turn` stands at
+  double *turn;  // [half][2] cos, sin of anchor * theta
+  float *coarse; // [2][half] the same as floats
+  double *step;  // [half][2] cos, sin of 32 * theta
+  float *fine;   // [32][2][half] cos, sin of r * theta
+  float *row;    // [2][half] cos, sin of the row being rotated
 } ra_rotary;
 
 // Bytes that ra_rotary_init needs, a multiple of 16.
 size_t ra_rotary_bytes(const ra_problem *p);
 
-// Fills *r; `space` stays in use.
-void ra_rotary_init(ra_rotary *r, const ra_problem *p, void *space);
+// Fills *r for the queries, or the keys, of the first batch; `space` stays in use.
+void ra_rotary_init(ra_rotary *r, const ra_problem *p, int queries, void *space);
 
-// y[row] = factor * R^(+-1) x[row] for rows at position, position + 1, ...; columns head_dim .. y_row - 1 of y are left
-// alone. y may be x. Cost O(rows D).
-void ra_rotary_rows(ra_rotary *r, const float *x, size_t x_row, float *y, size_t y_row, uint32_t rows, int64_t position,
-                    int inverse, float factor);
+// Goes on to the positions of another batch.
+void ra_rotary_batch(ra_rotary *r, const ra_problem *p, int queries, uint32_t batch);
+
+// What is done to rows: R, its transpose (for gradients), its inverse (which differs by the square of the factor).
+enum { RA_ROTATE, RA_ROTATE_TRANSPOSE, RA_ROTATE_INVERSE };
+
+// y[n] = scale * R^(..) x[n] for rows row .. row + rows - 1 of a head; columns head_dim .. y_row - 1 of y are left alone. y
+// may be x. Cost O(rows D).
+void ra_rotary_rows(ra_rotary *r, const float *x, size_t x_row, float *y, size_t y_row, uint32_t rows, uint32_t row,
+                    int direction, float scale);
 
 #endif

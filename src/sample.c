@@ -29,6 +29,7 @@ typedef struct sample {
   sample_state *state;
   size_t Nq, Nk, D, Dv, Dp; // Dp: D padded to 4
   size_t group;
+  size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays
   char *q_space, *k_space;
   float *k_mean;      // [Dp]
   float *k_rows;      // [Nk][Dp] rotated, centred
@@ -44,6 +45,10 @@ static sample arrange(const ra_problem *p, ra_workspace_cursor *w) {
   sample e = {.p = p, .Nq = p->query_length, .Nk = p->key_length, .D = p->head_dim, .Dv = p->value_dim};
   e.Dp = (e.D + 3) / 4 * 4;
   e.group = ra_group(p);
+  e.q_row = ra_row(p, p->heads, e.D);
+  e.k_row = ra_row(p, p->kv_heads, e.D);
+  e.v_row = ra_row(p, p->kv_heads, e.Dv);
+  e.out_row = ra_row(p, p->heads, e.Dv);
   e.state = ra_take(w, 1, 1, sizeof(sample_state));
   e.q_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
   e.k_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
@@ -91,24 +96,26 @@ static float measure_row(const float *x, size_t columns, float *entry) {
 
 static int is_finite(float entry, float squares) { return entry <= FLT_MAX && squares == squares; }
 
-static void measure_queries(const sample *e, const float *q, ra_bounds *b) {
+static void measure_queries(const sample *e, const float *q, size_t kv_head, ra_bounds *b) {
   float largest = 0;
   for (size_t n = 0; n < e->group * e->Nq; n++) {
-    float squares = measure_row(q + n * e->D, e->D, &b->q_entry);
+    size_t head = kv_head * e->group + n / e->Nq;
+    const float *q_n = q + ra_head(e->p, head, e->p->heads, e->Nq, e->D) + n % e->Nq * e->q_row;
+    float squares = measure_row(q_n, e->D, &b->q_entry);
     if (!is_finite(b->q_entry, squares)) b->finite = 0;
     if (squares > largest) largest = squares, b->q_argmax = (uint32_t)n;
   }
   b->q_norm = sqrtf(largest);
 }
 
-static void measure_values(const float *v, size_t Nk, size_t Dv, ra_bounds *b) {
+static void measure_values(const float *v, size_t v_row, size_t Nk, size_t Dv, ra_bounds *b) {
   for (size_t d = 0; d < Dv; d += 4) {
     size_t lanes = Dv - d < 4 ? Dv - d : 4;
     float low[4], high[4];
     for (size_t i = 0; i < lanes; i++) low[i] = high[i] = v[d + i];
     for (size_t j = 0; j < Nk; j++)
       for (size_t i = 0; i < lanes; i++) {
-        float value = v[j * Dv + d + i];
+        float value = v[j * v_row + d + i];
         if (!(fabsf(value) <= FLT_MAX)) b->finite = 0;
         if (value < low[i]) low[i] = value;
         if (value > high[i]) high[i] = value;
@@ -126,8 +133,8 @@ static void centre_keys(const sample *e, const float *k) {
   ra_fill(e->k_rows, e->Nk * e->Dp, 0);
   for (size_t j = 0; j < e->Nk; j += RA_CHUNK) {
     size_t count = e->Nk - j < RA_CHUNK ? e->Nk - j : RA_CHUNK;
-    ra_rotary_rows(&e->state->k_rotary, k + j * e->D, e->D, e->k_rows + j * e->Dp, e->Dp, (uint32_t)count, (int64_t)j,
-                   0, 1.0f);
+    ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->k_rows + j * e->Dp, e->Dp, (uint32_t)count,
+                   (uint32_t)j, RA_ROTATE, 1.0f);
     for (size_t d = 0; d < e->D; d++) {
       float chunk = 0;
       for (size_t n = j; n < j + count; n++) chunk += e->k_rows[n * e->Dp + d];
@@ -147,16 +154,18 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
-  const float *k = x->k + kv_head * e.Nk * e.D;
-  ra_rotary_init(&e.state->q_rotary, p, e.q_space);
-  ra_rotary_init(&e.state->k_rotary, p, e.k_space);
+  const float *k = x->k + ra_head(p, kv_head, p->kv_heads, e.Nk, e.D);
+  ra_rotary_init(&e.state->q_rotary, p, 1, e.q_space);
+  ra_rotary_init(&e.state->k_rotary, p, 0, e.k_space);
+  ra_rotary_batch(&e.state->q_rotary, p, 1, kv_head / p->kv_heads);
+  ra_rotary_batch(&e.state->k_rotary, p, 0, kv_head / p->kv_heads);
   *bounds = (ra_bounds){.finite = 1};
-  measure_queries(&e, x->q + kv_head * e.group * e.Nq * e.D, bounds);
-  if (x->v) measure_values(x->v + kv_head * e.Nk * e.Dv, e.Nk, e.Dv, bounds);
+  measure_queries(&e, x->q, kv_head, bounds);
+  if (x->v) measure_values(x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv), e.v_row, e.Nk, e.Dv, bounds);
   centre_keys(&e, k);
   float largest = 0, largest_centred = 0, ignored = 0;
   for (size_t j = 0; j < e.Nk; j++) {
-    float squares = measure_row(k + j * e.D, e.D, &bounds->k_entry);
+    float squares = measure_row(k + j * e.k_row, e.D, &bounds->k_entry);
     float centred = measure_row(e.k_rows + j * e.Dp, e.D, &ignored);
     if (!is_finite(bounds->k_entry, squares)) bounds->finite = 0;
     if (squares > largest) largest = squares;
@@ -171,9 +180,10 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
 
 // Eight queries: where they are, what they see, and x = scale R q as lanes. Lanes past `count` repeat the last one.
 typedef struct lanes {
-  uint32_t i[LANES], limit[LANES], before[LANES]; // before: keys that the polynomial engine takes through its state
-  size_t row[LANES];                              // flat row in [B][H][Nq]
-  uint32_t end;                                   // the largest limit
+  uint32_t i[LANES], before[LANES]; // before: keys that the polynomial engine takes through its state
+  ra_range keys[LANES];
+  size_t head[LANES]; // flat head in [B][H]
+  uint32_t end;       // the largest end of a range
 } lanes;
 
 static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count) {
@@ -181,12 +191,12 @@ static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, c
   for (uint32_t n = 0; n < LANES; n++) {
     uint32_t row = rows[n < count ? n : count - 1];
     l.i[n] = row % e->p->query_length;
-    l.row[n] = kv_head * e->group * e->Nq + row;
-    l.limit[n] = ra_key_limit(e->p, l.i[n]);
+    l.head[n] = kv_head * e->group + row / e->p->query_length;
+    l.keys[n] = ra_keys_of(e->p, l.i[n]);
     l.before[n] = ra_state_keys(e->p, l.i[n] / RA_CHUNK * RA_CHUNK);
-    if (l.limit[n] > l.end) l.end = l.limit[n];
-    ra_rotary_rows(&e->state->q_rotary, x->q + l.row[n] * e->D, e->D, e->rows + n * e->Dp, e->Dp, 1,
-                   (int64_t)l.i[n] + e->p->query_offset, 0, e->p->scale);
+    if (l.keys[n].end > l.end) l.end = l.keys[n].end;
+    const float *q_n = x->q + ra_head(e->p, l.head[n], e->p->heads, e->Nq, e->D) + l.i[n] * e->q_row;
+    ra_rotary_rows(&e->state->q_rotary, q_n, e->D, e->rows + n * e->Dp, e->Dp, 1, l.i[n], RA_ROTATE, e->p->scale);
   }
   ra_transpose(e->rows, e->Dp, LANES, e->D, e->strip, LANES);
   return l;
@@ -203,7 +213,7 @@ uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
     float s[LANES];
     ra_set_rows(e.k_rows + j * e.Dp, e.Dp, 1, e.strip, LANES, (uint32_t)e.D, s, LANES);
     for (uint32_t n = 0; n < count; n++)
-      if (j < l.limit[n]) scores[written++] = s[n];
+      if (l.keys[n].first <= j && j < l.keys[n].end) scores[written++] = s[n];
   }
   return written;
 }
@@ -228,9 +238,10 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
                   float *weight) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0);
-  float limit[LANES], before[LANES];
+  float first[LANES], end[LANES], before[LANES];
   for (int i = 0; i < LANES; i++) {
-    limit[i] = l->limit[i] <= j0 ? 0.0f : (float)ra_min_u32(l->limit[i] - j0, count);
+    first[i] = l->keys[i].first <= j0 ? 0.0f : (float)ra_min_u32(l->keys[i].first - j0, count);
+    end[i] = l->keys[i].end <= j0 ? 0.0f : (float)ra_min_u32(l->keys[i].end - j0, count);
     before[i] = w->coefficients == NULL || l->before[i] <= j0 ? 0.0f : (float)ra_min_u32(l->before[i] - j0, count);
   }
   for (uint32_t n = 0; n < count; n++)
@@ -239,7 +250,8 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
       f32x4 exponent = f32x4_mul(f32x4_sub(s_n, f32x4_load(w->reference + h)), to_log2),
             value = ra_exp2(exponent, constants);
       if (w->coefficients) value = f32x4_where_less(key, f32x4_load(before + h), horner(w, derivative, s_n), value);
-      f32x4_store(weight + n * LANES + h, f32x4_where_less(key, f32x4_load(limit + h), value, zero));
+      value = f32x4_where_less(key, f32x4_load(end + h), value, zero);
+      f32x4_store(weight + n * LANES + h, f32x4_where_less(key, f32x4_load(first + h), zero, value));
     }
 }
 
@@ -249,15 +261,15 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
   lanes l = load_lanes(&e, x, kv_head, rows, count);
-  const float *v = x->v + kv_head * e.Nk * e.Dv;
+  const float *v = x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv);
   weigher w = {coefficients, degree, {0}};
   double sum[LANES] = {0};
 
   // pass 1: scores, and for exp their maximum
   ra_set_rows(e.k_rows, e.Dp, l.end, e.strip, LANES, (uint32_t)e.D, e.s, LANES);
   for (int i = 0; i < LANES && !coefficients; i++) {
-    w.reference[i] = l.limit[i] ? e.s[i] : 0;
-    for (uint32_t j = 1; j < l.limit[i]; j++)
+    w.reference[i] = l.keys[i].first < l.keys[i].end ? e.s[(size_t)l.keys[i].first * LANES + i] : 0;
+    for (uint32_t j = l.keys[i].first; j < l.keys[i].end; j++)
       if (e.s[(size_t)j * LANES + i] > w.reference[i]) w.reference[i] = e.s[(size_t)j * LANES + i];
   }
 
@@ -270,12 +282,12 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
     for (uint32_t n = 0; n < keys; n++)
       for (int i = 0; i < LANES; i++) tile[i] += e.weight[n * LANES + i];
     for (int i = 0; i < LANES; i++) sum[i] += tile[i];
-    ra_add_columns(v + j * e.Dv, e.Dv, (uint32_t)e.Dv, e.weight, LANES, keys, e.sum_t, LANES);
+    ra_add_columns(v + j * e.v_row, e.v_row, (uint32_t)e.Dv, e.weight, LANES, keys, e.sum_t, LANES);
   }
   int status = RA_OK;
   for (uint32_t n = 0; n < count; n++) {
     double shift = 0, inverse = sum[n] > 0 ? 1 / sum[n] : 0;
-    if (coefficients && l.limit[n] > 0 && !(sum[n] > 0 && sum[n] <= (double)FLT_MAX)) status = RA_NOT_POSITIVE;
+    if (coefficients && l.keys[n].end > 0 && !(sum[n] > 0 && sum[n] <= (double)FLT_MAX)) status = RA_NOT_POSITIVE;
     for (size_t d = 0; d < e.D; d++) shift += (double)e.rows[n * e.Dp + d] * e.k_mean[d];
     lse[n] = sum[n] > 0 ? (float)(log(sum[n]) + w.reference[n] + shift) : -INFINITY;
     for (size_t d = 0; d < e.Dv; d++) out[n * e.Dv + d] = (float)(e.sum_t[d * LANES + n] * inverse);
@@ -287,7 +299,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   ra_fill(e.v_strip, e.Dv * LANES, 0);
   ra_fill(e.d_t, e.Dp * LANES, 0);
   for (uint32_t n = 0; n < count; n++) {
-    const float *dout = x->dout + l.row[n] * e.Dv;
+    const float *dout = x->dout + ra_head(p, l.head[n], p->heads, e.Nq, e.Dv) + l.i[n] * e.out_row;
     double dot = 0;
     for (size_t d = 0; d < e.Dv; d++) dot += (double)dout[d] * out[n * e.Dv + d], e.v_strip[d * LANES + n] = dout[d];
     delta[n] = (float)dot;
@@ -296,7 +308,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   for (uint32_t j = 0; j < l.end; j += TILE) {
     uint32_t keys = ra_min_u32(TILE, l.end - j);
     weigh(&l, &w, e.s + (size_t)j * LANES, j, keys, 1, e.weight);
-    ra_set_rows(v + j * e.Dv, e.Dv, keys, e.v_strip, LANES, (uint32_t)e.Dv, e.ds, LANES);
+    ra_set_rows(v + j * e.v_row, e.v_row, keys, e.v_strip, LANES, (uint32_t)e.Dv, e.ds, LANES);
     for (uint32_t n = 0; n < keys; n++)
       for (int h = 0; h < LANES; h += 4) {
         float *at = e.ds + n * LANES + h;
@@ -307,8 +319,8 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   }
   ra_transpose(e.d_t, LANES, e.D, LANES, e.rows, e.Dp);
   for (uint32_t n = 0; n < count; n++)
-    ra_rotary_rows(&e.state->q_rotary, e.rows + n * e.Dp, e.Dp, dq + n * e.D, e.D, 1, (int64_t)l.i[n] + p->query_offset,
-                   1, p->scale);
+    ra_rotary_rows(&e.state->q_rotary, e.rows + n * e.Dp, e.Dp, dq + n * e.D, e.D, 1, l.i[n], RA_ROTATE_TRANSPOSE,
+                   p->scale);
   return status;
 }
 
@@ -318,20 +330,21 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
 static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32_t i0, uint32_t count,
                         const uint32_t *keys) {
   const ra_exp2_constants *constants = ra_exp2_load();
-  size_t row = head * e->Nq + i0;
-  const float *dout = x->dout + row * e->Dv;
-  ra_rotary_rows(&e->state->q_rotary, x->q + row * e->D, e->D, e->rows, e->Dp, count, (int64_t)i0 + e->p->query_offset,
-                 0, e->p->scale);
+  const float *q = x->q + ra_head(e->p, head, e->p->heads, e->Nq, e->D) + i0 * e->q_row;
+  const float *lse = x->lse + head * e->Nq + i0;
+  size_t row = ra_head(e->p, head, e->p->heads, e->Nq, e->Dv) + i0 * e->out_row;
+  const float *dout = x->dout + row;
+  ra_rotary_rows(&e->state->q_rotary, q, e->q_row, e->rows, e->Dp, count, i0, RA_ROTATE, e->p->scale);
   ra_set_rows(e->rows, e->Dp, count, e->strip, LANES, (uint32_t)e->D, e->s, LANES);
-  ra_set_rows(dout, e->Dv, count, e->v_strip, LANES, (uint32_t)e->Dv, e->ds, LANES);
+  ra_set_rows(dout, e->out_row, count, e->v_strip, LANES, (uint32_t)e->Dv, e->ds, LANES);
   for (uint32_t n = 0; n < count; n++) {
-    const float *out = x->out + (row + n) * e->Dv;
-    uint32_t limit = ra_key_limit(e->p, i0 + n);
-    double shift = 0, delta = 0, reference = limit ? x->lse[row + n] : 0;
+    const float *out = x->out + row + n * e->out_row;
+    ra_range range = ra_keys_of(e->p, i0 + n);
+    double shift = 0, delta = 0, reference = lse[n] == -INFINITY ? 0 : lse[n];
     for (size_t d = 0; d < e->D; d++) shift += (double)e->rows[n * e->Dp + d] * e->k_mean[d];
-    for (size_t d = 0; d < e->Dv; d++) delta += (double)dout[n * e->Dv + d] * out[d];
+    for (size_t d = 0; d < e->Dv; d++) delta += (double)dout[n * e->out_row + d] * out[d];
     float live[LANES];
-    for (int i = 0; i < LANES; i++) live[i] = keys[i] < limit ? 1.0f : 0.0f;
+    for (int i = 0; i < LANES; i++) live[i] = range.first <= keys[i] && keys[i] < range.end ? 1.0f : 0.0f;
     for (int h = 0; h < LANES; h += 4) {
       float *s = e->s + n * LANES + h, *weight = e->weight + n * LANES + h, *ds = e->ds + n * LANES + h;
       f32x4 exponent =
@@ -341,7 +354,7 @@ static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32
       f32x4_store(ds, f32x4_mul(p, f32x4_sub(f32x4_load(ds), f32x4_splat((float)delta))));
     }
   }
-  ra_add_columns(dout, e->Dv, (uint32_t)e->Dv, e->weight, LANES, count, e->sum_t, LANES);
+  ra_add_columns(dout, e->out_row, (uint32_t)e->Dv, e->weight, LANES, count, e->sum_t, LANES);
   ra_add_columns(e->rows, e->Dp, (uint32_t)e->D, e->ds, LANES, count, e->d_t, LANES);
 }
 
@@ -350,22 +363,25 @@ int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   if (ra_check(p) != RA_OK || count == 0 || count > LANES) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
-  uint32_t lane_keys[LANES], first = UINT32_MAX;
+  uint32_t lane_keys[LANES], first = UINT32_MAX, last = 0;
+  const float *v = x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv);
   for (uint32_t n = 0; n < LANES; n++) {
     uint32_t j = lane_keys[n] = keys[n < count ? n : count - 1];
     if (j < first) first = j;
+    if (j > last) last = j;
     ra_transpose(e.k_rows + j * e.Dp, e.Dp, 1, e.D, e.strip + n, LANES);
-    ra_transpose(x->v + (kv_head * e.Nk + j) * e.Dv, e.Dv, 1, e.Dv, e.v_strip + n, LANES);
+    ra_transpose(v + j * e.v_row, e.v_row, 1, e.Dv, e.v_strip + n, LANES);
   }
   ra_fill(e.sum_t, e.Dv * LANES, 0);
   ra_fill(e.d_t, e.Dp * LANES, 0);
   for (size_t head = kv_head * e.group; head < (kv_head + 1) * e.group; head++)
-    for (uint32_t i = ra_query_start(p, first); i < p->query_length; i += TILE)
-      add_queries(&e, x, head, i, ra_min_u32(TILE, p->query_length - i), lane_keys);
+    for (uint32_t i = ra_query_start(p, first), end = ra_query_end(p, last); i < end; i += TILE)
+      add_queries(&e, x, head, i, ra_min_u32(TILE, end - i), lane_keys);
   ra_transpose(e.d_t, LANES, e.D, LANES, e.rows, e.Dp);
   for (uint32_t n = 0; n < count; n++) {
     ra_transpose(e.sum_t + n, LANES, e.Dv, 1, dv + n * e.Dv, e.Dv);
-    ra_rotary_rows(&e.state->k_rotary, e.rows + n * e.Dp, e.Dp, dk + n * e.D, e.D, 1, keys[n], 1, 1.0f);
+    ra_rotary_rows(&e.state->k_rotary, e.rows + n * e.Dp, e.Dp, dk + n * e.D, e.D, 1, keys[n], RA_ROTATE_TRANSPOSE,
+                   1.0f);
   }
   return RA_OK;
 }

@@ -52,6 +52,28 @@ const optionSettings: Setting[] = [
   { shape, scale: 3, causal: true },
 ];
 
+const long = { heads, queryLength: 300, headDim: 8 };
+const maskSettings: Setting[] = [
+  ...[0, 1, 7, 31, 32, 100, 128, 299, 1000].map((left) => ({ shape: long, causal: true, window: [left, -1] as const })),
+  ...[0, 3, 127, 128, 129].map((right) => ({ shape: long, window: [-1, right] as const })),
+  { shape: long, window: [0, 0] },
+  { shape: long, window: [5, 9] },
+  { shape: long, window: [64, 64] },
+  { shape: long, window: [5, 9], causal: true },
+  { shape: { ...long, queryLength: 40 }, window: [20, 10], queryOffset: 260 },
+  { shape: { ...long, queryLength: 1, keyLength: 300 }, window: [127, -1], causal: true, queryOffset: 299 },
+  { shape: { ...long, queryLength: 200, keyLength: 140 }, window: [60, 2], queryOffset: -30 },
+  { shape: { ...long, batch: 2, heads: 4, kvHeads: 2, queryLength: 140, valueDim: 5 }, window: [33, 1] },
+  { shape: long, segments: [0] },
+  { shape: long, segments: [0, 100] },
+  { shape: long, segments: Uint32Array.of(0, 1, 2, 40, 40, 128, 250, 300, 400), causal: true },
+  { shape: long, segments: Array.from({ length: 300 }, (_, n) => n) },
+  { shape: { ...long, keyLength: 200 }, segments: [0, 37, 190, 230] },
+  { shape: { ...long, queryLength: 50 }, segments: [0, 37, 190, 230], queryOffset: 170 },
+  { shape: { ...long, queryLength: 90, keyLength: 70 }, segments: [0, 37], queryOffset: -20 },
+  { shape: { ...long, batch: 2, heads: 4, kvHeads: 2, queryLength: 140 }, segments: [0, 37, 90], window: [20, 10] },
+];
+
 /** Entries of one sign and size: scores from low to high without rotation, at scale 1. */
 function scoresBetween(low: number, high: number, causal: boolean, seed: number): Problem {
   const setting = { shape: { heads, queryLength: 70, headDim: 8 }, rotary: false as const, scale: 1, causal };
@@ -96,6 +118,7 @@ const groups = [
   ['lengths', withYardsticks(lengthSettings, 1000)],
   ['dimensions', withYardsticks(dimensionSettings, 2000)],
   ['options', withYardsticks(optionSettings, 3000)],
+  ['masks', withYardsticks(maskSettings, 4000)],
   ['scores', scoreProblems],
 ] as const;
 

@@ -8,7 +8,7 @@ import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { createRopeAttention, reference, theory } from '../dist/index.js';
 import { allowedPairs, exactFlops, polynomialFlops } from '../dist/cost.js';
 import type { ForwardArgs, Guarantee, Report, RopeAttention } from '../dist/index.js';
-import type { Geometry } from '../dist/validate.js';
+import { readCall, type Geometry } from '../dist/validate.js';
 import {
   draw,
   lengths,
@@ -83,6 +83,34 @@ describe('counts', () => {
     }
   });
 
+  const WINDOWS: [left: number, right: number][] = [
+    [-1, -1],
+    [0, 0],
+    [2, -1],
+    [-1, 3],
+    [1, 2],
+    [40, 50],
+  ];
+  test.each(WINDOWS)('pairs of the window [%d, %d], with and without segments', (left, right) => {
+    for (const [queryLength, keyLength, queryOffset] of SIZES) {
+      for (const causal of [false, true]) {
+        for (const starts of [[0], [0, 2, 5], [0, 0, 3, 3, 8, 60]]) {
+          const segment = (position: number) => Math.max(starts.filter((start) => start <= position).length, 1);
+          let pairs = 0;
+          for (let i = 0; i < queryLength; i++) {
+            for (let j = 0; j < keyLength; j++) {
+              const distance = i + queryOffset - j;
+              const inside = (left < 0 || distance <= left) && (right < 0 || -distance <= right);
+              if ((!causal || distance >= 0) && inside && segment(i + queryOffset) === segment(j)) pairs++;
+            }
+          }
+          const masks = { causal, window: [left, right] as const, segments: Uint32Array.from(starts) };
+          expect(allowedPairs(sizes({ queryLength, keyLength, queryOffset, ...masks }))).toBe(6 * pairs);
+        }
+      }
+    }
+  });
+
   test('of very long lengths stay numbers', () => {
     const n = 2 ** 24;
     expect(allowedPairs(sizes({ queryLength: n, keyLength: n, causal: true, batch: 1, heads: 1 }))).toBe(
@@ -110,18 +138,9 @@ describe('counts', () => {
   });
 
   function sizes(changes: Partial<Geometry>): Geometry {
-    const frequencies = new Float64Array(0);
-    const some = {
-      batch: 2,
-      heads: 3,
-      kvHeads: 1,
-      queryLength: 1,
-      keyLength: 1,
-      headDim: 4,
-      valueDim: 3,
-      rotaryDim: 0,
-    };
-    return { ...some, interleaved: false, frequencies, causal: false, queryOffset: 0, scale: 1, ...changes };
+    const shape = { batch: 2, heads: 3, kvHeads: 1, queryLength: 1, keyLength: 1, headDim: 4, valueDim: 3 };
+    const { problem } = readCall('plan', { q: new Float32Array(24), k: new Float32Array(8), shape, rotary: false });
+    return { ...problem, ...changes };
   }
 });
 
@@ -185,6 +204,19 @@ describe('the choice', () => {
     );
   });
 
+  test.each([
+    [{ window: [100, -1] as const }, 'exact: no polynomial has window'],
+    [{ segments: [0, 700] }, 'exact: no polynomial has segments'],
+    [{ segments: [0, 700], window: [100, 100] as const }, 'exact: no polynomial has window or segments'],
+    [{ window: [100, -1] as const, method: 'exact' as const }, 'exact: as asked'],
+  ])('%p', (options, reason) => {
+    const full = problem({ shape: SHAPE, causal: true }, 5, uniform(0.1));
+    const args = { ...withoutGradient(full), ...options };
+    expect(attention.forward(args).report).toMatchObject({ method: 'exact', reason });
+    expect(attention.plan(args).reason).toBe(reason);
+    expect(attention.backward({ ...full, ...options }).report.reason).toBe(reason);
+  });
+
   test('the same seed gives the same call, another seed another sample', () => {
     const args = withoutGradient(problem({ shape: SHAPE }, 6, uniform(0.5)));
     const [first, again, other] = [7, 7, 8].map((seed) => attention.forward({ ...args, seed }));
@@ -216,6 +248,22 @@ describe('the choice', () => {
     expect(report.errorEstimate!).toBeGreaterThan(worst / 5);
     expect(report.relativeErrorEstimate! / relative).toBeGreaterThan(0.5);
     expect(report.relativeErrorEstimate! / relative).toBeLessThan(2);
+  });
+
+  test.each([
+    [{ window: [20, 5] as const, queryOffset: -15 }],
+    [{ window: [20, 5] as const, queryOffset: 90 }],
+    [{ segments: [0, 10, 40], causal: true }],
+    [{ segments: [0, 10, 40], queryOffset: 20 }],
+  ])('output and lse that are given are found to be right, or wrong, also under %p', (options) => {
+    const shape = { heads: 4, kvHeads: 2, queryLength: 100, headDim: 8 };
+    const args = { ...problem({ shape }, 10), ...options };
+    const { output, lse } = attention.forward(withoutGradient(args));
+    const right = attention.backward({ ...args, output, lse });
+    expect(right.report.reason).not.toContain('computed again');
+    const wrong = attention.backward({ ...args, output: output.map((x) => 1.01 * x), lse });
+    expect(wrong.report.reason).toContain('computed again');
+    expect(wrong.dq).toEqual(right.dq);
   });
 
   test('bounds of the report hold', () => {

@@ -107,6 +107,23 @@ describe('by hand', () => {
     expect(output).toBeAllclose([h, h, 0, 0, t, t, t, 0, 0, t, t, t, 0, 0, h, h], EXACT);
   });
 
+  test.each([
+    { segments: [0, 2], queryOffset: 0, mask: ['1100', '1100', '0011', '0011'] },
+    { segments: [0, 1, 1, 3], queryOffset: 0, mask: ['1000', '0110', '0110', '0001'] },
+    { segments: [0, 2], queryOffset: 1, mask: ['1100', '0011', '0011', '0011'] },
+    { segments: [0, 2, 4], queryOffset: 2, mask: ['0011', '0011', '0000', '0000'] },
+    { segments: [0, 3], queryOffset: -2, mask: ['1110', '1110', '1110', '1110'] },
+    { segments: [0, 2], queryOffset: 0, window: [1, 0] as const, mask: ['1000', '1100', '0010', '0011'] },
+  ])('segments $segments, offset $queryOffset: $mask', ({ mask, ...masks }) => {
+    const shape = { heads: 1, queryLength: 4, headDim: 2, valueDim: 4 };
+    const v = Float32Array.from({ length: 16 }, (_, n) => (n % 5 === 0 ? 1 : 0));
+    const ones = new Float32Array(8).fill(1);
+    const { output, lse } = reference.forward({ q: ones, k: ones, v, shape, scale: 0, ...masks });
+    const counts = mask.map((row) => row.replaceAll('0', '').length);
+    expect(output).toBeAllclose(mask.flatMap((row, i) => [...row].map((bit) => (bit === '1' ? 1 / counts[i] : 0))), EXACT);
+    expect(lse).toBeAllclose(counts.map(Math.log), EXACT);
+  });
+
   test('rows with nothing allowed are zeros, lse -Infinity, no gradient', () => {
     const args = problem({ shape: { heads: 1, queryLength: 3, headDim: 4 }, causal: true, queryOffset: -2 }, 1);
     const { output, lse } = reference.forward(args);
@@ -153,6 +170,8 @@ describe('gradients are finite differences of the forward pass', () => {
     { shape: { ...base, headDim: 3 }, rotary: false },
     { shape: base, scale: -0.7 },
     { shape: base, scale: 0 },
+    { shape: base, window: [2, 0] },
+    { shape: { ...base, queryLength: 6 }, segments: [0, 2, 5], causal: true },
   ];
 
   // Central differences of a function of size 10 in float64: step 1e-4 leaves a truncation of 1e-8 times the third

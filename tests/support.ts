@@ -42,7 +42,7 @@ export function draw(length: number, next: () => number): Float32Array {
 }
 
 /** The options that the mathematics depends on. */
-export type Setting = Pick<Options, 'shape' | 'rotary' | 'scale' | 'causal' | 'queryOffset'>;
+export type Setting = Pick<Options, 'shape' | 'rotary' | 'scale' | 'causal' | 'queryOffset' | 'window' | 'segments'>;
 export type Arrays = Pick<BackwardArgs, 'q' | 'k' | 'v' | 'dOutput'>;
 export type Problem = Setting & Arrays;
 
@@ -77,13 +77,15 @@ export function problem(setting: Setting, seed: number, entries?: (r: Random) =>
 }
 
 /** A few words that tell one setting from another. */
-export function describeSetting({ shape, rotary, scale, causal, queryOffset }: Setting): string {
+export function describeSetting({ shape, rotary, scale, causal, queryOffset, window, segments }: Setting): string {
   const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim } = fullShape(shape);
   const words = [`${queryLength}x${keyLength} D=${headDim}`];
   if (valueDim !== headDim) words.push(`Dv=${valueDim}`);
   if (batch * heads > 1) words.push(`batch ${batch} heads ${heads}/${kvHeads}`);
   if (causal) words.push('causal');
   if (queryOffset) words.push(`offset ${queryOffset}`);
+  if (window) words.push(`window ${window}`);
+  if (segments) words.push(`segments ${segments}`);
   if (rotary === false) words.push('no rotation');
   else if (rotary) words.push(...Object.entries(rotary).map(([key, value]) => `${key} ${value}`));
   if (scale !== undefined) words.push(`scale ${scale}`);

@@ -36,13 +36,17 @@ export function yardstick(args: Problem): Yardstick {
   return { exact, allowed };
 }
 
-/** For flat query row r: the first row of its keys, and how many of them the mask allows. */
-function keysOf({ shape, causal = false, queryOffset = 0 }: Problem, r: number): { first: number; count: number } {
+/** For flat query row r: the rows of the keys that the masks allow. */
+function keysOf({ shape, causal, queryOffset = 0, window = [-1, -1], segments = [0] }: Problem, r: number): number[] {
   const { heads, kvHeads, queryLength, keyLength } = fullShape(shape);
   const head = Math.floor(r / queryLength);
   const keyHead = Math.floor(head / heads) * kvHeads + Math.floor(((head % heads) * kvHeads) / heads);
-  const count = causal ? Math.min(Math.max((r % queryLength) + queryOffset + 1, 0), keyLength) : keyLength;
-  return { first: keyHead * keyLength, count };
+  const position = (r % queryLength) + queryOffset;
+  const [left, right] = window.map((side) => (side < 0 ? Infinity : side));
+  const segment = Math.max(Array.from(segments).filter((start) => start <= position).length, 1);
+  const first = Math.max(segments[segment - 1], position - left, 0);
+  const end = Math.min(segments[segment] ?? Infinity, position + (causal ? 0 : right) + 1, keyLength);
+  return Array.from({ length: Math.max(end - first, 0) }, (_, n) => keyHead * keyLength + first + n);
 }
 
 const row = <T extends Float32Array | Float64Array>(x: T, r: number, width: number) => x.subarray(r * width, (r + 1) * width) as T;
@@ -88,34 +92,34 @@ export function plainFloat32(args: Problem): ByResult<Float32Array> {
   const [dq, dk, dv] = [q, k, v].map((x) => new Float32Array(x.length));
   const p = new Float32Array(keyLength);
   for (let r = 0; r < lse.length; r++) {
-    const { first, count } = keysOf(args, r);
+    const keys = keysOf(args, r);
     const [q_r, out_r, dout_r] = [row(q, r, headDim), row(output, r, valueDim), row(dOutput, r, valueDim)];
-    if (count === 0) continue;
+    if (keys.length === 0) continue;
 
     let largest = -Infinity;
-    for (let j = 0; j < count; j++) {
-      p[j] = scale * dot(q_r, row(k, first + j, headDim));
+    keys.forEach((key, j) => {
+      p[j] = scale * dot(q_r, row(k, key, headDim));
       largest = Math.max(largest, p[j]);
-    }
+    });
     let sum = 0;
-    for (let j = 0; j < count; j++) {
+    for (let j = 0; j < keys.length; j++) {
       p[j] = Math.exp(f(p[j] - largest));
       sum = f(sum + p[j]);
     }
-    for (let j = 0; j < count; j++) {
+    keys.forEach((key, j) => {
       p[j] = p[j] / sum;
-      accumulate(out_r, p[j], row(v, first + j, valueDim));
-    }
+      accumulate(out_r, p[j], row(v, key, valueDim));
+    });
     lse[r] = largest + f(Math.log(sum));
 
     const delta = dot(dout_r, out_r);
-    for (let j = 0; j < count; j++) {
-      const dP = dot(dout_r, row(v, first + j, valueDim));
+    keys.forEach((key, j) => {
+      const dP = dot(dout_r, row(v, key, valueDim));
       const dS = f(scale * f(p[j] * f(dP - delta)));
-      accumulate(row(dv, first + j, valueDim), p[j], dout_r);
-      accumulate(row(dq, r, headDim), dS, row(k, first + j, headDim));
-      accumulate(row(dk, first + j, headDim), dS, q_r);
-    }
+      accumulate(row(dv, key, valueDim), p[j], dout_r);
+      accumulate(row(dq, r, headDim), dS, row(k, key, headDim));
+      accumulate(row(dk, key, headDim), dS, q_r);
+    });
   }
   return { output, lse, dq: rotate(dq, queryLength, queryOffset, -1), dk: rotate(dk, keyLength, 0, -1), dv };
 }
@@ -144,22 +148,22 @@ export function magnitudes(args: Problem): ByResult<number> {
   const sums = { output: dout, dq: q, dk: k, dv: v, lse };
   const total = Object.fromEntries(RESULTS.map((name) => [name, new Float64Array(sums[name].length)])) as ByResult<Float64Array>;
   for (let r = 0; r < lse.length; r++) {
-    const { first, count } = keysOf(args, r);
+    const keys = keysOf(args, r);
     const signed = row(turnedQ, r, headDim);
     const [q_r, dout_r] = [row(q, r, headDim), row(dout, r, valueDim)];
-    const score = (j: number) => scale * inner(signed, row(turnedK, first + j, headDim));
-    const weights = Array.from({ length: count }, (_, j) => Math.exp(score(j) - lse[r]));
-    const dP = weights.map((_, j) => inner(dout_r, row(v, first + j, valueDim)));
+    const score = (key: number) => scale * inner(signed, row(turnedK, key, headDim));
+    const weights = keys.map((key) => Math.exp(score(key) - lse[r]));
+    const dP = keys.map((key) => inner(dout_r, row(v, key, valueDim)));
     const mean = weights.reduce((sum, weight, j) => sum + weight * dP[j], 0);
-    if (count > 0) total.lse[r] = Math.abs(lse[r]);
-    weights.forEach((weight, j) => {
-      const a = weight * (1 + Math.abs(scale) * inner(q_r, row(k, first + j, headDim)));
+    if (keys.length > 0) total.lse[r] = Math.abs(lse[r]);
+    keys.forEach((key, j) => {
+      const a = weights[j] * (1 + Math.abs(scale) * inner(q_r, row(k, key, headDim)));
       const b = a * Math.abs(scale) * (dP[j] + mean);
       total.lse[r] += a;
-      accumulate(row(total.output, r, valueDim), a, row(v, first + j, valueDim));
-      accumulate(row(total.dv, first + j, valueDim), a, dout_r);
-      accumulate(row(total.dq, r, headDim), b, row(k, first + j, headDim));
-      accumulate(row(total.dk, first + j, headDim), b, q_r);
+      accumulate(row(total.output, r, valueDim), a, row(v, key, valueDim));
+      accumulate(row(total.dv, key, valueDim), a, dout_r);
+      accumulate(row(total.dq, r, headDim), b, row(k, key, headDim));
+      accumulate(row(total.dk, key, headDim), b, q_r);
     });
   }
   return Object.fromEntries(RESULTS.map((name) => [name, maxAbs(total[name])])) as ByResult<number>;

@@ -29,15 +29,7 @@ interface Exports {
   ra_units(problem: number, pass: number): number;
   ra_run(problem: number, arrays: number, pass: number, workspace: number, first: number, last: number): number;
   ra_rotate_workspace(problem: number): number;
-  ra_rotate(
-    problem: number,
-    x: number,
-    y: number,
-    rows: number,
-    position: number,
-    inverse: number,
-    workspace: number,
-  ): number;
+  ra_rotate(problem: number, x: number, inverse: number, workspace: number): number;
   ra_sample_workspace(problem: number): number;
   ra_sample_prepare(problem: number, arrays: number, head: number, bounds: number, workspace: number): number;
   ra_sample_scores(
@@ -160,6 +152,7 @@ interface Places {
   arrays: number;
   bounds: number;
   frequencies: number;
+  segments: number;
   coefficients: number;
   own: number;
   rows: number;
@@ -181,7 +174,7 @@ export class Session {
   readonly #exports: Exports;
   readonly #arena: Arena;
   readonly #at: Places;
-  readonly #arrays: Values<typeof ARRAYS> = { q: 0, k: 0, v: 0, out: 0, lse: 0, dout: 0, dq: 0, dk: 0, dv: 0 };
+  readonly #arrays = Object.fromEntries(Object.keys(ARRAYS).map((name) => [name, 0])) as Values<typeof ARRAYS>;
   #sampling = 0;
   #loaded = 0;
   #workspace = 0;
@@ -202,6 +195,7 @@ export class Session {
       arrays: arena.reserve(sizeOf(ARRAYS)),
       bounds: arena.reserve(sizeOf(BOUNDS)),
       frequencies: arena.reserve(8 * g.frequencies.length),
+      segments: floats(g.segments.length),
       coefficients: floats(this.heads * MAX_COEFFICIENTS),
       own: floats(MAX_COEFFICIENTS),
       rows: floats(SAMPLE_ROWS),
@@ -214,6 +208,7 @@ export class Session {
     };
     arena.commit(name);
     arena.writeDoubles(this.#at.frequencies, g.frequencies);
+    arena.writeIntegers(this.#at.segments, g.segments);
     this.setEngine(null);
   }
 
@@ -256,6 +251,27 @@ export class Session {
       method: degree === null ? EXACT : POLYNOMIAL,
       degree: degree ?? 0,
       coefficients: this.#at.coefficients,
+      layout: 0,
+      rotary_factor: 1,
+      query_positions: 0,
+      key_positions: 0,
+      position_batches: 1,
+      cos_table: 0,
+      sin_table: 0,
+      table_rows: 0,
+      window_left: g.window[0],
+      window_right: g.window[1],
+      segments: g.segments.length > 1 ? this.#at.segments : 0,
+      segment_count: g.segments.length,
+      softcap: 0,
+      bias: 0,
+      bias_heads: 0,
+      mask: 0,
+      allowed: 0,
+      mask_batch: 0,
+      mask_head: 0,
+      mask_row: 0,
+      sinks: 0,
     });
   }
 
@@ -426,19 +442,12 @@ export class Session {
   /** Rotates all rows of x [batch][heads][queryLength][headDim]. */
   rotate(x: Float32Array, inverse: boolean): Float32Array {
     this.#check();
-    const { batch, heads, queryLength, headDim, queryOffset } = this.geometry;
     const { ra_rotate_workspace, ra_rotate } = this.#exports;
     const at = this.#arena.reserve(4 * x.length);
     const workspace = this.#arena.reserve(ra_rotate_workspace(this.#at.problem) >>> 0); // 0 without rotation
     this.#arena.commit(this.#name);
     this.#arena.writeFloats(at, x);
-    for (let head = 0; head < batch * heads; head++) {
-      const rows = at + 4 * head * queryLength * headDim;
-      this.#expect(
-        ra_rotate(this.#at.problem, rows, rows, queryLength, queryOffset, Number(inverse), workspace),
-        'ra_rotate',
-      );
-    }
+    this.#expect(ra_rotate(this.#at.problem, at, Number(inverse), workspace), 'ra_rotate');
     return this.#arena.readFloats(at, x.length);
   }
 

@@ -30,6 +30,27 @@ export const PROBLEM = {
   method: 'u32',
   degree: 'u32',
   coefficients: 'address',
+  layout: 'u32',
+  rotary_factor: 'f32',
+  query_positions: 'address',
+  key_positions: 'address',
+  position_batches: 'u32',
+  cos_table: 'address',
+  sin_table: 'address',
+  table_rows: 'u32',
+  window_left: 'i32',
+  window_right: 'i32',
+  segments: 'address',
+  segment_count: 'u32',
+  softcap: 'f32',
+  bias: 'address',
+  bias_heads: 'u32',
+  mask: 'address',
+  allowed: 'address',
+  mask_batch: 'u32',
+  mask_head: 'u32',
+  mask_row: 'u32',
+  sinks: 'address',
 } as const satisfies Fields;
 
 /** ra_arrays. */
@@ -43,6 +64,8 @@ export const ARRAYS = {
   dq: 'address',
   dk: 'address',
   dv: 'address',
+  dbias: 'address',
+  dsinks: 'address',
 } as const satisfies Fields;
 
 /** ra_bounds. */

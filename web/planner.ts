@@ -9,6 +9,7 @@ import { cost, exactFlops, polynomialFlops, samplingCost, type Pass } from './co
 import type { Bounds, Session } from './kernel.js';
 import { MAX_DEGREE, minimax } from './polynomial.js';
 import { Sampler, survey, type Measured } from './sampling.js';
+import { exactOnly } from './scores.js';
 import type { Problem } from './validate.js';
 
 /** One engine to try: exact, or a polynomial with its error as far as it is known before the run. */
@@ -71,6 +72,8 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const exactly = (because: string): Plan => ({ bounds, sampler, attempts: [EXACT], because });
 
   if (problem.method === 'exact') return exactly('as asked');
+  const foreign = exactOnly(problem);
+  if (foreign.length > 0) return exactly(`no polynomial has ${foreign.join(' or ')}`);
   if (!bounds.every((one) => one.finite === 1)) {
     if (problem.method === 'polynomial')
       throw new RangeError(`${name}: method 'polynomial' needs finite inputs, found NaN or infinity`);

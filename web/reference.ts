@@ -49,12 +49,17 @@ function settle(name: string, args: Widened<Options>) {
   const { batch = 1, heads, kvHeads = heads, queryLength, headDim } = args.shape;
   const { keyLength = queryLength, valueDim = headDim } = args.shape;
   const { scale = 1 / Math.sqrt(headDim), causal = false, queryOffset = 0, window: [left, right] = [-1, -1] } = args;
+  const segments = Array.from(args.segments ?? [0]);
   if (heads % kvHeads !== 0) throw new RangeError(`${name}: heads = ${heads} is not a multiple of kvHeads = ${kvHeads}`);
+
+  /** The number of the segment that a position is in: the last one that begins there or before. */
+  const segmentOf = (position: number) => Math.max(segments.filter((start) => start <= position).length, 1);
 
   /** Pairs that take part: the key is not after the query (causal), at most `left` before it, `right` after it. */
   const allowed = (i: number, j: number): boolean => {
     const distance = i + queryOffset - j;
-    return (!causal || distance >= 0) && (left < 0 || distance <= left) && (right < 0 || -distance <= right);
+    const near = (!causal || distance >= 0) && (left < 0 || distance <= left) && (right < 0 || -distance <= right);
+    return near && segmentOf(i + queryOffset) === segmentOf(j);
   };
   const rotation = rotationOf(name, args.rotary ?? {}, headDim);
   return { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, queryOffset, allowed, rotation };

@@ -10,6 +10,7 @@ import { CHECK_ROWS, SAMPLE_HEADS, SAMPLE_ROWS, SAMPLE_SCORES, type Pass } from 
 import { scoreRadius } from './certificate.js';
 import type { Bounds, Rows, Session } from './kernel.js';
 import { evaluate, fitToScores } from './polynomial.js';
+import { seeingQueries } from './scores.js';
 
 /** Sampled errors. */
 export interface Measured {
@@ -142,9 +143,10 @@ export class Sampler {
         const exact = this.#session.rows(head, rows, null, false);
         tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range);
         const lse = this.#gather('lse', head, rows);
-        exact.lse.forEach(
-          (value, n) => (largest = worse(largest, Math.abs(value - lse[n]) / Math.max(1, Math.abs(value)))),
-        );
+        exact.lse.forEach((value, n) => {
+          if (value === lse[n]) return; // -Infinity where nothing is seen
+          largest = worse(largest, Math.abs(value - lse[n]) / Math.max(1, Math.abs(value)));
+        });
         yield 0;
       }
     }
@@ -179,15 +181,15 @@ export class Sampler {
 
   /** Rows of a head, the one of the largest query first, else none of `taken` as long as there are others. */
   #rows(head: number, stream: number, count: number, taken: readonly number[]): number[] {
-    const { causal, queryOffset, queryLength } = this.#session.geometry;
-    // Query i sees a key when i + queryOffset >= 0. Count only such rows: number n is row `place(n)`.
-    const blind = causal ? Math.min(Math.max(-queryOffset, 0), queryLength) : 0;
-    const seeing = queryLength - blind;
-    if (seeing === 0) return [];
-    const place = (n: number) => Math.floor(n / seeing) * queryLength + blind + (n % seeing);
-    const number = (row: number) => Math.floor(row / queryLength) * seeing + (row % queryLength) - blind;
+    const { queryLength } = this.#session.geometry;
+    // Count only rows that see a key: number n is row `place(n)`.
+    const { from, to } = seeingQueries(this.#session.geometry);
+    const seeing = to - from;
+    if (seeing <= 0) return [];
+    const place = (n: number) => Math.floor(n / seeing) * queryLength + from + (n % seeing);
+    const number = (row: number) => Math.floor(row / queryLength) * seeing + (row % queryLength) - from;
     const largest = this.#bounds[head].q_argmax;
-    const first = largest % queryLength >= blind ? [number(largest)] : [];
+    const first = largest % queryLength >= from && largest % queryLength < to ? [number(largest)] : [];
     const total = (this.#session.rowsOfHead / queryLength) * seeing;
     return draw(count, total, first, random(this.#seed, head, stream), new Set(taken.map(number))).map(place);
   }

@@ -86,6 +86,8 @@ export interface CostArgs extends Shape {
   degree?: number;
   causal?: boolean;
   queryOffset?: number;
+  window?: Options['window'];
+  segments?: Options['segments'];
   pass: 'forward' | 'backward';
 }
 
@@ -116,17 +118,42 @@ export function cost(args: CostArgs): number {
   return 2 * rank(headDim, args.degree) * (valueDim + 1) * rows * batch;
 }
 
+/** What decides about pairs. */
+export type PairArgs = Pick<Shape, 'queryLength' | 'keyLength'> &
+  Pick<Options, 'causal' | 'queryOffset' | 'window' | 'segments'>;
+
 /**
- * Allowed (query, key) pairs of one head: all Nq Nk, or, when causal, those with j <= i + queryOffset:
- * sum_i clamp(i + queryOffset + 1, 0, Nk), in closed form.
+ * Allowed (query, key) pairs of one head: all Nq Nk, or those with -right <= i + queryOffset - j <= left, causal being
+ * right = 0: sum_i clamp(i + queryOffset + right + 1, 0, Nk) - clamp(i + queryOffset - left, 0, Nk), in closed form. Segments
+ * are problems of their own that add up.
  */
-export function pairs(args: Pick<Shape, 'queryLength' | 'keyLength'> & Pick<Options, 'causal' | 'queryOffset'>): number {
-  const { queryLength, keyLength = queryLength, causal = false, queryOffset = 0 } = args;
-  if (!causal) return queryLength * keyLength;
+export function pairs(args: PairArgs): number {
+  const { queryLength, keyLength = queryLength, causal = false, queryOffset = 0, window = [-1, -1] } = args;
+  const { segments = [0] } = args;
+  if (segments.length > 1) {
+    const inside = (position: number, length: number) => Math.min(Math.max(position, 0), length);
+    let sum = 0;
+    for (let n = 0; n < segments.length; n++) {
+      const [start, end] = [n === 0 ? -Infinity : segments[n], segments[n + 1] ?? Infinity];
+      const [query, key] = [inside(start - queryOffset, queryLength), inside(start, keyLength)];
+      sum += pairs({
+        queryLength: inside(end - queryOffset, queryLength) - query,
+        keyLength: inside(end, keyLength) - key,
+        causal,
+        queryOffset: query + queryOffset - key,
+        window,
+      });
+    }
+    return sum;
+  }
   // 1 + 2 + ... + n; the sum of max(x, 0) over x = a + 1 .. a + Nq is then triangle(a + Nq) - triangle(a).
   const triangle = (n: number) => (Math.max(n, 0) * (Math.max(n, 0) + 1)) / 2;
   const sum = (a: number) => triangle(a + queryLength) - triangle(a);
-  return sum(queryOffset) - sum(queryOffset - keyLength);
+  /** Pairs with j <= i + queryOffset + ahead. */
+  const upTo = (ahead: number) => sum(queryOffset + ahead) - sum(queryOffset + ahead - keyLength);
+  const [left, right] = window;
+  const whole = causal ? upTo(0) : right < 0 ? queryLength * keyLength : upTo(right);
+  return left < 0 ? whole : whole - upTo(-left - 1);
 }
 
 /** Sizes of `crossover`: one length for queries and keys. */

@@ -48,8 +48,13 @@ export interface Options {
   causal?: boolean;
   /** Position of query 0 (key 0 is at position 0); an integer of 32 bits, queryOffset + queryLength too. Default 0. */
   queryOffset?: number;
-  /** Only [-1, -1] (unbounded) so far: other windows are a RangeError. */
+  /** Key j is allowed for query i when -right <= i + queryOffset - j <= left; -1: no limit on that side. Default [-1, -1]. */
   window?: readonly [left: number, right: number];
+  /**
+   * Packed sequences: the position at which each begins, ascending from 0, the last one open-ended. A query sees keys of its
+   * own segment only; query i is at i + queryOffset, before 0 in the first. Equal positions make an empty segment.
+   */
+  segments?: Uint32Array | readonly number[];
   /** Not available yet: a RangeError. */
   bias?: Float32Array;
   /** Not available yet: a RangeError. */

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
 //
 // From the options of a call to a problem in which every default is resolved and every size has been checked, so that no
-// later layer has to doubt. TypeError: wrong kind, or an option that does not exist; RangeError: wrong size or value. Every
-// message is "function: rule and value". Arguments are only read.
+// later layer has to doubt; check.ts says how values are refused. Arguments are only read.
 
-import type { BackwardArgs, CreateOptions, ForwardArgs, PlanArgs, RotateArgs, Rotary, Shape } from './types.js';
+import { readBoolean, readChoice, readFloats, readInteger, readNumber, readRecord, wrong, type Given } from './check.js';
+import { readRotary, type Rotation } from './rotation.js';
+import { exactOnly, readScores, type Scores } from './scores.js';
+import type { BackwardArgs, CreateOptions, ForwardArgs, PlanArgs, RotateArgs, Shape } from './types.js';
 
 /** The largest headDim and valueDim (RA_MAX_HEAD_DIM), and degree (RA_MAX_DEGREE). */
 const MAX_DIM = 1024;
@@ -13,8 +15,8 @@ const INT32_MAX = 2 ** 31 - 1;
 /** Smallest tolerance: what float32 sums keep at moderate lengths. */
 export const TOLERANCE_FLOOR = 1e-6;
 
-/** Sizes, rotation and mask: what the kernels compute. */
-export interface Geometry {
+/** Sizes, rotation, masks: what the kernels compute. */
+export interface Geometry extends Rotation, Scores {
   batch: number;
   heads: number;
   kvHeads: number;
@@ -22,11 +24,6 @@ export interface Geometry {
   keyLength: number;
   headDim: number;
   valueDim: number;
-  /** 0: no rotation. */
-  rotaryDim: number;
-  interleaved: boolean;
-  /** [rotaryDim/2], radians per position. */
-  frequencies: Float64Array;
   causal: boolean;
   queryOffset: number;
   scale: number;
@@ -58,7 +55,6 @@ export interface Call {
 }
 
 const SHAPE = ['batch', 'heads', 'kvHeads', 'queryLength', 'keyLength', 'headDim', 'valueDim'];
-const ROTARY = ['base', 'dim', 'interleaved', 'frequencies'];
 const OPTIONS = [
   'shape',
   'rotary',
@@ -66,6 +62,7 @@ const OPTIONS = [
   'causal',
   'queryOffset',
   'window',
+  'segments',
   'bias',
   'relativePositions',
   'relative',
@@ -150,8 +147,6 @@ export function sizesOf(name: string, g: Geometry): { q: number; k: number; v: n
   };
 }
 
-type Given = Readonly<Record<string, unknown>>;
-
 function readProblem(name: string, given: Given): Problem {
   const geometry = readGeometry(name, given);
   refuseLater(name, given);
@@ -170,6 +165,9 @@ function readProblem(name: string, given: Given): Problem {
   const degree = given['degree'] === undefined ? null : readInteger(name, 'degree', given['degree'], 0, MAX_DEGREE);
   if (degree !== null && method === 'exact')
     throw new RangeError(`${name}: method 'exact' has no degree, got degree ${degree}`);
+  const [foreign] = exactOnly(geometry);
+  if (method === 'polynomial' && foreign !== undefined)
+    throw new RangeError(`${name}: method 'polynomial' has no ${foreign}; 'auto' and 'exact' have it`);
   return {
     ...geometry,
     method,
@@ -200,6 +198,7 @@ function readGeometry(name: string, given: Given): Geometry {
     causal: readBoolean(name, 'causal', given['causal'], false),
     queryOffset,
     scale,
+    ...readScores(name, given),
   };
 }
 
@@ -226,127 +225,9 @@ function readShape(name: string, value: unknown): Required<Shape> {
   };
 }
 
-function readRotary(
-  name: string,
-  value: unknown,
-  headDim: number,
-): Pick<Geometry, 'rotaryDim' | 'interleaved' | 'frequencies'> {
-  if (value === false) return { rotaryDim: 0, interleaved: false, frequencies: new Float64Array(0) };
-  if (value === true) throw wrong(name, 'rotary', 'false or an object', value, false);
-  const rotary: { readonly [option in keyof Rotary]: unknown } =
-    value === undefined ? {} : readRecord(name, 'rotary', value, ROTARY);
-  if (rotary.dim === undefined && headDim % 2 !== 0) {
-    const advice = `give an even rotary.dim, such as ${headDim - 1}, or rotary: false`;
-    throw new RangeError(
-      `${name}: rotary.dim is headDim by default and must be even, headDim is ${headDim}; ${advice}`,
-    );
-  }
-  const rotaryDim = rotary.dim === undefined ? headDim : readInteger(name, 'rotary.dim', rotary.dim, 0, headDim);
-  if (rotaryDim % 2 !== 0) throw wrong(name, 'rotary.dim', 'even', rotaryDim, true);
-  const interleaved = readBoolean(name, 'rotary.interleaved', rotary.interleaved, false);
-  if (rotary.frequencies === undefined)
-    return { rotaryDim, interleaved, frequencies: readBase(name, rotary.base, rotaryDim) };
-
-  if (rotary.base !== undefined) throw new TypeError(`${name}: rotary has both base and frequencies; give one of them`);
-  const given = readFloats(name, 'rotary.frequencies', rotary.frequencies, rotaryDim / 2, 'rotary.dim/2');
-  const frequencies = Float64Array.from(given);
-  const bad = frequencies.findIndex((frequency) => !Number.isFinite(frequency));
-  if (bad >= 0) throw wrong(name, `rotary.frequencies[${bad}]`, 'finite', frequencies[bad], true);
-  return { rotaryDim, interleaved, frequencies };
-}
-
-/** base^(-2p/dim) for each pair p. */
-function readBase(name: string, value: unknown, dim: number): Float64Array {
-  const base = value === undefined ? 10000 : readNumber(name, 'rotary.base', value);
-  if (!(base > 0 && base < Infinity)) throw wrong(name, 'rotary.base', 'positive and finite', base, true);
-  const frequencies = Float64Array.from({ length: dim / 2 }, (_, p) => base ** ((-2 * p) / dim));
-  if (!frequencies.every(Number.isFinite))
-    throw wrong(name, 'rotary.base', 'large enough that base^(-2p/dim) is finite', base, true);
-  return frequencies;
-}
-
 /** Options that the types name for a later version. */
 function refuseLater(name: string, given: Given): void {
   for (const option of LATER) {
     if (given[option] !== undefined) throw new RangeError(`${name}: ${option} is not available in this version`);
   }
-  const window = given['window'];
-  if (window === undefined) return;
-  if (!Array.isArray(window) || window.length !== 2) throw wrong(name, 'window', 'a pair [left, right]', window, false);
-  const [left, right] = window as unknown[];
-  readInteger(name, 'window[0]', left, -1, INT32_MAX);
-  readInteger(name, 'window[1]', right, -1, INT32_MAX);
-  if (left !== -1 || right !== -1) {
-    throw new RangeError(
-      `${name}: window other than [-1, -1] is not available in this version, got [${String(left)}, ${String(right)}]`,
-    );
-  }
-}
-
-function readRecord(name: string, option: string, value: unknown, known: readonly string[]): Given {
-  if (typeof value !== 'object' || value === null || Array.isArray(value) || ArrayBuffer.isView(value)) {
-    throw wrong(name, option, 'an object', value, false);
-  }
-  for (const key of Object.keys(value)) {
-    if (known.includes(key)) continue;
-    if (key === 'signal' || key === 'onProgress') {
-      throw new TypeError(`${name}: ${key} is only for createRopeAttentionWorker; this instance computes at once`);
-    }
-    const inside = option === 'its argument' ? '' : `${option}.`;
-    throw new TypeError(`${name}: there is no option ${inside}${key}; known are ${known.join(', ')}`);
-  }
-  return value as Given;
-}
-
-function readFloats(name: string, option: string, value: unknown, values: number, needs = 'shape'): Float32Array {
-  // By tag, so that arrays of another realm count too.
-  if (!ArrayBuffer.isView(value) || (value as Float32Array)[Symbol.toStringTag] !== 'Float32Array') {
-    throw wrong(name, option, 'a Float32Array', value, false);
-  }
-  const array = value as Float32Array;
-  if (array.length !== values)
-    throw new RangeError(`${name}: ${option} has ${array.length} values, ${needs} needs ${values}`);
-  return array;
-}
-
-function readNumber(name: string, option: string, value: unknown): number {
-  if (typeof value !== 'number') throw wrong(name, option, 'a number', value, false);
-  return value;
-}
-
-function readInteger(name: string, option: string, value: unknown, least: number, most: number): number {
-  const number = readNumber(name, option, value);
-  if (!Number.isInteger(number) || number < least || number > most) {
-    throw wrong(name, option, `an integer from ${least} to ${most}`, number, true);
-  }
-  return number;
-}
-
-function readBoolean(name: string, option: string, value: unknown, absent: boolean): boolean {
-  if (value === undefined) return absent;
-  if (typeof value !== 'boolean') throw wrong(name, option, 'true or false', value, false);
-  return value;
-}
-
-/** One of the texts, the first by default. */
-function readChoice<T extends string>(name: string, option: string, value: unknown, texts: readonly [T, ...T[]]): T {
-  if (value === undefined) return texts[0];
-  const found = texts.find((text) => text === value);
-  if (found === undefined)
-    throw wrong(name, option, `one of '${texts.join("', '")}'`, value, typeof value === 'string');
-  return found;
-}
-
-/** The error of a value that breaks a rule; of the right kind: RangeError, else TypeError. */
-function wrong(name: string, option: string, rule: string, value: unknown, rightKind: boolean): Error {
-  const message = `${name}: ${option} must be ${rule}, got ${describe(value)}`;
-  return rightKind ? new RangeError(message) : new TypeError(message);
-}
-
-function describe(value: unknown): string {
-  if (typeof value === 'string') return `'${value}'`;
-  if (Array.isArray(value)) return 'an array';
-  if (typeof value === 'function') return 'a function';
-  if (typeof value === 'object' && value !== null) return `a ${Object.prototype.toString.call(value).slice(8, -1)}`;
-  return String(value);
 }

@@ -10,6 +10,11 @@ typedef struct shape {
   uint32_t batch, heads, kv_heads, Nq, Nk, D, Dv, rotary_dim, interleaved, causal;
   int32_t offset;
   float scale, bound;
+  // what follows is off when 0
+  uint32_t layout, positions, table, window, segments;
+  float softcap;
+  uint32_t bias_heads, mask,
+      sinks; // mask: 1 added, for each query and key; 2 allowed, for each batch and head; 3 added, a row
 } shape;
 
 static const shape SHAPES[] = {
@@ -26,37 +31,125 @@ static const shape SHAPES[] = {
     {1, 1, 1, 20, 300, 16, 16, 8, 0, 0, 7, -0.25f, 1},
     {1, 1, 1, 300, 290, 8, 16, 8, 0, 1, -5, 0.35f, 1},
     {1, 1, 1, 33, 500, 10, 6, 10, 1, 1, 1000000, 0.3f, 1},
+    {2, 4, 2, 45, 50, 8, 6, 8, 0, 1, 5, 0.35f, 1, .layout = 1},
+    {2, 2, 1, 70, 33, 8, 8, 6, 1, 0, 0, 0.35f, 1, .layout = 1, .positions = 1},
+    {2, 2, 2, 70, 70, 8, 8, 8, 0, 1, 0, 0.35f, 1, .positions = 2},
+    {1, 2, 1, 40, 70, 8, 8, 8, 0, 1, 30, 0.35f, 1, .table = 1},
+    {2, 2, 2, 40, 40, 8, 4, 4, 1, 0, 0, 0.35f, 1, .positions = 1, .table = 1},
+};
+
+// What only the exact engine does.
+static const shape EXACT_SHAPES[] = {
+    {1, 1, 1, 300, 300, 8, 8, 8, 0, 1, 0, 0.35f, 1, .window = 1},
+    {1, 1, 1, 140, 300, 8, 8, 8, 0, 0, 100, 0.35f, 1, .window = 2},
+    {1, 2, 1, 300, 280, 8, 4, 8, 0, 0, -40, 0.35f, 1, .window = 3},
+    {1, 2, 2, 300, 300, 8, 8, 8, 0, 1, 0, 0.35f, 1, .segments = 1},
+    {1, 2, 2, 200, 300, 8, 8, 8, 0, 0, 60, 0.35f, 1, .segments = 1, .window = 2, .layout = 1},
+    {1, 2, 1, 130, 140, 8, 8, 8, 0, 0, 0, 0.35f, 2, .softcap = 0.8f},
+    {2, 2, 1, 130, 140, 8, 8, 8, 0, 1, 10, 0.35f, 1, .bias_heads = 1},
+    {2, 2, 1, 33, 31, 8, 8, 8, 0, 0, 0, 0.35f, 1, .bias_heads = 2, .layout = 1},
+    {1, 1, 1, 1, 1, 8, 8, 8, 0, 0, 0, 0.35f, 1, .bias_heads = 1},
+    {2, 2, 1, 70, 140, 8, 8, 8, 0, 1, 70, 0.35f, 1, .mask = 1},
+    {2, 4, 2, 70, 50, 8, 8, 8, 0, 0, 0, 0.35f, 1, .mask = 2},
+    {2, 2, 1, 70, 50, 8, 8, 8, 0, 0, 0, 0.35f, 1, .mask = 3},
+    {2, 4, 2, 70, 60, 8, 8, 8, 0, 1, -3, 0.35f, 1, .sinks = 1},
+    {2,
+     4,
+     2,
+     200,
+     210,
+     8,
+     5,
+     8,
+     1,
+     1,
+     10,
+     0.35f,
+     1,
+     .layout = 1,
+     .positions = 2,
+     .window = 1,
+     .softcap = 1.5f,
+     .bias_heads = 4,
+     .mask = 2,
+     .sinks = 1},
 };
 
 typedef struct run {
   ra_problem p;
   ra_arrays x;
-  guarded q, k, v, out, lse, dout, dq, dk, dv;
+  guarded q, k, v, out, lse, dout, dq, dk, dv, dbias, dsinks;
 } run;
 
-static double frequencies[64];
-static float coefficients[64];
+static double frequencies[64], query_positions[1024], key_positions[1024];
+static float coefficients[64], cos_table[4096], sin_table[4096], bias[4096], mask[1 << 19], sinks[16];
+static uint8_t allowed[1 << 19];
+static const uint32_t segments[] = {0, 3, 40, 41, 200};
 
 static ra_problem problem(const shape *s, uint32_t method, uint32_t degree) {
-  for (uint32_t i = 0; i < s->rotary_dim / 2; i++) frequencies[i] = pow(10000, -2.0 * i / s->rotary_dim);
+  uint64_t seed = 77;
+  uint32_t half = s->rotary_dim / 2;
+  for (uint32_t i = 0; i < half; i++) frequencies[i] = pow(10000, -2.0 * i / s->rotary_dim);
   for (uint32_t h = 0, n = 0; h < s->batch * s->kv_heads; h++)
     for (uint32_t m = 0; m <= degree; m++) coefficients[n++] = (float)(1 / tgamma(m + 1.0));
-  return (ra_problem){.batch = s->batch,
-                      .heads = s->heads,
-                      .kv_heads = s->kv_heads,
-                      .query_length = s->Nq,
-                      .key_length = s->Nk,
-                      .head_dim = s->D,
-                      .value_dim = s->Dv,
-                      .rotary_dim = s->rotary_dim,
-                      .interleaved = s->interleaved,
-                      .causal = s->causal,
-                      .query_offset = s->offset,
-                      .scale = s->scale,
-                      .frequencies = frequencies,
-                      .method = method,
-                      .degree = degree,
-                      .coefficients = coefficients};
+  ra_problem p = {
+      .batch = s->batch,
+      .heads = s->heads,
+      .kv_heads = s->kv_heads,
+      .query_length = s->Nq,
+      .key_length = s->Nk,
+      .head_dim = s->D,
+      .value_dim = s->Dv,
+      .rotary_dim = s->rotary_dim,
+      .interleaved = s->interleaved,
+      .causal = s->causal,
+      .query_offset = s->offset,
+      .scale = s->scale,
+      .frequencies = frequencies,
+      .method = method,
+      .degree = degree,
+      .coefficients = coefficients,
+      .layout = s->layout,
+      .rotary_factor = s->layout ? 1.1f : 1,
+      .position_batches = s->positions == 2 ? s->batch : 1,
+      .window_left = -1,
+      .window_right = -1,
+      .softcap = s->softcap,
+  };
+  if (s->positions) {
+    for (int n = 0; n < 1024; n++)
+      query_positions[n] = n % 7 == 3 ? 1000.5 - n : n + 3, key_positions[n] = n * 0.5 - 20;
+    p.query_positions = query_positions, p.key_positions = key_positions;
+  }
+  if (s->table) {
+    for (uint32_t n = 0; n < 100 * half; n++) {
+      cos_table[n] = (float)cos(0.1 * n), sin_table[n] = (float)sin(0.1 * n);
+    }
+    p.cos_table = cos_table, p.sin_table = sin_table, p.table_rows = 100;
+  }
+  if (s->window == 1) p.window_left = 9;
+  if (s->window == 2) p.window_left = 70, p.window_right = 3;
+  if (s->window == 3) p.window_right = 150;
+  if (s->segments) p.segments = segments, p.segment_count = 5;
+  if (s->bias_heads) {
+    for (uint32_t n = 0; n < 4096; n++) bias[n] = check_random(&seed, 2);
+    p.bias = bias, p.bias_heads = s->bias_heads;
+  }
+  if (s->mask) {
+    size_t rows = (size_t)s->Nq * s->Nk;
+    for (uint32_t n = 0; n < 1 << 19; n++) {
+      mask[n] = check_random(&seed, 2), allowed[n] = mask[n] > -1;
+      if (n / s->Nk % 11 == 5) mask[n] = -INFINITY, allowed[n] = 0; // whole rows of nothing
+      if (n % 5 == 2) mask[n] = -3e38f;
+    }
+    if (s->mask == 2) p.allowed = allowed, p.mask_batch = s->heads * rows, p.mask_head = rows, p.mask_row = s->Nk;
+    else p.mask = mask, p.mask_row = s->mask == 1 ? s->Nk : 0;
+  }
+  if (s->sinks) {
+    for (uint32_t h = 0; h < s->heads; h++) sinks[h] = (float)h - 1;
+    p.sinks = sinks;
+  }
+  return p;
 }
 
 static run start(const shape *s, uint32_t method, uint32_t degree) {
@@ -65,14 +158,26 @@ static run start(const shape *s, uint32_t method, uint32_t degree) {
   r.q = guarded_new(queries * s->D, 1, s->bound), r.k = guarded_new(keys * s->D, 2, s->bound);
   r.v = guarded_new(keys * s->Dv, 3, 1), r.dout = guarded_new(queries * s->Dv, 4, 1);
   r.out = guarded_new(queries * s->Dv, 5, 1), r.lse = guarded_new(queries, 6, 1);
-  r.dq = guarded_new(queries * s->D, 7, 1), r.dk = guarded_new(keys * s->D, 8, 1),
+  r.dq = guarded_new(queries * s->D, 7, 1), r.dk = guarded_new(keys * s->D, 8, 1);
   r.dv = guarded_new(keys * s->Dv, 9, 1);
-  r.x = (ra_arrays){r.q.data, r.k.data, r.v.data, r.out.data, r.lse.data, r.dout.data, r.dq.data, r.dk.data, r.dv.data};
+  r.dbias = guarded_new(s->bias_heads ? (size_t)s->bias_heads * (s->Nq + s->Nk - 1) : 0, 10, 1);
+  r.dsinks = guarded_new(s->sinks ? s->heads : 0, 11, 1);
+  r.x = (ra_arrays){.q = r.q.data,
+                    .k = r.k.data,
+                    .v = r.v.data,
+                    .out = r.out.data,
+                    .lse = r.lse.data,
+                    .dout = r.dout.data,
+                    .dq = r.dq.data,
+                    .dk = r.dk.data,
+                    .dv = r.dv.data,
+                    .dbias = s->bias_heads ? r.dbias.data : NULL,
+                    .dsinks = s->sinks ? r.dsinks.data : NULL};
   return r;
 }
 
 static void finish(run *r) {
-  guarded *all[] = {&r->q, &r->k, &r->v, &r->out, &r->lse, &r->dout, &r->dq, &r->dk, &r->dv};
+  guarded *all[] = {&r->q, &r->k, &r->v, &r->out, &r->lse, &r->dout, &r->dq, &r->dk, &r->dv, &r->dbias, &r->dsinks};
   for (size_t n = 0; n < sizeof all / sizeof *all; n++) {
     CHECK(guarded_intact(all[n]), "array %zu", n);
     guarded_free(all[n]);
@@ -95,16 +200,19 @@ static void compute(run *r, uint32_t slice) {
 }
 
 static void compare(const char *name, const shape *s, const run *r, const run *oracle, double tolerance) {
-  const guarded *got[] = {&r->out, &r->lse, &r->dq, &r->dk, &r->dv};
-  const guarded *want[] = {&oracle->out, &oracle->lse, &oracle->dq, &oracle->dk, &oracle->dv};
-  static const char *const names[] = {"out", "lse", "dq", "dk", "dv"};
-  for (int n = 0; n < 5; n++) {
+  const guarded *got[] = {&r->out, &r->lse, &r->dq, &r->dk, &r->dv, &r->dbias, &r->dsinks};
+  const guarded *want[] = {&oracle->out, &oracle->lse,   &oracle->dq,    &oracle->dk,
+                           &oracle->dv,  &oracle->dbias, &oracle->dsinks};
+  static const char *const names[] = {"out", "lse", "dq", "dk", "dv", "dbias", "dsinks"};
+  for (int n = 0; n < 7; n++) {
     double top = 1e-30;
     for (size_t i = 0; i < want[n]->count; i++)
       if (isfinite(want[n]->data[i])) top = fmax(top, fabs((double)want[n]->data[i]));
     // dq and dk are differences of terms of size scale * bound: where these cancel (few keys, one allowed key), the rounding
     // of the terms is the yardstick
-    double yardstick = n == 2 || n == 3 ? fmax(top, 0.2 * fabs((double)s->scale) * s->bound) : top;
+    double yardstick = n == 2 || n == 3 ? fmax(top, 0.2 * fabs((double)s->scale) * s->bound)
+                       : n >= 5         ? fmax(top, 0.2)
+                                        : top;
     double error = check_error(got[n]->data, want[n]->data, want[n]->count) * top / yardstick;
     CHECK(error < tolerance, "%s %s: Nq %u Nk %u D %u: %g", name, names[n], s->Nq, s->Nk, s->D, error);
   }
@@ -115,13 +223,19 @@ static void engines_match_the_oracle(const shape *s) {
   compute(&oracle, 1), compute(&exact, 1000), compute(&sliced, 1);
   compare("exact", s, &exact, &oracle, 4e-6); // fp32 sums of up to 500 terms; measured at most 1.2e-6
   compare("sliced", s, &sliced, &exact, 1e-30);
+  finish(&oracle), finish(&exact), finish(&sliced);
+}
+
+static void polynomials_match_the_oracle(const shape *s) {
+  run oracle = start(s, RA_NAIVE, 0);
+  compute(&oracle, 1);
 
   // |s| stays below 4 at bound 1, below 2 mostly: degree 8 leaves 1e-4 at the edge, degree 4 tests the rest
   run high = start(s, RA_POLYNOMIAL, 4), cut = start(s, RA_POLYNOMIAL, 4);
   compute(&high, 1000), compute(&cut, 1);
   compare("polynomial", s, &high, &oracle, s->bound > 1 ? 0.5 : 0.05);
   compare("polynomial sliced", s, &cut, &high, 1e-30);
-  finish(&oracle), finish(&exact), finish(&sliced), finish(&high), finish(&cut);
+  finish(&oracle), finish(&high), finish(&cut);
 }
 
 // A small bound and a high degree: polynomial and exact agree to rounding.
@@ -133,6 +247,11 @@ static void polynomial_converges(const shape *given) {
   compute(&oracle, 1), compute(&r, 3);
   compare("converged", &s, &r, &oracle, degree == 3 ? 3e-4 : 1e-5); // |s| <= 0.3^2 D scale: s^(g+1)/(g+1)! or rounding
   finish(&oracle), finish(&r);
+}
+
+// Where row n of a head begins.
+static size_t place(const shape *s, size_t head, uint32_t heads, size_t length, size_t n, size_t width) {
+  return s->layout ? ((head / heads * length + n) * heads + head % heads) * width : (head * length + n) * width;
 }
 
 static void samples_match_the_oracle(const shape *s) {
@@ -151,14 +270,15 @@ static void samples_match_the_oracle(const shape *s) {
     double q_norm = 0, half = 0;
     for (size_t n = 0; n < group * s->Nq; n++) {
       double squares = 0;
-      for (uint32_t d = 0; d < s->D; d++) squares += pow(oracle.q.data[(kv * group * s->Nq + n) * s->D + d], 2);
+      for (uint32_t d = 0; d < s->D; d++)
+        squares += pow(oracle.q.data[place(s, kv * group + n / s->Nq, s->heads, s->Nq, n % s->Nq, s->D) + d], 2);
       q_norm = fmax(q_norm, sqrt(squares));
     }
     for (uint32_t d = 0; d < s->Dv; d++) {
       double low = INFINITY, high = -INFINITY;
       for (uint32_t j = 0; j < s->Nk; j++) {
-        low = fmin(low, oracle.v.data[((size_t)kv * s->Nk + j) * s->Dv + d]);
-        high = fmax(high, oracle.v.data[((size_t)kv * s->Nk + j) * s->Dv + d]);
+        double value = oracle.v.data[place(s, kv, s->kv_heads, s->Nk, j, s->Dv) + d];
+        low = fmin(low, value), high = fmax(high, value);
       }
       half = fmax(half, (high - low) / 2);
     }
@@ -174,12 +294,13 @@ static void samples_match_the_oracle(const shape *s) {
       double top = 0;
       for (size_t n = 0; n < want->dq.count; n++) top = fmax(top, fabs((double)want->dq.data[n]));
       for (uint32_t n = 0; n < count; n++) {
-        size_t row = kv * group * s->Nq + rows[n];
-        CHECK(check_error(out.data + n * s->Dv, want->out.data + row * s->Dv, s->Dv) < 2e-5, "out of row %u", rows[n]);
+        size_t row = kv * group * s->Nq + rows[n], head = row / s->Nq, i = row % s->Nq;
+        const float *want_out = want->out.data + place(s, head, s->heads, s->Nq, i, s->Dv);
+        const float *want_dq = want->dq.data + place(s, head, s->heads, s->Nq, i, s->D);
+        CHECK(check_error(out.data + n * s->Dv, want_out, s->Dv) < 2e-5, "out of row %u", rows[n]);
         CHECK(check_error(lse.data + n, want->lse.data + row, 1) < 4e-6 || fabsf(want->lse.data[row]) < 0.1f, "lse");
         for (uint32_t d = 0; d < s->D; d++)
-          CHECK(fabs(dq.data[n * s->D + d] - want->dq.data[row * s->D + d]) <= 4e-6 * top + 1e-7, "dq of row %u",
-                rows[n]);
+          CHECK(fabs(dq.data[n * s->D + d] - want_dq[d]) <= 4e-6 * top + 1e-7, "dq of row %u", rows[n]);
       }
       CHECK(guarded_intact(&out) && guarded_intact(&lse) && guarded_intact(&dq), "canary");
       guarded_free(&out), guarded_free(&lse), guarded_free(&dq);
@@ -192,8 +313,8 @@ static void samples_match_the_oracle(const shape *s) {
     for (size_t n = 0; n < oracle.dk.count; n++) top_k = fmax(top_k, fabs((double)oracle.dk.data[n]));
     for (size_t n = 0; n < oracle.dv.count; n++) top_v = fmax(top_v, fabs((double)oracle.dv.data[n]));
     for (uint32_t n = 0; n < key_count; n++) {
-      const float *want_k = oracle.dk.data + ((size_t)kv * s->Nk + keys[n]) * s->D;
-      const float *want_v = oracle.dv.data + ((size_t)kv * s->Nk + keys[n]) * s->Dv;
+      const float *want_k = oracle.dk.data + place(s, kv, s->kv_heads, s->Nk, keys[n], s->D);
+      const float *want_v = oracle.dv.data + place(s, kv, s->kv_heads, s->Nk, keys[n], s->Dv);
       double worst_k = 0, worst_v = 0;
       for (uint32_t d = 0; d < s->D; d++) worst_k = fmax(worst_k, fabs(dk.data[n * s->D + d] - want_k[d]));
       for (uint32_t d = 0; d < s->Dv; d++) worst_v = fmax(worst_v, fabs(dv.data[n * s->Dv + d] - want_v[d]));
@@ -255,9 +376,11 @@ static void negative_sums_are_reported(void) {
 int main(void) {
   for (size_t n = 0; n < sizeof SHAPES / sizeof *SHAPES; n++) {
     engines_match_the_oracle(&SHAPES[n]);
+    polynomials_match_the_oracle(&SHAPES[n]);
     polynomial_converges(&SHAPES[n]);
     samples_match_the_oracle(&SHAPES[n]);
   }
+  for (size_t n = 0; n < sizeof EXACT_SHAPES / sizeof *EXACT_SHAPES; n++) engines_match_the_oracle(&EXACT_SHAPES[n]);
   bad_problems_are_refused();
   negative_sums_are_reported();
   return check_report();
