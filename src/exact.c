@@ -46,6 +46,7 @@ typedef struct exact {
   uint32_t panels, strips;             // groups of 4 keys, of 8 queries (backward: of 32, times 4)
   size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays; dq, dk, dv, dout alike
   int modified;                        // scores are more than a product
+  float cap, inverse_cap;              // softcap in powers of two; 0: none
   char *q_space, *k_space;             // rotary tables
   float *rows;                         // [32][Dp] rotated rows on their way
   float *k_panel;                      // [panels][D][4] rotated keys
@@ -56,7 +57,7 @@ typedef struct exact {
   float *s;               // [KEY_TILE][8] scores, then weights
   // both, where scores are modified
   float *bias; // [PAD + Nq + Nk - 1 + PAD] of one head, times log2 e
-  float *mask; // [keys of a tile or block][8 or 32 queries], times log2 e
+  float *mask; // [keys of a tile or block][8 or 32 queries]
   float *zero; // [8] where scores start
   // backward
   float *k_rows, *q_rows;     // [4 panels][Dp], [8 strips][Dp] rotated
@@ -81,6 +82,8 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
   e.v_row = ra_row(p, p->kv_heads, e.Dv);
   e.out_row = ra_row(p, p->heads, e.Dv);
   e.modified = ra_is_modified(p);
+  e.cap = (float)(p->softcap * RA_LOG2_E);
+  e.inverse_cap = p->softcap > 0 ? 1 / e.cap : 0;
   size_t diagonals = (size_t)p->query_length + p->key_length + 2 * PAD;
   e.state = ra_take(w, 1, 1, sizeof(exact_state));
   e.q_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
@@ -163,40 +166,59 @@ static size_t diagonal(const exact *e, uint32_t i, uint32_t j) { return (size_t)
 // e->mask [keys][lanes] for queries i .. and keys key0 .. key0 + keys - 1; what lies past the arrays is forbidden elsewhere.
 RA_KERNEL void load_mask(const exact *e, uint32_t head, uint32_t i, uint32_t lanes, uint32_t key0, uint32_t keys) {
   const ra_problem *p = e->p;
-  size_t base = head / p->heads * p->mask_batch + head % p->heads * p->mask_head + key0;
+  size_t at = head / p->heads * p->mask_batch + head % p->heads * p->mask_head + i * p->mask_row + key0;
+  uint32_t rows = ra_min_u32(lanes, p->query_length - i);
   keys = ra_min_u32(keys, p->key_length - key0);
-  for (uint32_t r = 0; r < lanes; r++) {
-    uint32_t row = ra_min_u32(i + r, p->query_length - 1);
-    size_t at = base + row * p->mask_row;
-    for (uint32_t n = 0; n < keys; n++) {
-      float value = p->mask ? (float)(p->mask[at + n] * RA_LOG2_E) : 0;
-      if (p->allowed && !p->allowed[at + n]) value = RA_MASKED;
-      e->mask[n * lanes + r] = value < RA_MASKED ? RA_MASKED : value; // a NaN stays
-    }
+  if (rows < lanes || !p->mask) ra_fill(e->mask, (size_t)keys * lanes, 0);
+  if (p->mask) ra_transpose(p->mask + at, p->mask_row, rows, keys, e->mask, lanes);
+  for (uint32_t r = 0; p->allowed && r < rows; r++) {
+    const uint8_t *allowed = p->allowed + at + r * p->mask_row;
+    for (uint32_t n = 0; n < keys; n++)
+      if (!allowed[n]) e->mask[n * lanes + r] = -INFINITY;
   }
 }
 
-// s[n][0 .. lanes-1] -> modified s - reference, for the queries from i and keys from key0; rows of s and slope are `row` long.
-RA_KERNEL void modify(const exact *e, uint32_t head, uint32_t i, uint32_t lanes, uint32_t key0, uint32_t keys,
-                      const float *reference, float *s, float *slope) {
-  const ra_exp2_constants *constants = ra_exp2_load();
-  float cap = (float)(e->p->softcap * RA_LOG2_E);
-  f32x4 cap4 = f32x4_splat(cap), inverse4 = f32x4_splat(cap > 0 ? 1 / cap : 0), masked = f32x4_splat(RA_MASKED);
-  if (e->mask) load_mask(e, head, i, lanes, key0, keys);
-  for (uint32_t n = 0; n < keys; n++, s += lanes) {
-    const float *bias = e->bias ? e->bias + diagonal(e, i, key0 + n) : NULL;
-    for (uint32_t c = 0; c < lanes; c += 4) {
-      f32x4 value = f32x4_load(s + c);
-      if (cap > 0) {
-        f32x4 t = ra_tanh(f32x4_mul(value, inverse4), constants);
-        value = f32x4_mul(cap4, t);
-        if (slope) f32x4_store(slope + n * lanes + c, f32x4_sub(f32x4_splat(1), f32x4_mul(t, t)));
-      }
-      if (bias) value = f32x4_add(value, f32x4_load(bias + c));
-      if (e->mask) value = f32x4_add(value, f32x4_load(e->mask + n * lanes + c));
-      f32x4_store(s + c, f32x4_max(masked, f32x4_sub(value, f32x4_load(reference + c))));
-    }
+// What becomes of four scores q.k: softcap, bias, mask, less the reference. `slope` is set to the derivative of softcap.
+RA_INLINE f32x4 modified(const exact *e, f32x4 value, const float *bias, const float *mask, const float *reference,
+                         f32x4 *slope) {
+  if (e->cap > 0) {
+    f32x4 t = ra_tanh(f32x4_mul(value, f32x4_splat(e->inverse_cap)), ra_exp2_load());
+    value = f32x4_mul(f32x4_splat(e->cap), t);
+    *slope = f32x4_sub(f32x4_splat(1), f32x4_mul(t, t));
   }
+  if (bias) value = f32x4_add(value, f32x4_load(bias));
+  if (mask) value = f32x4_madd(f32x4_load(mask), f32x4_splat((float)RA_LOG2_E), value);
+  return f32x4_max(f32x4_splat(RA_MASKED), f32x4_sub(value, f32x4_load(reference)));
+}
+
+// A forward tile, queries from i, keys from key0: s [keys][8] and the maxima.
+RA_KERNEL void modify_tile(const exact *e, uint32_t head, uint32_t i, uint32_t key0, uint32_t keys,
+                           const float *reference, float *s, f32x4 max[2]) {
+  f32x4 slope;
+  max[0] = max[1] = f32x4_splat(-INFINITY);
+  if (e->mask) load_mask(e, head, i, LANES, key0, keys);
+  for (uint32_t n = 0; n < keys; n++, s += LANES) {
+    const float *bias = e->bias ? e->bias + diagonal(e, i, key0 + n) : NULL;
+    const float *mask = e->mask ? e->mask + n * LANES : NULL;
+    f32x4 s0 = modified(e, f32x4_load(s), bias, mask, reference, &slope);
+    f32x4 s1 = modified(e, f32x4_load(s + 4), bias ? bias + 4 : NULL, mask ? mask + 4 : NULL, reference + 4, &slope);
+    f32x4_store(s, s0), f32x4_store(s + 4, s1);
+    max[0] = f32x4_max(max[0], s0), max[1] = f32x4_max(max[1], s1);
+  }
+}
+
+// A backward block: s [keys][32], slope likewise.
+RA_KERNEL void modify_block(const exact *e, uint32_t head, uint32_t i, uint32_t key0, uint32_t keys,
+                            const float *reference, float *s) {
+  if (e->mask) load_mask(e, head, i, QUERY_CHUNK, key0, keys);
+  for (uint32_t n = 0; n < keys; n++)
+    for (uint32_t c = 0; c < QUERY_CHUNK; c += 4) {
+      const float *bias = e->bias ? e->bias + diagonal(e, i, key0 + n) + c : NULL;
+      uint32_t at = n * QUERY_CHUNK + c;
+      f32x4 slope = f32x4_splat(1);
+      f32x4_store(s + at, modified(e, f32x4_load(s + at), bias, e->mask ? e->mask + at : NULL, reference + c, &slope));
+      if (e->slope) f32x4_store(e->slope + at, slope);
+    }
 }
 
 // dbias of the diagonals that ds [keys][32] crosses.
@@ -255,12 +277,6 @@ RA_KERNEL void mask_tile(float *s, uint32_t keys, const ra_range *range, uint32_
   }
 }
 
-RA_KERNEL void find_max(const float *s, uint32_t keys, f32x4 max[2]) {
-  max[0] = max[1] = f32x4_splat(-INFINITY);
-  for (uint32_t n = 0; n < keys; n++, s += LANES)
-    max[0] = f32x4_max(max[0], f32x4_load(s)), max[1] = f32x4_max(max[1], f32x4_load(s + 4));
-}
-
 // Moves the reference of a strip to the maxima of the tile (relative to it): scores, sums and numerators follow. A query
 // that has seen no key yet takes its maximum whatever its sign, others only a larger one.
 RA_KERNEL void move_reference(float *s, uint32_t keys, float *reference, float *sum, float *out_t, uint32_t Dv,
@@ -306,10 +322,7 @@ RA_KERNEL void forward_tile(const exact *e, uint32_t head, uint32_t strip, uint3
   f32x4 max[2];
   score_tile(e->k_panel + (size_t)key0 * e->D, e->q_strip + (size_t)strip * e->D * LANES, e->D, panels,
              e->modified ? e->zero : reference, e->s, max);
-  if (e->modified) {
-    modify(e, head, i, LANES, key0, 4 * panels, reference, e->s, NULL);
-    find_max(e->s, 4 * panels, max);
-  }
+  if (e->modified) modify_tile(e, head, i, key0, 4 * panels, reference, e->s, max);
   // ranges rise along the lanes
   if (range[0].end < key0 + 4 * panels || range[LANES - 1].first > key0) mask_tile(e->s, 4 * panels, range, key0, max);
   f32x4 lazy = f32x4_splat(LAZY), tiny = f32x4_splat(FLT_MIN);
@@ -508,7 +521,7 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
   for (uint32_t n = 0; n < 4; n++)
     product_tiles(k_panel, e->q_strip + (size_t)(strip0 + n) * e->D * LANES, e->D, panels,
                   e->modified ? e->zero : e->lse2 + (strip0 + n) * LANES, e->weight + n * LANES);
-  if (e->modified) modify(e, head, query0, QUERY_CHUNK, key0, 4 * panels, e->lse2 + query0, e->weight, e->slope);
+  if (e->modified) modify_block(e, head, query0, key0, 4 * panels, e->lse2 + query0, e->weight);
   if (of_first.end < key0 + 4 * panels || of_last.first > key0 || last != query0 + QUERY_CHUNK - 1)
     mask_block(e, e->weight, 4 * panels, query0, key0);
   weigh_block(e->weight, 4 * panels);

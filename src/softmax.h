@@ -61,17 +61,21 @@ RA_INLINE f32x4 ra_exp2(f32x4 x, const ra_exp2_constants *k) {
   return f32x4_mul(y, f32x4_bits_to_exponent(shifted));
 }
 
-// tanh x, for softcap. |x| < 1/2: x + x^3 p(x^2), p of degree 3, relative error 1.5e-8 before rounding (Lawson iteration as
-// above); else 1 - 2 / (e^2x + 1). Relative error below 4e-7; +-1 at the ends; NaN for NaN.
+// tanh x = t / (t + 2) with t = e^2x - 1 = 2^n q(f) + (2^n - 1), q(f) = 2^f - 1 without its constant: nothing cancels near 0.
+// Relative error below 4e-7; +-1 at the ends; NaN for NaN.
 RA_INLINE f32x4 ra_tanh(f32x4 x, const ra_exp2_constants *k) {
-  f32x4 one = f32x4_splat(1), two = f32x4_splat(2), x2 = f32x4_mul(x, x);
-  f32x4 p = f32x4_madd(f32x4_splat(0x1.1a794p-6f), x2, f32x4_splat(-0x1.b28bb8p-5f));
-  p = f32x4_madd(p, x2, f32x4_splat(0x1.10e9f4p-3f));
-  p = f32x4_madd(p, x2, f32x4_splat(-0x1.5554d6p-2f));
-  p = f32x4_madd(f32x4_mul(p, x2), x, x);
-  f32x4 power = ra_exp2(f32x4_mul(f32x4_min(f32x4_splat(20), x), f32x4_splat((float)(2 * RA_LOG2_E))), k);
-  f32x4 far = f32x4_sub(one, f32x4_div(two, f32x4_add(power, one)));
-  return f32x4_where_less(x2, f32x4_splat(0.25f), p, far);
+  x = f32x4_mul(f32x4_min(f32x4_splat(20), x), f32x4_splat((float)(2 * RA_LOG2_E)));
+  x = f32x4_max(f32x4_load(k->low), x);
+  f32x4 shifted = f32x4_add(x, f32x4_load(k->magic));
+  f32x4 f = f32x4_sub(x, f32x4_sub(shifted, f32x4_load(k->magic)));
+  f32x4 q = f32x4_madd(f32x4_load(k->c6), f, f32x4_load(k->c5));
+  q = f32x4_madd(q, f, f32x4_load(k->c4));
+  q = f32x4_madd(q, f, f32x4_load(k->c3));
+  q = f32x4_madd(q, f, f32x4_load(k->c2));
+  q = f32x4_mul(f32x4_madd(q, f, f32x4_load(k->c1)), f);
+  f32x4 power = f32x4_bits_to_exponent(shifted);
+  f32x4 t = f32x4_madd(power, q, f32x4_sub(power, f32x4_load(k->c0)));
+  return f32x4_div(t, f32x4_add(t, f32x4_splat(2)));
 }
 
 #endif
