@@ -45,7 +45,6 @@ typedef struct exact {
   uint32_t D, Dv, Dp, Dvp;             // Dp, Dvp: padded to 8
   uint32_t panels, strips;             // groups of 4 keys, of 8 queries (backward: of 32, times 4)
   size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays; dq, dk, dv, dout alike
-  int modified;                        // scores are more than a product
   float cap, inverse_cap;              // softcap in powers of two; 0: none
   char *q_space, *k_space;             // rotary tables
   float *rows;                         // [32][Dp] rotated rows on their way
@@ -55,7 +54,7 @@ typedef struct exact {
   float *out_t;           // [32 strips][Dv][8] numerators
   float *reference, *sum; // [32 strips][8] in powers of two; denominators
   float *s;               // [KEY_TILE][8] scores, then weights
-  // both, where scores are modified
+  // both, where scores are more than a product
   float *bias; // [PAD + Nq + Nk - 1 + PAD] of one head, times log2 e
   float *mask; // [keys of a tile or block][8 or 32 queries]
   float *zero; // [8] where scores start
@@ -81,7 +80,6 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
   e.k_row = ra_row(p, p->kv_heads, e.D);
   e.v_row = ra_row(p, p->kv_heads, e.Dv);
   e.out_row = ra_row(p, p->heads, e.Dv);
-  e.modified = ra_is_modified(p);
   e.cap = (float)(p->softcap * RA_LOG2_E);
   e.inverse_cap = p->softcap > 0 ? 1 / e.cap : 0;
   size_t diagonals = (size_t)p->query_length + p->key_length + 2 * PAD;
@@ -115,7 +113,7 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
     if (p->softcap > 0) e.slope = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
     if (p->bias) e.dbias = ra_take_floats(w, diagonals, 1);
   }
-  if (e.modified) e.zero = ra_take_floats(w, 1, LANES);
+  if (p->softcap > 0) e.zero = ra_take_floats(w, 1, LANES);
   if (p->bias) e.bias = ra_take_floats(w, diagonals, 1);
   if (p->mask || p->allowed) e.mask = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
   return e;
@@ -178,46 +176,85 @@ RA_KERNEL void load_mask(const exact *e, uint32_t head, uint32_t i, uint32_t lan
   }
 }
 
-// What becomes of four scores q.k: softcap, bias, mask, less the reference. `slope` is set to the derivative of softcap.
-RA_INLINE f32x4 modified(const exact *e, f32x4 value, const float *bias, const float *mask, const float *reference,
-                         f32x4 *slope) {
-  if (e->cap > 0) {
-    f32x4 t = ra_tanh(f32x4_mul(value, f32x4_splat(e->inverse_cap)), ra_exp2_load());
-    value = f32x4_mul(f32x4_splat(e->cap), t);
-    *slope = f32x4_sub(f32x4_splat(1), f32x4_mul(t, t));
-  }
-  if (bias) value = f32x4_add(value, f32x4_load(bias));
-  if (mask) value = f32x4_madd(f32x4_load(mask), f32x4_splat((float)RA_LOG2_E), value);
-  return f32x4_max(f32x4_splat(RA_MASKED), f32x4_sub(value, f32x4_load(reference)));
+// What is added to the scores of key n of a tile for lanes c .. c + 3: bias and mask. Without softcap the product starts
+// here; -infinity stays.
+RA_INLINE f32x4 added(const float *bias, const float *mask, f32x4 start) {
+  if (bias) start = f32x4_add(start, f32x4_load(bias));
+  return mask ? f32x4_madd(f32x4_load(mask), f32x4_splat((float)RA_LOG2_E), start) : start;
 }
 
-// A forward tile, queries from i, keys from key0: s [keys][8] and the maxima.
-RA_KERNEL void modify_tile(const exact *e, uint32_t head, uint32_t i, uint32_t key0, uint32_t keys,
-                           const float *reference, float *s, f32x4 max[2]) {
+// s[n][8] = start + added + q.k and its maximum, for the queries from i and keys from key0; rows of s and mask are `row` long.
+RA_INLINE void added_tile(const exact *e, const float *k_panel, const float *q_strip, uint32_t panels, uint32_t i,
+                          uint32_t key0, const float *mask, const uint32_t row, const float *start, float *s,
+                          f32x4 max[2]) {
+  f32x4 start0 = f32x4_sub(f32x4_splat(0), f32x4_load(start));
+  f32x4 start1 = f32x4_sub(f32x4_splat(0), f32x4_load(start + 4));
+  f32x4 max0 = f32x4_splat(-INFINITY), max1 = max0;
+  const float *bias = e->bias ? e->bias + diagonal(e, i, key0) : NULL;
+  RA_ROLLED
+  for (uint32_t n = 0; n < panels; n++) {
+    ra_tile t;
+    RA_UNROLLED
+    for (int r = 0; r < 4; r++) {
+      const float *mask_r = mask ? mask + (uint32_t)r * row : NULL;
+      t.c[r][0] = added(bias ? bias - r : NULL, mask_r, start0);
+      t.c[r][1] = added(bias ? bias - r + 4 : NULL, mask ? mask_r + 4 : NULL, start1);
+    }
+    ra_tile_accumulate(&t, 4, e->D, k_panel, 4, 1, q_strip, LANES);
+    ra_tile_store(&t, 4, s, row);
+    RA_UNROLLED
+    for (int r = 0; r < 4; r++) max0 = f32x4_max(max0, t.c[r][0]), max1 = f32x4_max(max1, t.c[r][1]);
+    k_panel += (size_t)e->D * 4;
+    s += 4 * row;
+    if (bias) bias -= 4;
+    if (mask) mask += 4 * row;
+  }
+  max[0] = max0, max[1] = max1;
+}
+
+RA_KERNEL void biased_tile(const exact *e, const float *k_panel, const float *q_strip, uint32_t panels, uint32_t i,
+                           uint32_t key0, const float *start, float *s, f32x4 max[2]) {
+  added_tile(e, k_panel, q_strip, panels, i, key0, e->mask, LANES, start, s, max);
+}
+
+RA_KERNEL void biased_block(const exact *e, const float *k_panel, const float *q_strip, uint32_t panels, uint32_t i,
+                            uint32_t key0, const float *mask, const float *start, float *s) {
+  f32x4 max[2];
+  added_tile(e, k_panel, q_strip, panels, i, key0, mask, QUERY_CHUNK, start, s, max);
+}
+
+// softcap, then bias and mask, less the reference; `slope` is set to the derivative of softcap.
+RA_INLINE f32x4 capped(const exact *e, f32x4 value, const float *bias, const float *mask, const float *reference,
+                       f32x4 *slope) {
+  f32x4 t = ra_tanh(f32x4_mul(value, f32x4_splat(e->inverse_cap)), ra_exp2_load());
+  *slope = f32x4_sub(f32x4_splat(1), f32x4_mul(t, t));
+  return f32x4_sub(added(bias, mask, f32x4_mul(f32x4_splat(e->cap), t)), f32x4_load(reference));
+}
+
+// A forward tile of plain scores, queries from i, keys from key0: s [keys][8] and the maxima.
+RA_KERNEL void cap_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *reference, float *s,
+                        f32x4 max[2]) {
   f32x4 slope;
   max[0] = max[1] = f32x4_splat(-INFINITY);
-  if (e->mask) load_mask(e, head, i, LANES, key0, keys);
   for (uint32_t n = 0; n < keys; n++, s += LANES) {
     const float *bias = e->bias ? e->bias + diagonal(e, i, key0 + n) : NULL;
     const float *mask = e->mask ? e->mask + n * LANES : NULL;
-    f32x4 s0 = modified(e, f32x4_load(s), bias, mask, reference, &slope);
-    f32x4 s1 = modified(e, f32x4_load(s + 4), bias ? bias + 4 : NULL, mask ? mask + 4 : NULL, reference + 4, &slope);
+    f32x4 s0 = capped(e, f32x4_load(s), bias, mask, reference, &slope);
+    f32x4 s1 = capped(e, f32x4_load(s + 4), bias ? bias + 4 : NULL, mask ? mask + 4 : NULL, reference + 4, &slope);
     f32x4_store(s, s0), f32x4_store(s + 4, s1);
     max[0] = f32x4_max(max[0], s0), max[1] = f32x4_max(max[1], s1);
   }
 }
 
 // A backward block: s [keys][32], slope likewise.
-RA_KERNEL void modify_block(const exact *e, uint32_t head, uint32_t i, uint32_t key0, uint32_t keys,
-                            const float *reference, float *s) {
-  if (e->mask) load_mask(e, head, i, QUERY_CHUNK, key0, keys);
+RA_KERNEL void cap_block(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *reference, float *s) {
   for (uint32_t n = 0; n < keys; n++)
     for (uint32_t c = 0; c < QUERY_CHUNK; c += 4) {
       const float *bias = e->bias ? e->bias + diagonal(e, i, key0 + n) + c : NULL;
       uint32_t at = n * QUERY_CHUNK + c;
-      f32x4 slope = f32x4_splat(1);
-      f32x4_store(s + at, modified(e, f32x4_load(s + at), bias, e->mask ? e->mask + at : NULL, reference + c, &slope));
-      if (e->slope) f32x4_store(e->slope + at, slope);
+      f32x4 slope;
+      f32x4_store(s + at, capped(e, f32x4_load(s + at), bias, e->mask ? e->mask + at : NULL, reference + c, &slope));
+      f32x4_store(e->slope + at, slope);
     }
 }
 
@@ -320,9 +357,13 @@ RA_KERNEL void forward_tile(const exact *e, uint32_t head, uint32_t strip, uint3
   float *out_t = e->out_t + (size_t)strip * e->Dv * LANES;
   uint32_t panels = ra_ceil_div(keys, 4);
   f32x4 max[2];
-  score_tile(e->k_panel + (size_t)key0 * e->D, e->q_strip + (size_t)strip * e->D * LANES, e->D, panels,
-             e->modified ? e->zero : reference, e->s, max);
-  if (e->modified) modify_tile(e, head, i, key0, 4 * panels, reference, e->s, max);
+  const float *k_panel = e->k_panel + (size_t)key0 * e->D, *q_strip = e->q_strip + (size_t)strip * e->D * LANES;
+  if (e->mask) load_mask(e, head, i, LANES, key0, keys);
+  if (e->cap > 0) {
+    score_tile(k_panel, q_strip, e->D, panels, e->zero, e->s, max);
+    cap_tile(e, i, key0, 4 * panels, reference, e->s, max);
+  } else if (e->bias || e->mask) biased_tile(e, k_panel, q_strip, panels, i, key0, reference, e->s, max);
+  else score_tile(k_panel, q_strip, e->D, panels, reference, e->s, max);
   // ranges rise along the lanes
   if (range[0].end < key0 + 4 * panels || range[LANES - 1].first > key0) mask_tile(e->s, 4 * panels, range, key0, max);
   f32x4 lazy = f32x4_splat(LAZY), tiny = f32x4_splat(FLT_MIN);
@@ -518,10 +559,16 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
   const float *k_panel = e->k_panel + (size_t)key0 * e->D, *v_panel = e->v_panel + (size_t)key0 * e->Dv;
 
   // in the forward pass this was s = q.k, P = 2^(s - lse)
-  for (uint32_t n = 0; n < 4; n++)
-    product_tiles(k_panel, e->q_strip + (size_t)(strip0 + n) * e->D * LANES, e->D, panels,
-                  e->modified ? e->zero : e->lse2 + (strip0 + n) * LANES, e->weight + n * LANES);
-  if (e->modified) modify_block(e, head, query0, key0, 4 * panels, e->lse2 + query0, e->weight);
+  if (e->mask) load_mask(e, head, query0, QUERY_CHUNK, key0, keys);
+  for (uint32_t n = 0; n < 4; n++) {
+    const float *q_strip = e->q_strip + (size_t)(strip0 + n) * e->D * LANES, *lse2 = e->lse2 + (strip0 + n) * LANES;
+    float *s = e->weight + n * LANES;
+    if (e->cap == 0 && (e->bias || e->mask))
+      biased_block(e, k_panel, q_strip, panels, query0 + n * LANES, key0, e->mask ? e->mask + n * LANES : NULL, lse2,
+                   s);
+    else product_tiles(k_panel, q_strip, e->D, panels, e->cap > 0 ? e->zero : lse2, s);
+  }
+  if (e->cap > 0) cap_block(e, query0, key0, 4 * panels, e->lse2 + query0, e->weight);
   if (of_first.end < key0 + 4 * panels || of_last.first > key0 || last != query0 + QUERY_CHUNK - 1)
     mask_block(e, e->weight, 4 * panels, query0, key0);
   weigh_block(e->weight, 4 * panels);

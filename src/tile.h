@@ -22,11 +22,12 @@ typedef struct ra_tile {
   f32x4 c[6][2];
 } ra_tile;
 
-RA_INLINE void ra_tile_multiply(ra_tile *t, const int R, f32x4 init0, f32x4 init1, size_t count, const float *a,
-                                size_t a_step, size_t a_row, const float *b, size_t b_row) {
+// From what the tile holds: init[r][0..7] instead of init[0..7].
+RA_INLINE void ra_tile_accumulate(ra_tile *t, const int R, size_t count, const float *a, size_t a_step, size_t a_row,
+                                  const float *b, size_t b_row) {
   f32x4 c[6][2];
   RA_UNROLLED
-  for (int r = 0; r < R; r++) c[r][0] = init0, c[r][1] = init1;
+  for (int r = 0; r < R; r++) c[r][0] = t->c[r][0], c[r][1] = t->c[r][1];
   RA_ROLLED
   for (size_t n = 0; n < count; n++) {
     f32x4 b0 = f32x4_load(b), b1 = f32x4_load(b + 4);
@@ -41,6 +42,13 @@ RA_INLINE void ra_tile_multiply(ra_tile *t, const int R, f32x4 init0, f32x4 init
   }
   RA_UNROLLED
   for (int r = 0; r < R; r++) t->c[r][0] = c[r][0], t->c[r][1] = c[r][1];
+}
+
+RA_INLINE void ra_tile_multiply(ra_tile *t, const int R, f32x4 init0, f32x4 init1, size_t count, const float *a,
+                                size_t a_step, size_t a_row, const float *b, size_t b_row) {
+  RA_UNROLLED
+  for (int r = 0; r < R; r++) t->c[r][0] = init0, t->c[r][1] = init1;
+  ra_tile_accumulate(t, R, count, a, a_step, a_row, b, b_row);
 }
 
 // C[r] = tile row r
