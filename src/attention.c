@@ -15,7 +15,10 @@ int ra_check(const ra_problem *p) {
   int engine =
       p->method <= RA_POLYNOMIAL && (p->method != RA_POLYNOMIAL || (p->degree <= RA_MAX_DEGREE && p->coefficients));
   int flags = p->interleaved <= 1 && p->causal <= 1 && isfinite(p->scale);
-  return sizes && rotary && positions && engine && flags ? RA_OK : RA_ERROR_PROBLEM;
+  // units are counted in 32 bits
+  uint64_t blocks = (uint64_t)p->query_length / 32 + p->key_length / 32 + 4;
+  int units = sizes && (uint64_t)p->batch * p->heads <= UINT32_MAX / 4 / blocks;
+  return units && rotary && positions && engine && flags ? RA_OK : RA_ERROR_PROBLEM;
 }
 
 static const ra_engine *engine_of(const ra_problem *p) {
