@@ -38,7 +38,10 @@ int ra_check(const ra_problem *p) {
               p->softcap >= 0 && p->softcap <= FLT_MAX && (!p->bias || p->bias_heads == 1 || p->bias_heads == p->heads);
   int causal_only = !ra_is_modified(p) && !p->sinks && p->window_left < 0 && p->window_right < 0 && !p->segments;
   int known = p->method != RA_POLYNOMIAL || causal_only;
-  return sizes && rotary && positions && engine && flags && masks && known ? RA_OK : RA_ERROR_PROBLEM;
+  // units are counted in 32 bits
+  uint64_t blocks = (uint64_t)p->query_length / 32 + p->key_length / 32 + 4;
+  int units = sizes && (uint64_t)p->batch * p->heads <= UINT32_MAX / 4 / blocks;
+  return units && rotary && positions && engine && flags && masks && known ? RA_OK : RA_ERROR_PROBLEM;
 }
 
 // The first position of the segment that holds `position`, and of the next one.

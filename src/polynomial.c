@@ -317,7 +317,8 @@ RA_KERNEL void diagonal_weights(const polynomial *e, uint32_t i, uint32_t j, uin
   for (uint32_t n = 0; n < keys; n++)
     for (uint32_t c = 0; c < CHUNK; c += 4) {
       float *at = e->a + n * CHUNK + c;
-      f32x4 weight = ra_exp2(f32x4_mul(f32x4_load(at), to_log2), constants);
+      f32x4 exponent = f32x4_min(f32x4_splat(128), f32x4_mul(f32x4_load(at), to_log2)); // 2^128 and on: infinity
+      f32x4 weight = ra_exp2(exponent, constants);
       f32x4_store(at, f32x4_where_less(f32x4_splat((float)n), f32x4_load(bound + c), weight, zero));
     }
 }

@@ -21,7 +21,7 @@
 //   dP_ij = dout_i . v_j;   delta_i = dout_i . out_i;   dS_ij = P_ij (dP_ij - delta_i)
 //   dv_j  = sum_i P_ij dout_i;   dq_i = scale R^T sum_j dS_ij (R k)_j;   dk_j = scale R^T sum_i dS_ij (R q)_i
 //
-// A row with no allowed key gives out = 0, lse = -infinity and no gradient.
+// A row with no allowed key gives out = 0, lse = -infinity and no gradient. Scores below -3e29 count as not allowed.
 //
 // The exact engine also takes s_ij = softcap tanh(scale q.k / softcap) + bias_{i-j} + mask_ij, and attention sinks: one more
 // key for each head, of score `sink` and value 0.
@@ -31,8 +31,8 @@
 // Promises of every function here: nothing is allocated, printed or kept between calls; nothing outside the named
 // arrays and the workspace is touched; the stack use is below 16 KB. Arrays must not overlap one another. Arrays need
 // the alignment of a float, the workspace 16 bytes. NaN and infinity in an input spread to the outputs that depend on
-// them, under a causal mask also to rows that share a tile with those (up to 128 positions earlier), in the polynomial
-// engine to the whole head; they do no other harm.
+// them, under a causal mask also to rows that share a tile with those (up to 128 positions earlier). In the polynomial
+// engine they reach the whole head, whose rows may come out as zeros with RA_NOT_POSITIVE. They do no other harm.
 
 #ifndef ROPE_ATTENTION_H
 #define ROPE_ATTENTION_H
@@ -181,6 +181,13 @@ typedef struct ra_bounds {
 size_t RA_API(ra_sample_workspace)(const ra_problem *p);
 int RA_API(ra_sample_prepare)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, ra_bounds *bounds,
                               void *workspace);
+
+// Rows where an approximation is likely to fail first: flat rows of the largest queries, of the queries whose scores with
+// the largest centred key are the largest, and the largest centred keys, falling; RA_EXTREMES of each, 0 where there are
+// fewer. O(N D). Needs ra_sample_prepare.
+enum { RA_EXTREMES = 8 };
+int RA_API(ra_sample_extremes)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t *large,
+                               uint32_t *aligned, uint32_t *keys, void *workspace);
 
 // Scores of up to 8 queries of one group against every `stride`-th key, centred as above, masked pairs left out.
 // rows[count] are flat rows (head in group * Nq + i). Writes at most count * ceil(Nk / stride) floats to `scores` and

@@ -94,6 +94,12 @@ static float measure_row(const float *x, size_t columns, float *entry) {
   return sum;
 }
 
+// |x| from the sum of squares, or a bound of it where squares fall below what a float holds (1e-30: what is lost of larger
+// sums is far below their rounding). `entry` bounds |x_d|.
+static float norm(float squares, float entry, size_t columns) {
+  return squares < 1e-30f ? entry * sqrtf((float)columns) : sqrtf(squares);
+}
+
 static int is_finite(float entry, float squares) { return entry <= FLT_MAX && squares == squares; }
 
 static void measure_queries(const sample *e, const float *q, size_t kv_head, ra_bounds *b) {
@@ -105,7 +111,7 @@ static void measure_queries(const sample *e, const float *q, size_t kv_head, ra_
     if (!is_finite(b->q_entry, squares)) b->finite = 0;
     if (squares > largest) largest = squares, b->q_argmax = (uint32_t)n;
   }
-  b->q_norm = sqrtf(largest);
+  b->q_norm = norm(largest, b->q_entry, e->D);
 }
 
 static void measure_values(const float *v, size_t v_row, size_t Nk, size_t Dv, ra_bounds *b) {
@@ -163,16 +169,52 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   measure_queries(&e, x->q, kv_head, bounds);
   if (x->v) measure_values(x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv), e.v_row, e.Nk, e.Dv, bounds);
   centre_keys(&e, k);
-  float largest = 0, largest_centred = 0, ignored = 0;
+  float largest = 0, largest_centred = 0, centred_entry = 0;
   for (size_t j = 0; j < e.Nk; j++) {
     float squares = measure_row(k + j * e.k_row, e.D, &bounds->k_entry);
-    float centred = measure_row(e.k_rows + j * e.Dp, e.D, &ignored);
+    float centred = measure_row(e.k_rows + j * e.Dp, e.D, &centred_entry);
     if (!is_finite(bounds->k_entry, squares)) bounds->finite = 0;
     if (squares > largest) largest = squares;
     if (centred > largest_centred) largest_centred = centred, bounds->k_argmax = (uint32_t)j;
   }
-  bounds->k_norm = sqrtf(largest);
-  bounds->k_centred_norm = sqrtf(largest_centred);
+  bounds->k_norm = norm(largest, bounds->k_entry, e.D);
+  bounds->k_centred_norm = norm(largest_centred, centred_entry, e.D);
+  return RA_OK;
+}
+
+// The largest `count` values seen so far, falling, and where they were.
+static void keep_largest(uint32_t *where, float *values, uint32_t count, uint32_t n, float value) {
+  if (!(value > values[count - 1])) return;
+  uint32_t at = count - 1;
+  for (; at > 0 && value > values[at - 1]; at--) values[at] = values[at - 1], where[at] = where[at - 1];
+  values[at] = value, where[at] = n;
+}
+
+int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t *large, uint32_t *aligned,
+                       uint32_t *keys, void *workspace) {
+  if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return RA_ERROR_PROBLEM;
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  sample e = arrange(p, &cursor);
+  float norms[RA_EXTREMES], scores[RA_EXTREMES], key_norms[RA_EXTREMES], ignored = 0;
+  for (int n = 0; n < RA_EXTREMES; n++) norms[n] = scores[n] = key_norms[n] = -1, large[n] = aligned[n] = keys[n] = 0;
+  for (uint32_t j = 0; j < p->key_length; j++)
+    keep_largest(keys, key_norms, RA_EXTREMES, j, measure_row(e.k_rows + j * e.Dp, e.D, &ignored));
+  for (size_t h = 0; h < e.group; h++)
+    for (uint32_t i = 0; i < p->query_length; i += RA_CHUNK) {
+      uint32_t count = ra_min_u32(RA_CHUNK, p->query_length - i);
+      const float *q = x->q + ra_head(p, kv_head * e.group + h, p->heads, e.Nq, e.D) + i * e.q_row;
+      ra_rotary_rows(&e.state->q_rotary, q, e.q_row, e.rows, e.Dp, count, i, RA_ROTATE, p->scale);
+      for (uint32_t n = 0; n < count; n++) {
+        const float *x_n = e.rows + n * e.Dp, *y = e.k_rows + keys[0] * e.Dp;
+        uint32_t row = (uint32_t)(h * e.Nq + i + n);
+        float score = 0;
+        for (size_t d = 0; d < e.D; d++) score += x_n[d] * y[d];
+        keep_largest(large, norms, RA_EXTREMES, row, measure_row(x_n, e.D, &ignored));
+        ra_range range = ra_keys_of(p, i + n);
+        if (range.first <= keys[0] && keys[0] < range.end)
+          keep_largest(aligned, scores, RA_EXTREMES, row, fabsf(score));
+      }
+    }
   return RA_OK;
 }
 
@@ -247,8 +289,8 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
   for (uint32_t n = 0; n < count; n++)
     for (int h = 0; h < LANES; h += 4) {
       f32x4 key = f32x4_splat((float)n), s_n = f32x4_load(s + n * LANES + h);
-      f32x4 exponent = f32x4_mul(f32x4_sub(s_n, f32x4_load(w->reference + h)), to_log2),
-            value = ra_exp2(exponent, constants);
+      f32x4 exponent = f32x4_mul(f32x4_sub(s_n, f32x4_load(w->reference + h)), to_log2);
+      f32x4 value = ra_exp2(f32x4_min(f32x4_splat(128), exponent), constants); // from 2^128 on: infinity
       if (w->coefficients) value = f32x4_where_less(key, f32x4_load(before + h), horner(w, derivative, s_n), value);
       value = f32x4_where_less(key, f32x4_load(end + h), value, zero);
       f32x4_store(weight + n * LANES + h, f32x4_where_less(key, f32x4_load(first + h), zero, value));

@@ -19,7 +19,7 @@ static inline size_t ra_pad16(size_t bytes) { return (bytes + 15) & ~(size_t)15;
 
 // The next rows * columns * bytes bytes, 16-byte aligned; NULL when only counting.
 static inline void *ra_take(ra_workspace_cursor *w, size_t rows, size_t columns, size_t bytes) {
-  uint64_t cells = (uint64_t)rows * columns; // both below 2^32 on every build that counts, see ra_workspace
+  uint64_t cells = (uint64_t)rows * columns; // both factors are below 2^32
   uint64_t all = (cells > UINT64_MAX / bytes ? UINT64_MAX : cells * bytes);
   if (all > SIZE_MAX - 16 || (size_t)ra_pad16((size_t)all) > SIZE_MAX - 16 - w->used) {
     w->overflow = 1;

@@ -9,7 +9,7 @@ import type { Geometry } from './validate.js';
 export type Pass = 'forward' | 'backward';
 
 /** Queries and keys of one chunk of the causal polynomial engine, inside which exp is exact. */
-const CHUNK = 32;
+export const CHUNK = 32;
 
 /** When errors are sampled: rows at a time in a key/value head, heads that are looked at, rows in all for the last check. */
 export const SAMPLE_ROWS = 8;
@@ -59,8 +59,9 @@ export function samplingCost(g: Geometry, pass: Pass, candidates: number): numbe
   const [keys, queries] = [g.keyLength, (g.heads / g.kvHeads) * g.queryLength];
   const survey = heads * g.headDim * (8 * (keys + queries) + 2 * SAMPLE_SCORES);
   // Pilot rows, exact and of each candidate; rows of the check, and columns of its gradients.
-  const rows = looked * SAMPLE_ROWS * (1 + candidates) * keys + CHECK_ROWS * keys;
-  const columns = pass === 'backward' ? looked * SAMPLE_ROWS * queries : 0;
+  // The rows that are likely to be worst: two portions, in the pilot for one or two candidates, and in the check.
+  const rows = looked * SAMPLE_ROWS * (1 + candidates + 2 * 4) * keys + CHECK_ROWS * keys;
+  const columns = pass === 'backward' ? looked * 2 * SAMPLE_ROWS * queries : 0;
   const fits = FIT * (heads + looked * candidates);
   return (survey + flopsOfPair(g, pass) * (rows + columns)) / SAMPLING_EFFICIENCY + fits;
 }

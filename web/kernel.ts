@@ -32,6 +32,15 @@ interface Exports {
   ra_rotate(problem: number, x: number, inverse: number, workspace: number): number;
   ra_sample_workspace(problem: number): number;
   ra_sample_prepare(problem: number, arrays: number, head: number, bounds: number, workspace: number): number;
+  ra_sample_extremes(
+    p: number,
+    x: number,
+    head: number,
+    large: number,
+    aligned: number,
+    keys: number,
+    workspace: number,
+  ): number;
   ra_sample_scores(
     p: number,
     x: number,
@@ -79,6 +88,7 @@ const EXPORTS = [
 ].concat([
   'ra_sample_workspace',
   'ra_sample_prepare',
+  'ra_sample_extremes',
   'ra_sample_scores',
   'ra_sample_rows',
   'ra_sample_columns',
@@ -89,6 +99,7 @@ const NOT_POSITIVE = -3;
 const [EXACT, POLYNOMIAL] = [1, 2];
 const SIZE_OVERFLOW = 2 ** 32 - 1;
 const MAX_COEFFICIENTS = 9;
+const EXTREMES = 8;
 
 const passNumber = (pass: Pass) => (pass === 'forward' ? 0 : 1);
 
@@ -156,6 +167,7 @@ interface Places {
   coefficients: number;
   own: number;
   rows: number;
+  extremes: number;
   scores: number;
   out: number;
   lse: number;
@@ -199,6 +211,7 @@ export class Session {
       coefficients: floats(this.heads * MAX_COEFFICIENTS),
       own: floats(MAX_COEFFICIENTS),
       rows: floats(SAMPLE_ROWS),
+      extremes: floats(3 * EXTREMES),
       scores: floats(SAMPLE_ROWS * g.keyLength),
       out: floats(SAMPLE_ROWS * g.valueDim),
       lse: floats(SAMPLE_ROWS),
@@ -376,6 +389,20 @@ export class Session {
       this.#prepared = { head, bounds: this.#arena.readStruct(bounds, BOUNDS) };
     }
     return this.#prepared.bounds;
+  }
+
+  /**
+   * Where an approximation is likely to fail first: rows of the largest queries, rows whose scores with the largest key are
+   * the largest, and the largest keys.
+   */
+  extremes(head: number): { large: number[]; aligned: number[]; keys: number[] } {
+    this.prepare(head);
+    const { problem, arrays, extremes } = this.#at;
+    const [large, aligned, keys] = [0, 1, 2].map((n) => extremes + 4 * n * EXTREMES);
+    const { ra_sample_extremes } = this.#exports;
+    this.#expect(ra_sample_extremes(problem, arrays, head, large, aligned, keys, this.#sampling), 'ra_sample_extremes');
+    const read = (address: number) => [...new Set(this.#arena.readIntegers(address, EXTREMES))];
+    return { large: read(large), aligned: read(aligned), keys: read(keys) };
   }
 
   /** Centred scores of some rows of a head against every `stride`-th key, those that are allowed. */

@@ -163,6 +163,11 @@ export class Arena {
   }
 
   /** A copy. */
+  readIntegers(address: number, count: number): Uint32Array {
+    return new Uint32Array(this.#memory.buffer, address, count).slice();
+  }
+
+  /** A copy. */
   readFloats(address: number, count: number): Float32Array {
     return new Float32Array(this.#memory.buffer, address, count).slice();
   }

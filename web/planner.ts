@@ -90,12 +90,15 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   if (problem.method === 'polynomial' && problem.degree !== null && !task.predict) {
     return { bounds, sampler, attempts: [attempt(problem.degree)], because: 'as asked' };
   }
-  const predictions = yield* task.hasValues ? sampler.pilot(pass, degrees) : sampler.worstValues(degrees);
-  const errorOf = (degree: number) => predictions.get(degree)!.error;
-  const attemptOf = (degree: number) => attempt(degree, { predicted: predictions.get(degree)! });
   const auto = problem.method === 'auto';
   // Less than the tolerance, since other rows may be worse than the pilot's; a miss costs one run of a cheap degree.
-  const fitting = degrees.filter((degree) => errorOf(degree) <= problem.tolerance * (auto ? 0.8 : 1));
+  const limit = problem.tolerance * (auto ? 0.7 : 1);
+  const predictions = yield* task.hasValues
+    ? sampler.pilot(pass, degrees, limit)
+    : sampler.worstValues(degrees);
+  const errorOf = (degree: number) => predictions.get(degree)!.error;
+  const attemptOf = (degree: number) => attempt(degree, { predicted: predictions.get(degree)! });
+  const fitting = degrees.filter((degree) => errorOf(degree) <= limit);
   if (fitting.length > 0) {
     return {
       bounds,

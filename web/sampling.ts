@@ -6,7 +6,7 @@
 // Rows are drawn by a generator seeded with the call's seed and the head, so a call repeated gives the same choice, and
 // `backward` finds the polynomials of its `forward`. Only rows that may see a key are drawn.
 
-import { CHECK_ROWS, SAMPLE_HEADS, SAMPLE_ROWS, SAMPLE_SCORES, type Pass } from './cost.js';
+import { CHECK_ROWS, CHUNK, SAMPLE_HEADS, SAMPLE_ROWS, SAMPLE_SCORES, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
 import type { Bounds, Rows, Session } from './kernel.js';
 import { evaluate, fitToScores } from './polynomial.js';
@@ -24,7 +24,7 @@ export interface Measured {
 const ROUNDING = 2 ** -18;
 
 /** Streams of random numbers, so that different questions get different rows. */
-const [PILOT, CHECK, HEADS] = [1, 2, 3];
+const [PILOT, CHECK, HEADS, HARD] = [1, 2, 3, 4];
 
 /** Bounds of all key/value heads, one after the other; yields 0 in between, so that a caller can pause. */
 export function* survey(session: Session): Generator<number, Bounds[]> {
@@ -42,6 +42,7 @@ export class Sampler {
   readonly #seed: number;
   readonly #looked: number[];
   readonly #scores = new Map<number, Float32Array>();
+  readonly #hard = new Map<number, number[]>();
 
   constructor(session: Session, bounds: readonly Bounds[], seed: number) {
     this.#session = session;
@@ -67,23 +68,49 @@ export class Sampler {
     return all;
   }
 
-  /** Errors to expect of each degree: pilot rows of a few heads, exact and with the polynomial, by ra_sample_rows. */
-  *pilot(pass: Pass, degrees: readonly number[]): Generator<number, Map<number, Measured>> {
+  /**
+   * Errors to expect of each degree (ascending): rows of a few heads, exact and with the polynomial, by ra_sample_rows. Drawn
+   * rows first; then, of the degrees that stay within `limit` on these, rows that are likely to be worse, until one degree
+   * stays within it there too.
+   */
+  *pilot(pass: Pass, degrees: readonly number[], limit: number): Generator<number, Map<number, Measured>> {
     const tallies = new Map(degrees.map((degree) => [degree, new Tally()]));
-    for (const head of this.#looked) {
-      const rows = this.#pilotRows(head);
-      if (rows.length === 0) continue;
-      const exact = this.#session.rows(head, rows, null, pass === 'backward');
+    const drawn = yield* this.#exactly(pass, (head) => this.#portions([], this.#pilotRows(head)));
+    for (const [degree, tally] of tallies) yield* this.#predict(pass, degree, drawn, tally);
+    const passing = (tally: Tally) => tally.result().error <= limit;
+    if (Array.from(tallies.values()).some(passing)) {
+      const hard = yield* this.#exactly(pass, (head) => this.#portions(this.#hardRows(head), []));
       for (const [degree, tally] of tallies) {
-        const own = this.#fit(head, degree);
-        const got = own && this.#session.rows(head, rows, own, pass === 'backward');
-        if (!got?.positive) tally.fail();
-        else if (pass === 'forward') tally.output(exact.out, got.out, this.#bounds[head].v_half_range);
-        else tally.gradient('dq', exact.dq, got.dq, this.#rounding(head, rows, exact));
-        yield 0;
+        if (!passing(tally)) continue;
+        yield* this.#predict(pass, degree, hard, tally);
+        if (passing(tally)) break;
       }
     }
     return new Map(Array.from(tallies, ([degree, tally]) => [degree, tally.result()]));
+  }
+
+  /** Portions of rows of the heads that are looked at, with their exact values. */
+  *#exactly(pass: Pass, portions: (head: number) => Portion[]): Generator<number, Known[]> {
+    const known: Known[] = [];
+    for (const head of this.#looked) {
+      for (const portion of portions(head)) {
+        known.push({ head, ...portion, exact: this.#session.rows(head, portion.rows, null, pass === 'backward') });
+        yield 0;
+      }
+    }
+    return known;
+  }
+
+  /** What a degree would make of known rows. */
+  *#predict(pass: Pass, degree: number, known: readonly Known[], tally: Tally): Generator<number, void> {
+    for (const { head, rows, weight, exact } of known) {
+      const own = this.#fit(head, degree);
+      const got = own && this.#session.rows(head, rows, own, pass === 'backward');
+      if (!got?.positive) tally.fail();
+      else if (pass === 'forward') tally.output(exact.out, got.out, this.#bounds[head].v_half_range, weight);
+      else tally.gradient('dq', exact.dq, got.dq, this.#rounding(head, rows, exact), weight);
+      yield 0;
+    }
   }
 
   /**
@@ -107,29 +134,30 @@ export class Sampler {
   }
 
   /**
-   * The error of a finished pass, on other rows than the pilot's (and again on the largest query and key): CHECK_ROWS rows or
-   * more in all, however few the heads.
+   * The error of a finished pass: on the rows that are likely to be the worst, and on drawn rows, others than the pilot's,
+   * CHECK_ROWS or more in all, however few the heads. Gradients also on columns, likewise.
    */
   *check(pass: Pass): Generator<number, Measured> {
     const tally = new Tally();
-    for (const head of this.#looked) {
-      let rounding = 0;
-      for (const rows of this.#checkRows(head)) {
-        const exact = this.#session.rows(head, rows, null, pass === 'backward');
-        if (pass === 'forward') {
-          tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range);
-        } else {
-          rounding = this.#rounding(head, rows, exact);
-          tally.gradient('dq', exact.dq, this.#gather('dq', head, rows), rounding);
-        }
+    const known = yield* this.#exactly(pass, (head) => this.#checkPortions(head));
+    for (const { head, rows, weight, exact } of known) {
+      if (pass === 'forward') {
+        tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range, weight);
+      } else {
+        const rounding = this.#rounding(head, rows, exact);
+        tally.gradient('dq', exact.dq, this.#gather('dq', head, rows), rounding, weight);
+      }
+      yield 0;
+    }
+    for (const head of pass === 'backward' ? this.#looked : []) {
+      const own = known.find((one) => one.head === head);
+      const rounding = own ? this.#rounding(head, own.rows, own.exact) : 0;
+      for (const { rows: keys, weight } of this.#checkColumns(head)) {
+        const { dk, dv } = this.#session.columns(head, keys);
+        tally.gradient('dk', dk, this.#gather('dk', head, keys), rounding, weight);
+        tally.gradient('dv', dv, this.#gather('dv', head, keys), 0, weight);
         yield 0;
       }
-      if (pass === 'forward') continue;
-      const keys = this.#checkKeys(head);
-      const { dk, dv } = this.#session.columns(head, keys);
-      tally.gradient('dk', dk, this.#gather('dk', head, keys), rounding);
-      tally.gradient('dv', dv, this.#gather('dv', head, keys), 0);
-      yield 0;
     }
     return tally.result();
   }
@@ -138,17 +166,14 @@ export class Sampler {
   *given(): Generator<number, number> {
     const tally = new Tally();
     let largest = 0;
-    for (const head of this.#looked) {
-      for (const rows of this.#checkRows(head)) {
-        const exact = this.#session.rows(head, rows, null, false);
-        tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range);
-        const lse = this.#gather('lse', head, rows);
-        exact.lse.forEach((value, n) => {
-          if (value === lse[n]) return; // -Infinity where nothing is seen
-          largest = worse(largest, Math.abs(value - lse[n]) / Math.max(1, Math.abs(value)));
-        });
-        yield 0;
-      }
+    const known = yield* this.#exactly('forward', (one) => this.#checkPortions(one));
+    for (const { head, rows, exact } of known) {
+      tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range, 1);
+      const lse = this.#gather('lse', head, rows);
+      exact.lse.forEach((value, n) => {
+        if (value === lse[n]) return; // -Infinity where nothing is seen
+        largest = worse(largest, Math.abs(value - lse[n]) / Math.max(1, Math.abs(value)));
+      });
     }
     return worse(largest, tally.result().error);
   }
@@ -170,13 +195,42 @@ export class Sampler {
     return this.#rows(head, PILOT, SAMPLE_ROWS, []);
   }
 
-  /** In portions that one call takes. */
-  #checkRows(head: number): number[][] {
-    const portions = Math.ceil(CHECK_ROWS / SAMPLE_ROWS / this.#looked.length);
-    const rows = this.#rows(head, CHECK, portions * SAMPLE_ROWS, this.#pilotRows(head));
-    return Array.from({ length: Math.ceil(rows.length / SAMPLE_ROWS) }, (_, n) =>
-      rows.slice(n * SAMPLE_ROWS, (n + 1) * SAMPLE_ROWS),
-    );
+  #checkPortions(head: number): Portion[] {
+    const count = Math.ceil(CHECK_ROWS / SAMPLE_ROWS / this.#looked.length) * SAMPLE_ROWS;
+    return this.#portions(this.#hardRows(head), this.#rows(head, CHECK, count, this.#pilotRows(head)));
+  }
+
+  /** `hard` rows count for themselves, `drawn` ones for all other rows; in portions that one call takes. */
+  #portions(hard: readonly number[], drawn: readonly number[]): Portion[] {
+    const others = drawn.filter((row) => !hard.includes(row));
+    const weight = others.length > 0 ? Math.max(1, (this.#session.rowsOfHead - hard.length) / others.length) : 1;
+    return [...inPortions(hard, 1), ...inPortions(others, weight)];
+  }
+
+  /**
+   * Rows where a polynomial is likely to be worst: the largest queries, those whose scores with the largest key are the
+   * largest, and, when causal, the first rows that see keys through the polynomial (errors average out over many keys, and
+   * these see few): two chunks of one query head, then ever fewer of the rows behind them.
+   */
+  #hardRows(head: number): number[] {
+    const known = this.#hard.get(head);
+    if (known) return known;
+    const { causal, queryOffset, queryLength } = this.#session.geometry;
+    const { large, aligned } = this.#session.extremes(head);
+    const rows = new Set([...large, ...aligned].filter((row) => !causal || (row % queryLength) + queryOffset >= 0));
+    const start = Math.ceil(Math.max(1 - queryOffset, 0) / CHUNK) * CHUNK;
+    if (causal && start + queryOffset <= 2 * CHUNK) {
+      const first = (this.#seed % (this.#session.rowsOfHead / queryLength)) * queryLength;
+      for (let i = start; i < Math.min(start + 2 * CHUNK, queryLength); i++) rows.add(first + i);
+      const later = start + 2 * CHUNK;
+      const next = random(this.#seed, head, HARD);
+      for (let n = 0; n < 2 * SAMPLE_ROWS && later < queryLength; n++) {
+        rows.add(first + Math.floor(later * (queryLength / later) ** next())); // uniform in the logarithm
+      }
+    }
+    const sorted = [...rows].sort((a, b) => (a % queryLength) - (b % queryLength));
+    this.#hard.set(head, sorted);
+    return sorted;
   }
 
   /** Rows of a head, the one of the largest query first, else none of `taken` as long as there are others. */
@@ -194,14 +248,14 @@ export class Sampler {
     return draw(count, total, first, random(this.#seed, head, stream), new Set(taken.map(number))).map(place);
   }
 
-  #checkKeys(head: number): number[] {
-    const keys = draw(
-      SAMPLE_ROWS,
-      this.#session.geometry.keyLength,
-      [this.#bounds[head].k_argmax],
-      random(this.#seed, head, CHECK),
-    );
-    return keys.sort((a, b) => a - b);
+  /** Keys in portions: the largest ones, and drawn ones that count for the others; ascending in each. */
+  #checkColumns(head: number): Portion[] {
+    const { keyLength } = this.#session.geometry;
+    const ascending = (keys: Iterable<number>) => [...keys].sort((a, b) => a - b);
+    const large = new Set(this.#session.extremes(head).keys);
+    const drawn = draw(Math.min(SAMPLE_ROWS, keyLength - large.size), keyLength, [], random(this.#seed, head, CHECK), large);
+    const weight = drawn.length > 0 ? Math.max(1, (keyLength - large.size) / drawn.length) : 1;
+    return [...inPortions(ascending(large), 1), ...inPortions(ascending(drawn), weight)];
   }
 
   /** Rows of an array of the session, one after the other. */
@@ -213,19 +267,35 @@ export class Sampler {
   }
 
   /**
-   * Frobenius norm below which a difference of these rows of dq is float32 rounding: dq = scale sum_j P_ij (dP_ij - delta_i)
-   * k_j, and a rounding of delta_i = dout_i.out_i, alike for all keys, takes the mean key with it. It shows only where the rest
-   * cancels, as for values that are all alike. Taken for dk too.
+   * Frobenius norm below which a difference of these rows of dq is float32 rounding, where the values of all keys are alike to
+   * rounding: then dq = scale sum_j P_ij (dP_ij - delta_i) k_j is nothing but that. 0 elsewhere. Taken for dk too.
    */
   #rounding(head: number, rows: readonly number[], exact: Rows): number {
     const { scale, valueDim } = this.#session.geometry;
-    const { q_norm, k_norm } = this.#bounds[head];
-    const dout = this.#gather('dout', head, rows);
-    const squares = (values: Float32Array, row: number) =>
-      values.subarray(row * valueDim, (row + 1) * valueDim).reduce((sum, x) => sum + x * x, 0);
-    const deltas = rows.reduce((sum, _, n) => sum + squares(dout, n) * squares(exact.out, n), 0);
-    return (ROUNDING / 16) * Math.abs(scale) * Math.max(q_norm, k_norm) * Math.sqrt(deltas);
+    const { q_norm, k_norm, v_half_range } = this.#bounds[head];
+    const largest = exact.out.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
+    if (v_half_range > ROUNDING * largest) return 0;
+    const dout = this.#gather('dout', head, rows).reduce((sum, x) => sum + x * x, 0);
+    const delta = Math.sqrt(dout * valueDim) * largest;
+    return ROUNDING * Math.abs(scale) * Math.max(q_norm, k_norm) * delta;
   }
+}
+
+/** Up to SAMPLE_ROWS rows (or keys) of a head, each standing for `weight` rows. */
+interface Portion {
+  rows: number[];
+  weight: number;
+}
+
+/** A portion with what is exact. */
+interface Known extends Portion {
+  head: number;
+  exact: Rows;
+}
+
+function inPortions(rows: readonly number[], weight: number): Portion[] {
+  const count = Math.ceil(rows.length / SAMPLE_ROWS);
+  return Array.from({ length: count }, (_, n) => ({ rows: rows.slice(n * SAMPLE_ROWS, (n + 1) * SAMPLE_ROWS), weight }));
 }
 
 /** Adds up errors over heads. NaN anywhere counts as an infinite error. */
@@ -238,13 +308,14 @@ class Tally {
     this.#largest = Infinity;
   }
 
-  output(exact: Float32Array, got: Float32Array, halfRange: number): void {
+  /** @param weight rows that each of these stands for, in sums of squares. */
+  output(exact: Float32Array, got: Float32Array, halfRange: number, weight: number): void {
     this.#largest = worse(this.#largest, outputError(exact, got, halfRange));
-    this.#add('out', exact, got, 0);
+    this.#add('out', exact, got, 0, weight);
   }
 
-  gradient(name: 'dq' | 'dk' | 'dv', exact: Float32Array, got: Float32Array, rounding: number): void {
-    this.#add(name, exact, got, rounding);
+  gradient(name: 'dq' | 'dk' | 'dv', exact: Float32Array, got: Float32Array, rounding: number, weight: number): void {
+    this.#add(name, exact, got, rounding, weight);
   }
 
   result(): Measured {
@@ -259,13 +330,13 @@ class Tally {
     return { error, relative: worse(ratio(total), this.#largest === Infinity ? Infinity : 0) };
   }
 
-  #add(name: string, exact: Float32Array, got: Float32Array, rounding: number): void {
+  #add(name: string, exact: Float32Array, got: Float32Array, rounding: number, weight: number): void {
     const squares = this.#squares.get(name) ?? { difference: 0, reference: 0, rounding: 0 };
     exact.forEach((x, n) => {
-      squares.difference += (got[n] - x) ** 2;
-      squares.reference += x * x;
+      squares.difference += weight * (got[n] - x) ** 2;
+      squares.reference += weight * x * x;
     });
-    squares.rounding += rounding ** 2;
+    squares.rounding += weight * rounding ** 2;
     this.#squares.set(name, squares);
   }
 }

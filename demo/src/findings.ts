@@ -10,7 +10,7 @@ import { BOUNDS, degreesOf, type Panel, type Settings } from './state.js';
 import { timeCurves } from './trends.js';
 
 const NOTHING_YET = 'The first points will be here in a moment.';
-/** An error that one would call small: a thousandth of the values' range. */
+/** An error that one would call small: a thousandth of half the values' range. */
 const SMALL = 1e-3;
 
 const ofDegree = (points: readonly ErrorPoint[], degree: number) => points.filter((point) => point.degree === degree);
@@ -43,9 +43,9 @@ function byBound(dataset: Dataset): string {
     const good = ofDegree(points, degree).filter((point) => point.output <= SMALL);
     return good.length === 0 ? [] : [{ degree, limit: Math.max(...good.map((point) => point.entryBound)) }];
   });
-  if (limits.length === 0) return `No degree shown keeps the output within a thousandth of the values’ range.`;
+  if (limits.length === 0) return `No degree shown keeps the output within a thousandth of half the values’ range.`;
   const parts = limits.map(({ degree, limit }, i) => `degree ${degree} ${i === 0 ? 'holds up to B = ' : 'up to '}${limit}`);
-  return `Asked for a thousandth of the values’ range, ${list(parts)}.`;
+  return `Asked for a thousandth of half the values’ range, ${list(parts)}.`;
 }
 
 function time(dataset: Dataset): string {

@@ -284,6 +284,10 @@ static void samples_match_the_oracle(const shape *s) {
     }
     CHECK(fabs(b.q_norm / q_norm - 1) < 1e-6 && fabs(b.v_half_range - half) < 1e-6, "bounds");
 
+    uint32_t large[RA_EXTREMES], aligned[RA_EXTREMES], far_keys[RA_EXTREMES];
+    CHECK(ra_sample_extremes(&oracle.p, &oracle.x, kv, large, aligned, far_keys, workspace) == RA_OK, "extremes");
+    CHECK(large[0] == b.q_argmax && far_keys[0] == b.k_argmax, "largest %u %u", large[0], b.q_argmax);
+
     for (uint32_t polynomials = 0; polynomials < 2; polynomials++) {
       const run *want = polynomials ? &polynomial : &oracle;
       guarded out = guarded_new((size_t)count * s->Dv, 1, 1), lse = guarded_new(count, 1, 1);
@@ -350,6 +354,7 @@ static void bad_problems_are_refused(void) {
   REFUSED(scale = NAN);
   REFUSED(method = 3);
   REFUSED(query_offset = INT32_MAX);
+  REFUSED(batch = 1u << 30);
   CHECK(ra_run(&good, &(ra_arrays){0}, RA_FORWARD, NULL, 0, 1000) == RA_ERROR_UNITS, "units");
   CHECK(ra_workspace(&good, 2) == 0, "pass");
   p = good, p.method = RA_POLYNOMIAL, p.degree = 8, p.head_dim = p.value_dim = 1024, p.rotary_dim = 0;
