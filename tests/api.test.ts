@@ -123,6 +123,8 @@ const COMMON: Case[] = [
   [{ bias: new Float32Array(11) }, RangeError, '@: bias is not available in this version'],
   [{ relativePositions: new Float32Array(11) }, RangeError, '@: relativePositions is not available in this version'],
   [{ relative: {} }, RangeError, '@: relative is not available in this version'],
+  [{ layout: 'bnhc' }, RangeError, "@: layout must be one of 'bhnd', 'bnhd', got 'bnhc'"],
+  [{ layout: 1 }, TypeError, '@: layout must be one of'],
   [{ method: 'toeplitz' }, RangeError, "@: method 'toeplitz' is not available in this version"],
   [{ method: 'fast' }, RangeError, "@: method must be one of 'auto', 'exact', 'polynomial', 'toeplitz', got 'fast'"],
   [{ method: 1 }, TypeError, '@: method must be one of'],
@@ -163,12 +165,13 @@ const CASES: [name: 'forward' | 'backward' | 'plan' | 'rotate', ...Case][] = [
   ['plan', { output: dOutput }, TypeError, '@: there is no option output'],
   ['rotate', { x: args.k }, RangeError, '@: x has 224 values, shape needs 320'],
   ['rotate', { x: [1, 2] }, TypeError, '@: x must be a Float32Array, got an array'],
+  ['rotate', { layout: 'bnh' }, RangeError, "@: layout must be one of 'bhnd', 'bnhd', got 'bnh'"],
   ['rotate', { inverse: 1 }, TypeError, '@: inverse must be true or false, got 1'],
   [
     'rotate',
     { causal: true },
     TypeError,
-    '@: there is no option causal; known are x, shape, rotary, queryOffset, inverse',
+    '@: there is no option causal; known are x, shape, rotary, queryOffset, layout, inverse',
   ],
   ['rotate', { shape: { ...SHAPE, headDim: 7 } }, RangeError, '@: rotary.dim is headDim by default'],
   ['rotate', { rotary: { dim: 3 } }, RangeError, '@: rotary.dim must be even, got 3'],
@@ -312,6 +315,7 @@ describe('options reach the kernels', () => {
     { window: [2, 1] as const },
     { segments: [0] },
     { segments: [0, 2, 5] },
+    { layout: 'bnhd' as const },
   ];
   /** These say what the default is. */
   const IDLE = [SETTINGS[0], SETTINGS[14], SETTINGS[16]];

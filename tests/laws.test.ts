@@ -7,7 +7,8 @@
 import { describe, expect, test } from '@jest/globals';
 
 import { reference } from '../dist/index.js';
-import { UNIT, eachBinary, forwardArgs, inner, maxAbs, problem, random } from './support.js';
+import type { Report } from '../dist/index.js';
+import { UNIT, eachBinary, forwardArgs, inLayout, inner, maxAbs, problem, random, withLayout } from './support.js';
 import type { Floats, Problem, Setting } from './support.js';
 
 const shape = { batch: 2, heads: 4, kvHeads: 2, queryLength: 70, headDim: 8, valueDim: 5 };
@@ -134,6 +135,21 @@ eachBinary((attention) => {
       expect(a.dv).toEqual(b.dv);
     });
 
+    test('the other layout gives the same, bit by bit, and the same report', () => {
+      const args = make({ shape: { ...shape, keyLength: 83 }, causal: true, queryOffset: 13 }, 12);
+      const other = withLayout(args, 'bnhd');
+      const timeless = ({ milliseconds: _, ...report }: Report) => report;
+      const [a, b] = [forward(args), forward(other)];
+      expect(b.output).toEqual(inLayout(a.output, 'bnhd', 4, 70, 5));
+      expect(b.lse).toEqual(a.lse);
+      expect(timeless(b.report)).toEqual(timeless(a.report));
+      const [c, d] = [backward(args), backward(other)];
+      expect(d.dq).toEqual(inLayout(c.dq, 'bnhd', 4, 70, 8));
+      expect(d.dk).toEqual(inLayout(c.dk, 'bnhd', 2, 83, 8));
+      expect(d.dv).toEqual(inLayout(c.dv, 'bnhd', 2, 83, 5));
+      expect(timeless(d.report)).toEqual(timeless(c.report));
+    });
+
     test('scale 0: means of the values, lse the logarithm of their number', () => {
       const args = make({ shape, causal: true, scale: 0 }, 7);
       const { output, lse } = forward(args);
@@ -223,6 +239,12 @@ eachBinary((attention) => {
         expectClose(turned, reference.rotate({ ...call, rotary, queryOffset }), TOLERANCE.rotation);
         expectClose(attention().rotate({ ...call, x: turned, rotary, queryOffset, inverse: true }), x, 2 * TOLERANCE.rotation);
       }
+    });
+
+    test('rows may be in the other layout', () => {
+      const options = { rotary: { dim: 10, interleaved: true }, queryOffset: -3 };
+      const turned = attention().rotate({ ...call, x: inLayout(x, 'bnhd', 3, 40, 12), layout: 'bnhd', ...options });
+      expect(turned).toEqual(inLayout(attention().rotate({ ...call, ...options }), 'bnhd', 3, 40, 12));
     });
 
     test('dimensions past rotary.dim, and position 0, stay bit by bit', () => {

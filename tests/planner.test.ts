@@ -17,6 +17,7 @@ import {
   problem,
   random,
   relativeFrobenius,
+  withLayout,
   type Problem,
   type Setting,
 } from './support.js';
@@ -176,6 +177,20 @@ describe('the choice', () => {
     expect(degrees).toEqual([...degrees].sort((a, b) => a - b));
     expect(new Set(degrees).size).toBeGreaterThanOrEqual(4);
     expect(degrees.at(-1)).toBe(9);
+  });
+
+  test('the layout changes nothing about it', () => {
+    const setting = { shape: { ...SHAPE, batch: 2, heads: 4, kvHeads: 2, queryLength: 1024, valueDim: 24 }, causal: true };
+    const args = problem(setting, 15, uniform(0.3));
+    for (const tolerance of [1e-1, 1e-2]) {
+      const [a, b] = [args, withLayout(args, 'bnhd')].map((one) => attention.backward({ ...one, tolerance }).report);
+      expect({ ...b, milliseconds: 0 }).toEqual({ ...a, milliseconds: 0 });
+      expect(a.method).toBe('polynomial');
+    }
+    const { output, lse } = attention.forward({ ...withoutGradient(withLayout(args, 'bnhd')), method: 'exact' });
+    const given = { ...withLayout(args, 'bnhd'), output, lse, tolerance: 1e-6 };
+    expect(attention.backward(given).report.reason).not.toContain('computed again');
+    expect(attention.backward({ ...given, output: output.map((x) => 1.01 * x) }).report.reason).toContain('computed again');
   });
 
   test('large entries are exact, and the reason names the best degree', () => {

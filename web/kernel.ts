@@ -251,7 +251,7 @@ export class Session {
       method: degree === null ? EXACT : POLYNOMIAL,
       degree: degree ?? 0,
       coefficients: this.#at.coefficients,
-      layout: 0,
+      layout: Number(g.layout === 'bnhd'),
       rotary_factor: 1,
       query_positions: 0,
       key_positions: 0,
@@ -356,14 +356,22 @@ export class Session {
 
   /** A copy of what a pass wrote. */
   result(array: ArrayName): Float32Array {
-    return this.resultRows(array, 0, 0, this.#counts(array).rows * this.heads);
+    this.#check();
+    const { batch } = this.geometry;
+    const { heads, length, width } = this.#sizes(array);
+    return this.#arena.readFloats(this.#arrays[array], batch * heads * length * width);
   }
 
-  /** A copy of `count` rows from row `first` of a key/value head: of its queries or (dk, dv) of its keys. */
-  resultRows(array: ArrayName, head: number, first: number, count: number): Float32Array {
+  /** A copy of one row of a key/value head: row i of its h-th query is h * queryLength + i; rows of dk and dv are keys. */
+  resultRow(array: ArrayName, head: number, row: number): Float32Array {
     this.#check();
-    const { rows, width } = this.#counts(array);
-    return this.#arena.readFloats(this.#arrays[array] + 4 * width * (head * rows + first), width * count);
+    const { kvHeads, layout } = this.geometry;
+    const { heads, length, width } = this.#sizes(array);
+    const [batch, place] = [Math.floor(head / kvHeads), row % length];
+    const own = (head % kvHeads) * (heads / kvHeads) + Math.floor(row / length);
+    const straight = layout === 'bhnd' || array === 'lse';
+    const at = straight ? (batch * heads + own) * length + place : (batch * length + place) * heads + own;
+    return this.#arena.readFloats(this.#arrays[array] + 4 * width * at, width);
   }
 
   /** Makes a key/value head the one that the sampling methods look at. */
@@ -439,7 +447,7 @@ export class Session {
     };
   }
 
-  /** Rotates all rows of x [batch][heads][queryLength][headDim]. */
+  /** Rotates all rows of x, which has the shape and the layout of q. */
   rotate(x: Float32Array, inverse: boolean): Float32Array {
     this.#check();
     const { ra_rotate_workspace, ra_rotate } = this.#exports;
@@ -451,11 +459,12 @@ export class Session {
     return this.#arena.readFloats(at, x.length);
   }
 
-  /** Rows of one key/value head, and values in a row, of an array. */
-  #counts(array: ArrayName): { rows: number; width: number } {
-    const { keyLength, headDim, valueDim } = this.geometry;
-    if (array === 'dk' || array === 'dv') return { rows: keyLength, width: array === 'dk' ? headDim : valueDim };
-    return { rows: this.rowsOfHead, width: array === 'lse' ? 1 : array === 'dq' ? headDim : valueDim };
+  /** Heads, rows in a head and values in a row of an array. */
+  #sizes(array: ArrayName): { heads: number; length: number; width: number } {
+    const { heads, kvHeads, queryLength, keyLength, headDim, valueDim } = this.geometry;
+    const ofKeys = array === 'dk' || array === 'dv';
+    const width = array === 'lse' ? 1 : array === 'dq' || array === 'dk' ? headDim : valueDim;
+    return ofKeys ? { heads: kvHeads, length: keyLength, width } : { heads, length: queryLength, width };
   }
 
   #check(): void {

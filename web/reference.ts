@@ -62,7 +62,28 @@ function settle(name: string, args: Widened<Options>) {
     return near && segmentOf(i + queryOffset) === segmentOf(j);
   };
   const rotation = rotationOf(name, args.rotary ?? {}, headDim);
-  return { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, queryOffset, allowed, rotation };
+  const { layout = 'bhnd' } = args;
+  /** The rows of x, [batch][heads][length][width] whatever the layout. */
+  const split = (what: string, x: Values, heads: number, length: number, width: number): Float64Array[] => {
+    const rows = batch * heads * length;
+    if (x.length !== rows * width) throw new RangeError(`${name}: ${what} has ${x.length} values, shape needs ${rows * width}`);
+    const at = (r: number) => (layout === 'bhnd' ? r : placeOf(r, heads, length)) * width;
+    return Array.from({ length: rows }, (_, r) => Float64Array.from(x.subarray(at(r), at(r) + width)));
+  };
+  /** Undoes `split`. */
+  const join = (rows: Float64Array[], heads: number, length: number): Float64Array => {
+    const width = rows[0]?.length ?? 0;
+    const x = new Float64Array(rows.length * width);
+    rows.forEach((row, r) => x.set(row, (layout === 'bhnd' ? r : placeOf(r, heads, length)) * width));
+    return x;
+  };
+  return { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, queryOffset, allowed, rotation, split, join };
+}
+
+/** The row of [batch][length][heads] that is row r of [batch][heads][length]. */
+function placeOf(r: number, heads: number, length: number): number {
+  const [head, n] = [Math.floor(r / length), r % length];
+  return (Math.floor(head / heads) * length + n) * heads + (head % heads);
 }
 
 /** Turns one vector at a position by its angles; sign -1 turns back. */
@@ -84,12 +105,6 @@ function rotationOf(name: string, rotary: false | ReferenceRotary, headDim: numb
   };
 }
 
-/** The rows of x, [rows][width], each as a Float64Array of its own. */
-function rowsOf(name: string, what: string, x: Values, rows: number, width: number): Float64Array[] {
-  if (x.length !== rows * width) throw new RangeError(`${name}: ${what} has ${x.length} values, shape needs ${rows * width}`);
-  return Array.from({ length: rows }, (_, row) => Float64Array.from(x.subarray(row * width, (row + 1) * width)));
-}
-
 function dot(x: Float64Array, y: Float64Array): number {
   let sum = 0;
   for (let d = 0; d < x.length; d++) sum += x[d] * y[d];
@@ -101,20 +116,13 @@ function accumulate(y: Float64Array, a: number, x: Float64Array): void {
   for (let d = 0; d < y.length; d++) y[d] += a * x[d];
 }
 
-function concatenate(rows: Float64Array[]): Float64Array {
-  const width = rows[0]?.length ?? 0;
-  const result = new Float64Array(rows.length * width);
-  rows.forEach((row, r) => result.set(row, r * width));
-  return result;
-}
-
 /** Rows of q and k, rotated, rows of v, and the softmax of every query row in turn. */
 function prepare(name: string, args: ReferenceForwardArgs) {
   const setting = settle(name, args);
-  const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, queryOffset, allowed, rotation } = setting;
-  const q = rowsOf(name, 'q', args.q, batch * heads * queryLength, headDim);
-  const k = rowsOf(name, 'k', args.k, batch * kvHeads * keyLength, headDim);
-  const v = rowsOf(name, 'v', args.v, batch * kvHeads * keyLength, valueDim);
+  const { heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, queryOffset, allowed, rotation, split } = setting;
+  const q = split('q', args.q, heads, queryLength, headDim);
+  const k = split('k', args.k, kvHeads, keyLength, headDim);
+  const v = split('v', args.v, kvHeads, keyLength, valueDim);
   const rotatedQ = q.map((row, r) => rotation(row, (r % queryLength) + queryOffset, 1));
   const rotatedK = k.map((row, r) => rotation(row, r % keyLength, 1));
 
@@ -141,7 +149,7 @@ function prepare(name: string, args: ReferenceForwardArgs) {
  * @throws RangeError for arrays whose size does not fit the shape, and for bias, relativePositions and relative.
  */
 function forward(args: ReferenceForwardArgs): ReferenceForward {
-  const { rotatedQ, v, valueDim, softmax } = prepare('reference.forward', args);
+  const { rotatedQ, v, heads, queryLength, valueDim, softmax, join } = prepare('reference.forward', args);
   const lse = new Float64Array(rotatedQ.length);
   const output = rotatedQ.map((_, r) => {
     const row = new Float64Array(valueDim);
@@ -150,7 +158,7 @@ function forward(args: ReferenceForwardArgs): ReferenceForward {
     lse[r] = pairs.length > 0 ? lseOfRow : -Infinity;
     return row;
   });
-  return { output: concatenate(output), lse };
+  return { output: join(output, heads, queryLength), lse };
 }
 
 /**
@@ -161,8 +169,8 @@ function forward(args: ReferenceForwardArgs): ReferenceForward {
  */
 function backward(args: ReferenceBackwardArgs): ReferenceBackward {
   const { rotatedQ, rotatedK, v, softmax, ...setting } = prepare('reference.backward', args);
-  const { headDim, valueDim, queryLength, keyLength, queryOffset, scale, rotation } = setting;
-  const dOutput = rowsOf('reference.backward', 'dOutput', args.dOutput, rotatedQ.length, valueDim);
+  const { heads, kvHeads, headDim, valueDim, queryLength, keyLength, queryOffset, scale, rotation, split, join } = setting;
+  const dOutput = split('dOutput', args.dOutput, heads, queryLength, valueDim);
   const dq = rotatedQ.map(() => new Float64Array(headDim));
   const dk = rotatedK.map(() => new Float64Array(headDim));
   const dv = v.map(() => new Float64Array(valueDim));
@@ -178,10 +186,12 @@ function backward(args: ReferenceBackwardArgs): ReferenceBackward {
       accumulate(dk[key], scale * dS, rotatedQ[r]);
     });
   }
+  const turnedQ = dq.map((row, r) => rotation(row, (r % queryLength) + queryOffset, -1));
+  const turnedK = dk.map((row, r) => rotation(row, r % keyLength, -1));
   return {
-    dq: concatenate(dq.map((row, r) => rotation(row, (r % queryLength) + queryOffset, -1))),
-    dk: concatenate(dk.map((row, r) => rotation(row, r % keyLength, -1))),
-    dv: concatenate(dv),
+    dq: join(turnedQ, heads, queryLength),
+    dk: join(turnedK, kvHeads, keyLength),
+    dv: join(dv, kvHeads, keyLength),
   };
 }
 
@@ -190,10 +200,10 @@ function backward(args: ReferenceBackwardArgs): ReferenceBackward {
  * (x1, x2) -> (x1 cos a - x2 sin a, x1 sin a + x2 cos a) with a = (i + queryOffset) base^(-2p/dim) for pair p.
  */
 function rotate(args: ReferenceRotateArgs): Float64Array {
-  const { batch, heads, queryLength, headDim, queryOffset, rotation } = settle('reference.rotate', args);
-  const rows = rowsOf('reference.rotate', 'x', args.x, batch * heads * queryLength, headDim);
-  const sign = args.inverse ? -1 : 1;
-  return concatenate(rows.map((row, r) => rotation(row, (r % queryLength) + queryOffset, sign)));
+  const { heads, queryLength, headDim, queryOffset, rotation, split, join } = settle('reference.rotate', args);
+  const rows = split('x', args.x, heads, queryLength, headDim);
+  const turned = rows.map((row, r) => rotation(row, (r % queryLength) + queryOffset, args.inverse ? -1 : 1));
+  return join(turned, heads, queryLength);
 }
 
 /** Float64 attention, naive and slow: what the engines approximate. Nothing but plain loops; no WebAssembly. */

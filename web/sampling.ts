@@ -206,7 +206,7 @@ export class Sampler {
 
   /** Rows of an array of the session, one after the other. */
   #gather(array: 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv', head: number, rows: readonly number[]): Float32Array {
-    const parts = rows.map((row) => this.#session.resultRows(array, head, row, 1));
+    const parts = rows.map((row) => this.#session.resultRow(array, head, row));
     const all = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
     parts.forEach((part, n) => all.set(part, n * part.length));
     return all;

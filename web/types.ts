@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// The public types. Shapes are [batch, heads, length, dim], row-major; N is a length, D the head size, Dv the value size.
+// The public types. Shapes are [batch, heads, length, dim], row-major (`layout` exchanges heads and length); N is a length, D
+// the head size, Dv the value size.
 
 /** Sizes of one call. Lengths and dimensions count elements; all are positive integers. */
 export interface Shape {
@@ -31,6 +32,9 @@ export interface Rotary {
   frequencies?: Float32Array;
 }
 
+/** Where rows are: [batch, heads, length, dim], or [batch, length, heads, dim] as projections leave them. */
+export type Layout = 'bhnd' | 'bnhd';
+
 /** `polynomial` and `exact` compute the same function at different cost and error. `toeplitz` is not available yet. */
 export type Method = 'auto' | 'exact' | 'polynomial' | 'toeplitz';
 
@@ -55,6 +59,8 @@ export interface Options {
    * own segment only; query i is at i + queryOffset, before 0 in the first. Equal positions make an empty segment.
    */
   segments?: Uint32Array | readonly number[];
+  /** Of q, k, v, dOutput, output and their gradients; lse is [batch, heads, queryLength] always. Default 'bhnd'. */
+  layout?: Layout;
   /** Not available yet: a RangeError. */
   bias?: Float32Array;
   /** Not available yet: a RangeError. */
@@ -111,6 +117,8 @@ export interface RotateArgs {
   rotary?: false | Rotary;
   /** Position of row 0. Default 0. */
   queryOffset?: number;
+  /** Of x. Default 'bhnd'. */
+  layout?: Layout;
   /** Rotate back. Default false. */
   inverse?: boolean;
 }
