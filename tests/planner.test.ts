@@ -480,6 +480,22 @@ describe("guarantee 'certified'", () => {
     );
   });
 
+  test('the bound counts tables that lengthen vectors', () => {
+    const angles = Float64Array.from({ length: 512 * 8 }, (_, n) => Math.floor(n / 8) * 10000 ** (-(n % 8) / 8));
+    const tables = {
+      cos: Float32Array.from(angles, (x) => 1.5 * Math.cos(x)),
+      sin: Float32Array.from(angles, (x) => 1.5 * Math.sin(x)),
+    };
+    const args = withoutGradient(problem({ shape: { ...SHAPE, queryLength: 512 } }, 26, uniform(0.4)));
+    const options = { method: 'polynomial', degree: 2, guarantee: 'certified', onMiss: 'report' } as const;
+    const [plain, longer] = [{}, { tables }].map((rotary) => {
+      const { output, report } = attention.forward({ ...args, rotary, ...options });
+      expect(outputError({ ...args, rotary }, output)).toBeLessThanOrEqual(report.errorBound!);
+      return report;
+    });
+    expect(longer.scoreBound / plain.scoreBound).toBeCloseTo(2.25, 4);
+  });
+
   test('the bound counts the rounding of float32 sums, which grows with the length', () => {
     const [short, long] = [256, 1024].map((queryLength) => {
       const args = withoutGradient(problem({ shape: { heads: 1, queryLength, headDim: 8 } }, 24, uniform(0.05)));

@@ -116,10 +116,16 @@ export function describeSetting({ shape, rotary, scale, causal, queryOffset, win
   if (window) words.push(`window ${window}`);
   if (segments) words.push(`segments ${segments}`);
   if (rotary === false) words.push('no rotation');
-  else if (rotary) words.push(...Object.entries(rotary).map(([key, value]) => `${key} ${value}`));
+  else if (rotary) words.push(...Object.entries(rotary).map(([key, value]) => `${key} ${brief(value)}`));
   if (layout) words.push(layout);
   if (scale !== undefined) words.push(`scale ${scale}`);
   return words.join(', ');
+}
+
+/** Long lists by their length. */
+function brief(value: unknown): string {
+  const [text, list] = [JSON.stringify(value), value as { length?: number }];
+  return text.length <= 60 ? text : list.length === undefined ? Object.keys(list).join(' ') : `of ${list.length}`;
 }
 
 // --- Errors -----------------------------------------------------------------------------------------------------------

@@ -152,6 +152,10 @@ interface Places {
   arrays: number;
   bounds: number;
   frequencies: number;
+  cos: number;
+  sin: number;
+  queryPositions: number;
+  keyPositions: number;
   segments: number;
   coefficients: number;
   own: number;
@@ -190,12 +194,18 @@ export class Session {
     this.#arena = arena;
     arena.reset();
     const floats = (count: number) => arena.reserve(4 * count);
+    const some = (values: ArrayLike<number> | null | undefined, bytes: number) =>
+      values ? arena.reserve(bytes * values.length) : 0;
     this.#at = {
       problem: arena.reserve(sizeOf(PROBLEM)),
       arrays: arena.reserve(sizeOf(ARRAYS)),
       bounds: arena.reserve(sizeOf(BOUNDS)),
-      frequencies: arena.reserve(8 * g.frequencies.length),
-      segments: floats(g.segments.length),
+      frequencies: some(g.tables ? null : g.frequencies, 8),
+      cos: some(g.tables?.cos, 4),
+      sin: some(g.tables?.sin, 4),
+      queryPositions: some(g.queryPositions, 8),
+      keyPositions: some(g.keyPositions, 8),
+      segments: some(g.segments.length > 1 ? g.segments : null, 4),
       coefficients: floats(this.heads * MAX_COEFFICIENTS),
       own: floats(MAX_COEFFICIENTS),
       rows: floats(SAMPLE_ROWS),
@@ -207,9 +217,18 @@ export class Session {
       dv: floats(SAMPLE_ROWS * g.valueDim),
     };
     arena.commit(name);
-    arena.writeDoubles(this.#at.frequencies, g.frequencies);
-    arena.writeIntegers(this.#at.segments, g.segments);
+    this.#writeGeometry();
     this.setEngine(null);
+  }
+
+  #writeGeometry(): void {
+    const [g, at, arena] = [this.geometry, this.#at, this.#arena];
+    if (at.frequencies) arena.writeDoubles(at.frequencies, g.frequencies);
+    if (g.tables) arena.writeFloats(at.cos, g.tables.cos);
+    if (g.tables) arena.writeFloats(at.sin, g.tables.sin);
+    if (g.queryPositions) arena.writeDoubles(at.queryPositions, g.queryPositions);
+    if (g.keyPositions) arena.writeDoubles(at.keyPositions, g.keyPositions);
+    if (at.segments) arena.writeIntegers(at.segments, g.segments);
   }
 
   /** Bytes of memory that the call needs. */
@@ -232,9 +251,9 @@ export class Session {
   /** Chooses the engine of the calls that follow: null is exact. `coefficients` [heads][degree + 1] belong to a degree. */
   setEngine(degree: number | null, coefficients?: Float32Array): void {
     this.#check();
-    const g = this.geometry;
-    if (coefficients) this.#arena.writeFloats(this.#at.coefficients, coefficients);
-    this.#arena.writeStruct(this.#at.problem, PROBLEM, {
+    const [g, at] = [this.geometry, this.#at];
+    if (coefficients) this.#arena.writeFloats(at.coefficients, coefficients);
+    this.#arena.writeStruct(at.problem, PROBLEM, {
       batch: g.batch,
       heads: g.heads,
       kv_heads: g.kvHeads,
@@ -247,21 +266,21 @@ export class Session {
       causal: Number(g.causal),
       query_offset: g.queryOffset,
       scale: g.scale,
-      frequencies: g.rotaryDim > 0 ? this.#at.frequencies : 0,
+      frequencies: at.frequencies,
       method: degree === null ? EXACT : POLYNOMIAL,
       degree: degree ?? 0,
-      coefficients: this.#at.coefficients,
+      coefficients: at.coefficients,
       layout: Number(g.layout === 'bnhd'),
       rotary_factor: 1,
-      query_positions: 0,
-      key_positions: 0,
-      position_batches: 1,
-      cos_table: 0,
-      sin_table: 0,
-      table_rows: 0,
+      query_positions: at.queryPositions,
+      key_positions: at.keyPositions,
+      position_batches: g.positionBatches,
+      cos_table: at.cos,
+      sin_table: at.sin,
+      table_rows: g.tables?.rows ?? 0,
       window_left: g.window[0],
       window_right: g.window[1],
-      segments: g.segments.length > 1 ? this.#at.segments : 0,
+      segments: at.segments,
       segment_count: g.segments.length,
       softcap: 0,
       bias: 0,

@@ -15,12 +15,15 @@
 // Papers: Su et al. 2021 (RoPE, arXiv 2104.09864); the names of the chain in Alman, Song (arXiv 2412.17316v3) are
 // s = P, l = dout, beta = dP, gamma = dS.
 
-import type { ForwardArgs, Options, Rotary, RotateArgs } from './types.js';
+import type { ForwardArgs, Options, Positions, Rotary, RotateArgs } from './types.js';
 
 /** Arrays of either precision; float32 values are widened exactly. */
 export type Values = Float32Array | Float64Array;
 
-type ReferenceRotary = Omit<Rotary, 'frequencies'> & { frequencies?: Values };
+type ReferenceRotary = Omit<Rotary, 'frequencies' | 'tables'> & {
+  frequencies?: Values;
+  tables?: { cos: Values; sin: Values };
+};
 type Widened<T> = Omit<T, 'q' | 'k' | 'v' | 'x' | 'rotary'> & { rotary?: false | ReferenceRotary };
 
 export type ReferenceForwardArgs = Widened<ForwardArgs> & { q: Values; k: Values; v: Values };
@@ -61,7 +64,14 @@ function settle(name: string, args: Widened<Options>) {
     const near = (!causal || distance >= 0) && (left < 0 || distance <= left) && (right < 0 || -distance <= right);
     return near && segmentOf(i + queryOffset) === segmentOf(j);
   };
-  const rotation = rotationOf(name, args.rotary ?? {}, headDim);
+  const rotary: ReferenceRotary = args.rotary === false ? { dim: 0 } : (args.rotary ?? {});
+  const rotation = rotationOf(name, rotary, headDim);
+  const positionsOf = (given: Positions | undefined, heads: number, length: number, first: number) => (r: number) => {
+    const [batch, n] = [Math.floor(r / length / heads), r % length];
+    return given ? given[given.length > length ? batch * length + n : n] : first + n;
+  };
+  const queryPosition = positionsOf(rotary.queryPositions, heads, queryLength, queryOffset);
+  const keyPosition = positionsOf(rotary.keyPositions, kvHeads, keyLength, 0);
   const { layout = 'bhnd' } = args;
   /** The rows of x, [batch][heads][length][width] whatever the layout. */
   const split = (what: string, x: Values, heads: number, length: number, width: number): Float64Array[] => {
@@ -77,7 +87,8 @@ function settle(name: string, args: Widened<Options>) {
     rows.forEach((row, r) => x.set(row, (layout === 'bhnd' ? r : placeOf(r, heads, length)) * width));
     return x;
   };
-  return { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, queryOffset, allowed, rotation, split, join };
+  const positions = { queryPosition, keyPosition };
+  return { heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, allowed, rotation, ...positions, split, join };
 }
 
 /** The row of [batch][length][heads] that is row r of [batch][heads][length]. */
@@ -89,17 +100,17 @@ function placeOf(r: number, heads: number, length: number): number {
 /** Turns one vector at a position by its angles; sign -1 turns back. */
 type Rotation = (x: Float64Array, position: number, sign: 1 | -1) => Float64Array;
 
-function rotationOf(name: string, rotary: false | ReferenceRotary, headDim: number): Rotation {
-  const { base = 10000, dim = headDim, interleaved = false, frequencies }: ReferenceRotary = rotary === false ? { dim: 0 } : rotary;
+function rotationOf(name: string, rotary: ReferenceRotary, headDim: number): Rotation {
+  const { base = 10000, dim = headDim, interleaved = false, frequencies, tables } = rotary;
   if (dim % 2 !== 0 || dim > headDim) throw new RangeError(`${name}: rotary.dim = ${dim} is odd or above ${headDim}`);
   return (x, position, sign) => {
     const y = Float64Array.from(x);
     for (let p = 0; p < dim / 2; p++) {
-      const angle = position * (frequencies?.[p] ?? base ** ((-2 * p) / dim));
-      const [cos, sin] = [Math.cos(angle), sign * Math.sin(angle)];
+      const [entry, angle] = [(position * dim) / 2 + p, position * (frequencies?.[p] ?? base ** ((-2 * p) / dim))];
+      const [c, s] = tables ? [tables.cos[entry], tables.sin[entry]] : [Math.cos(angle), Math.sin(angle)];
       const [first, second] = interleaved ? [2 * p, 2 * p + 1] : [p, p + dim / 2];
-      y[first] = x[first] * cos - x[second] * sin;
-      y[second] = x[first] * sin + x[second] * cos;
+      y[first] = x[first] * c - x[second] * sign * s;
+      y[second] = x[first] * sign * s + x[second] * c;
     }
     return y;
   };
@@ -119,12 +130,12 @@ function accumulate(y: Float64Array, a: number, x: Float64Array): void {
 /** Rows of q and k, rotated, rows of v, and the softmax of every query row in turn. */
 function prepare(name: string, args: ReferenceForwardArgs) {
   const setting = settle(name, args);
-  const { heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, queryOffset, allowed, rotation, split } = setting;
+  const { heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, allowed, rotation, split } = setting;
   const q = split('q', args.q, heads, queryLength, headDim);
   const k = split('k', args.k, kvHeads, keyLength, headDim);
   const v = split('v', args.v, kvHeads, keyLength, valueDim);
-  const rotatedQ = q.map((row, r) => rotation(row, (r % queryLength) + queryOffset, 1));
-  const rotatedK = k.map((row, r) => rotation(row, r % keyLength, 1));
+  const rotatedQ = q.map((row, r) => rotation(row, setting.queryPosition(r), 1));
+  const rotatedK = k.map((row, r) => rotation(row, setting.keyPosition(r), 1));
 
   /** P of flat query row r as pairs (flat key row, weight), and log of the row's sum; subtracts the largest score first. */
   const softmax = (r: number) => {
@@ -169,7 +180,7 @@ function forward(args: ReferenceForwardArgs): ReferenceForward {
  */
 function backward(args: ReferenceBackwardArgs): ReferenceBackward {
   const { rotatedQ, rotatedK, v, softmax, ...setting } = prepare('reference.backward', args);
-  const { heads, kvHeads, headDim, valueDim, queryLength, keyLength, queryOffset, scale, rotation, split, join } = setting;
+  const { heads, kvHeads, headDim, valueDim, queryLength, keyLength, scale, rotation, split, join } = setting;
   const dOutput = split('dOutput', args.dOutput, heads, queryLength, valueDim);
   const dq = rotatedQ.map(() => new Float64Array(headDim));
   const dk = rotatedK.map(() => new Float64Array(headDim));
@@ -186,8 +197,8 @@ function backward(args: ReferenceBackwardArgs): ReferenceBackward {
       accumulate(dk[key], scale * dS, rotatedQ[r]);
     });
   }
-  const turnedQ = dq.map((row, r) => rotation(row, (r % queryLength) + queryOffset, -1));
-  const turnedK = dk.map((row, r) => rotation(row, r % keyLength, -1));
+  const turnedQ = dq.map((row, r) => rotation(row, setting.queryPosition(r), -1));
+  const turnedK = dk.map((row, r) => rotation(row, setting.keyPosition(r), -1));
   return {
     dq: join(turnedQ, heads, queryLength),
     dk: join(turnedK, kvHeads, keyLength),
@@ -200,9 +211,9 @@ function backward(args: ReferenceBackwardArgs): ReferenceBackward {
  * (x1, x2) -> (x1 cos a - x2 sin a, x1 sin a + x2 cos a) with a = (i + queryOffset) base^(-2p/dim) for pair p.
  */
 function rotate(args: ReferenceRotateArgs): Float64Array {
-  const { heads, queryLength, headDim, queryOffset, rotation, split, join } = settle('reference.rotate', args);
+  const { heads, queryLength, headDim, queryPosition, rotation, split, join } = settle('reference.rotate', args);
   const rows = split('x', args.x, heads, queryLength, headDim);
-  const turned = rows.map((row, r) => rotation(row, (r % queryLength) + queryOffset, args.inverse ? -1 : 1));
+  const turned = rows.map((row, r) => rotation(row, queryPosition(r), args.inverse ? -1 : 1));
   return join(turned, heads, queryLength);
 }
 

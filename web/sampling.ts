@@ -218,13 +218,13 @@ export class Sampler {
    * cancels, as for values that are all alike. Taken for dk too.
    */
   #rounding(head: number, rows: readonly number[], exact: Rows): number {
-    const { scale, valueDim } = this.#session.geometry;
+    const { scale, valueDim, rotaryGain } = this.#session.geometry;
     const { q_norm, k_norm } = this.#bounds[head];
     const dout = this.#gather('dout', head, rows);
     const squares = (values: Float32Array, row: number) =>
       values.subarray(row * valueDim, (row + 1) * valueDim).reduce((sum, x) => sum + x * x, 0);
     const deltas = rows.reduce((sum, _, n) => sum + squares(dout, n) * squares(exact.out, n), 0);
-    return (ROUNDING / 16) * Math.abs(scale) * Math.max(q_norm, k_norm) * Math.sqrt(deltas);
+    return (ROUNDING / 16) * Math.abs(scale) * rotaryGain ** 2 * Math.max(q_norm, k_norm) * Math.sqrt(deltas);
   }
 }
 

@@ -20,6 +20,18 @@ export interface Shape {
   valueDim?: number;
 }
 
+/** Positions, one for each row of one batch, or of all batches one after the other. Finite. */
+export type Positions =
+  | readonly number[]
+  | Float32Array
+  | Float64Array
+  | Int8Array
+  | Uint8Array
+  | Int16Array
+  | Uint16Array
+  | Int32Array
+  | Uint32Array;
+
 /** Rotary position embedding (Su et al. 2021): pair p of a vector at position m turns by m * base^(-2p/dim) radians. */
 export interface Rotary {
   /** Default 10000. Positive. */
@@ -30,6 +42,15 @@ export interface Rotary {
   interleaved?: boolean;
   /** Radians per position, one for each pair, instead of `base` (not both): dim/2 finite numbers. */
   frequencies?: Float32Array;
+  /**
+   * cos and sin of pair p at position m, entry [m dim/2 + p] of each, instead of `base` and `frequencies`. Positions are row
+   * numbers then: integers from 0 on, below the number of rows. Gradients, and `inverse`, turn by -sin.
+   */
+  tables?: { cos: Float32Array; sin: Float32Array };
+  /** Where the queries are, [queryLength] or [batch, queryLength], instead of i + queryOffset; of the rotation, not of masks. */
+  queryPositions?: Positions;
+  /** Where the keys are, [keyLength] or [batch, keyLength], instead of j; not for `rotate`. */
+  keyPositions?: Positions;
 }
 
 /** Where rows are: [batch, heads, length, dim], or [batch, length, heads, dim] as projections leave them. */

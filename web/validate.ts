@@ -196,7 +196,7 @@ function readGeometry(name: string, given: Given): Geometry {
   if (!Number.isFinite(Math.fround(scale))) throw wrong(name, 'scale', 'a finite float32', scale, true);
   return {
     ...shape,
-    ...readRotary(name, given['rotary'], shape.headDim),
+    ...readRotary(name, given['rotary'], { ...shape, queryOffset, hasKeys: name !== 'rotate' }),
     causal: readBoolean(name, 'causal', given['causal'], false),
     queryOffset,
     scale,
