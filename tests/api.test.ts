@@ -82,7 +82,7 @@ const COMMON: Case[] = [
   [
     { rotary: { theta: 1 } },
     TypeError,
-    '@: there is no option rotary.theta; known are base, dim, interleaved, frequencies, tables, queryPositions, keyPositions',
+    '@: there is no option rotary.theta; known are base, dim, interleaved, frequencies, scaling, tables, queryPositions, keyPositions',
   ],
   [{ rotary: { base: 0 } }, RangeError, '@: rotary.base must be positive and finite, got 0'],
   [{ rotary: { base: NaN } }, RangeError, '@: rotary.base must be positive and finite, got NaN'],
@@ -109,6 +109,14 @@ const COMMON: Case[] = [
   [{ rotary: { keyPositions: new Int8Array(8) } }, RangeError, '@: rotary.keyPositions has 8 values, shape needs 7 or 14'],
   [{ rotary: { queryPositions: [0, 1, 2, NaN, 4] } }, RangeError, '@: rotary.queryPositions[3] must be finite, got NaN'],
   [{ rotary: { queryPositions: [0, 1, 2, , 4] } }, TypeError, '@: rotary.queryPositions[3] must be a number, got undefined'],
+  [{ rotary: { scaling: { type: 'linear' } } }, TypeError, '@: rotary.scaling.factor must be a number, got undefined'],
+  [{ rotary: { scaling: { type: 'alibi' } } }, RangeError, "@: rotary.scaling.type must be one of 'linear', 'dynamic', 'yarn'"],
+  [
+    { rotary: { frequencies: new Float32Array(4), scaling: { type: 'linear', factor: 2 } } },
+    TypeError,
+    '@: rotary has both scaling and frequencies; give one of them',
+  ],
+  [{ rotary: { tables: TABLES, scaling: { type: 'linear', factor: 2 } } }, TypeError, '@: rotary has both scaling and tables'],
   [{ rotary: { tables: 1 } }, TypeError, '@: rotary.tables must be an object, got 1'],
   [{ rotary: { tables: { cos: [1], sin: [0] } } }, TypeError, '@: rotary.tables.cos must be a Float32Array, got an array'],
   [

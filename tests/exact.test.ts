@@ -106,6 +106,9 @@ const positionSettings: Setting[] = [
       keyPositions: Uint16Array.from(scattered(70, 8)),
     },
   },
+  { shape: spread, rotary: { base: 100, scaling: { type: 'linear', factor: 4 } }, causal: true },
+  { shape: spread, rotary: { base: 100, scaling: { type: 'dynamic', factor: 4, originalLength: 20, length: 70 } } },
+  { shape: spread, rotary: { base: 100, dim: 8, scaling: { type: 'yarn', factor: 40, originalLength: 30 } }, layout: 'bnhd' },
   // Rows that are no rotations: cos^2 + sin^2 is not 1
   { shape, rotary: { tables: { cos: draw(37 * 6, random(1).normal), sin: draw(37 * 6, random(2).normal) } }, causal: true },
 ];

@@ -480,7 +480,7 @@ describe("guarantee 'certified'", () => {
     );
   });
 
-  test('the bound counts tables that lengthen vectors', () => {
+  test('the bound counts tables and attention factors that lengthen vectors', () => {
     const angles = Float64Array.from({ length: 512 * 8 }, (_, n) => Math.floor(n / 8) * 10000 ** (-(n % 8) / 8));
     const tables = {
       cos: Float32Array.from(angles, (x) => 1.5 * Math.cos(x)),
@@ -488,12 +488,14 @@ describe("guarantee 'certified'", () => {
     };
     const args = withoutGradient(problem({ shape: { ...SHAPE, queryLength: 512 } }, 26, uniform(0.4)));
     const options = { method: 'polynomial', degree: 2, guarantee: 'certified', onMiss: 'report' } as const;
-    const [plain, longer] = [{}, { tables }].map((rotary) => {
+    const scaling = { type: 'yarn', factor: 1, originalLength: 512, attentionFactor: 1.5 } as const;
+    const [plain, longer, scaled] = [{}, { tables }, { scaling }].map((rotary) => {
       const { output, report } = attention.forward({ ...args, rotary, ...options });
       expect(outputError({ ...args, rotary }, output)).toBeLessThanOrEqual(report.errorBound!);
       return report;
     });
     expect(longer.scoreBound / plain.scoreBound).toBeCloseTo(2.25, 4);
+    expect(scaled.scoreBound / plain.scoreBound).toBeCloseTo(2.25, 4);
   });
 
   test('the bound counts the rounding of float32 sums, which grows with the length', () => {

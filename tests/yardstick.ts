@@ -3,7 +3,7 @@
 // How accurate is accurate enough: attention in float32 as one writes it first, and from it the error that an exact engine is
 // allowed: twice that of plain float32, three times for gradients.
 
-import { reference } from '../dist/index.js';
+import { reference, rotaryFrequencies } from '../dist/index.js';
 import { UNIT, fullShape, inner, lengths, maxAbs, maxDifference, withLayout } from './support.js';
 import type { Rotary } from '../dist/index.js';
 import type { Problem } from './support.js';
@@ -66,7 +66,10 @@ export function plainFloat32(args: Problem): ByResult<Float32Array> {
   const scale = f(args.scale ?? 1 / Math.sqrt(headDim));
 
   const rotary: Rotary = args.rotary === false ? { dim: 0 } : (args.rotary ?? {});
-  const { base = 10000, dim = headDim, interleaved = false, frequencies, tables } = rotary;
+  const { base, dim = headDim, interleaved = false, scaling, tables } = rotary;
+  const angles = rotaryFrequencies({ dim, base, scaling });
+  const frequencies = rotary.frequencies ?? angles.frequencies;
+  const factor = f(angles.attentionFactor);
   /** Rows of the queries, or of the keys. */
   const rotate = (x: Float32Array, of: 'queries' | 'keys', sign: number) => {
     const [length, heads] = of === 'queries' ? [queryLength, shape.heads] : [keyLength, shape.kvHeads];
@@ -77,10 +80,10 @@ export function plainFloat32(args: Problem): ByResult<Float32Array> {
       const counted = n + (of === 'queries' ? queryOffset : 0);
       const position = given ? given[given.length > length ? batch * length + n : n] : counted;
       for (let p = 0; p < dim / 2; p++) {
-        const angle = position * (frequencies?.[p] ?? base ** ((-2 * p) / dim));
+        const angle = position * frequencies[p];
         const entry = (position * dim) / 2 + p;
-        const cos = tables ? tables.cos[entry] : f(Math.cos(angle));
-        const sin = sign * (tables ? tables.sin[entry] : f(Math.sin(angle)));
+        const cos = f(factor * (tables ? tables.cos[entry] : f(Math.cos(angle))));
+        const sin = sign * f(factor * (tables ? tables.sin[entry] : f(Math.sin(angle))));
         const a = r * headDim + (interleaved ? 2 * p : p);
         const b = interleaved ? a + 1 : a + dim / 2;
         y[a] = f(x[a] * cos) - f(x[b] * sin);

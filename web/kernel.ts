@@ -271,7 +271,7 @@ export class Session {
       degree: degree ?? 0,
       coefficients: at.coefficients,
       layout: Number(g.layout === 'bnhd'),
-      rotary_factor: 1,
+      rotary_factor: g.rotaryFactor,
       query_positions: at.queryPositions,
       key_positions: at.keyPositions,
       position_batches: g.positionBatches,

@@ -15,6 +15,7 @@
 // Papers: Su et al. 2021 (RoPE, arXiv 2104.09864); the names of the chain in Alman, Song (arXiv 2412.17316v3) are
 // s = P, l = dout, beta = dP, gamma = dS.
 
+import { rotaryFrequencies } from './scaling.js';
 import type { ForwardArgs, Options, Positions, Rotary, RotateArgs } from './types.js';
 
 /** Arrays of either precision; float32 values are widened exactly. */
@@ -45,7 +46,7 @@ export interface ReferenceBackward {
 }
 
 /** Every default filled in. */
-function settle(name: string, args: Widened<Options>) {
+function settle(name: string, args: Widened<Options>, hasKeys = true) {
   for (const option of ['bias', 'relativePositions', 'relative'] as const) {
     if (args[option] !== undefined) throw new RangeError(`${name}: option ${option} is not supported by the reference`);
   }
@@ -65,13 +66,17 @@ function settle(name: string, args: Widened<Options>) {
     return near && segmentOf(i + queryOffset) === segmentOf(j);
   };
   const rotary: ReferenceRotary = args.rotary === false ? { dim: 0 } : (args.rotary ?? {});
-  const rotation = rotationOf(name, rotary, headDim);
   const positionsOf = (given: Positions | undefined, heads: number, length: number, first: number) => (r: number) => {
     const [batch, n] = [Math.floor(r / length / heads), r % length];
     return given ? given[given.length > length ? batch * length + n : n] : first + n;
   };
   const queryPosition = positionsOf(rotary.queryPositions, heads, queryLength, queryOffset);
   const keyPosition = positionsOf(rotary.keyPositions, kvHeads, keyLength, 0);
+  const largest = (position: (r: number) => number, rows: number) =>
+    Array.from({ length: rows }, (_, r) => position(r)).reduce((a, b) => Math.max(a, b));
+  const queryEnd = largest(queryPosition, batch * heads * queryLength) + 1;
+  const keyEnd = hasKeys ? largest(keyPosition, batch * kvHeads * keyLength) + 1 : 1;
+  const rotation = rotationOf(name, rotary, headDim, Math.max(queryEnd, keyEnd, 1));
   const { layout = 'bhnd' } = args;
   /** The rows of x, [batch][heads][length][width] whatever the layout. */
   const split = (what: string, x: Values, heads: number, length: number, width: number): Float64Array[] => {
@@ -97,20 +102,26 @@ function placeOf(r: number, heads: number, length: number): number {
   return (Math.floor(head / heads) * length + n) * heads + (head % heads);
 }
 
-/** Turns one vector at a position by its angles; sign -1 turns back. */
-type Rotation = (x: Float64Array, position: number, sign: 1 | -1) => Float64Array;
+/** What is done to a vector: R, its transpose, its inverse. They differ by a factor where R is not only a rotation. */
+type Direction = 'forward' | 'transpose' | 'inverse';
+type Rotation = (x: Float64Array, position: number, direction: Direction) => Float64Array;
 
-function rotationOf(name: string, rotary: ReferenceRotary, headDim: number): Rotation {
-  const { base = 10000, dim = headDim, interleaved = false, frequencies, tables } = rotary;
+/** @param length of the sequence, which some scalings go by. */
+function rotationOf(name: string, rotary: ReferenceRotary, headDim: number, length: number): Rotation {
+  const { base, dim = headDim, interleaved = false, frequencies, scaling, tables } = rotary;
   if (dim % 2 !== 0 || dim > headDim) throw new RangeError(`${name}: rotary.dim = ${dim} is odd or above ${headDim}`);
-  return (x, position, sign) => {
+  const given = frequencies ?? tables;
+  const { frequencies: angles, attentionFactor } = rotaryFrequencies({ dim, ...(given ? {} : { base, scaling, length }) });
+  return (x, position, direction) => {
+    const factor = direction === 'inverse' ? 1 / attentionFactor : attentionFactor;
+    const sign = direction === 'forward' ? 1 : -1;
     const y = Float64Array.from(x);
     for (let p = 0; p < dim / 2; p++) {
-      const [entry, angle] = [(position * dim) / 2 + p, position * (frequencies?.[p] ?? base ** ((-2 * p) / dim))];
+      const [entry, angle] = [(position * dim) / 2 + p, position * (frequencies ?? angles)[p]];
       const [c, s] = tables ? [tables.cos[entry], tables.sin[entry]] : [Math.cos(angle), Math.sin(angle)];
       const [first, second] = interleaved ? [2 * p, 2 * p + 1] : [p, p + dim / 2];
-      y[first] = x[first] * c - x[second] * sign * s;
-      y[second] = x[first] * sign * s + x[second] * c;
+      y[first] = factor * (x[first] * c - x[second] * sign * s);
+      y[second] = factor * (x[first] * sign * s + x[second] * c);
     }
     return y;
   };
@@ -134,8 +145,8 @@ function prepare(name: string, args: ReferenceForwardArgs) {
   const q = split('q', args.q, heads, queryLength, headDim);
   const k = split('k', args.k, kvHeads, keyLength, headDim);
   const v = split('v', args.v, kvHeads, keyLength, valueDim);
-  const rotatedQ = q.map((row, r) => rotation(row, setting.queryPosition(r), 1));
-  const rotatedK = k.map((row, r) => rotation(row, setting.keyPosition(r), 1));
+  const rotatedQ = q.map((row, r) => rotation(row, setting.queryPosition(r), 'forward'));
+  const rotatedK = k.map((row, r) => rotation(row, setting.keyPosition(r), 'forward'));
 
   /** P of flat query row r as pairs (flat key row, weight), and log of the row's sum; subtracts the largest score first. */
   const softmax = (r: number) => {
@@ -197,8 +208,8 @@ function backward(args: ReferenceBackwardArgs): ReferenceBackward {
       accumulate(dk[key], scale * dS, rotatedQ[r]);
     });
   }
-  const turnedQ = dq.map((row, r) => rotation(row, setting.queryPosition(r), -1));
-  const turnedK = dk.map((row, r) => rotation(row, setting.keyPosition(r), -1));
+  const turnedQ = dq.map((row, r) => rotation(row, setting.queryPosition(r), 'transpose'));
+  const turnedK = dk.map((row, r) => rotation(row, setting.keyPosition(r), 'transpose'));
   return {
     dq: join(turnedQ, heads, queryLength),
     dk: join(turnedK, kvHeads, keyLength),
@@ -211,9 +222,9 @@ function backward(args: ReferenceBackwardArgs): ReferenceBackward {
  * (x1, x2) -> (x1 cos a - x2 sin a, x1 sin a + x2 cos a) with a = (i + queryOffset) base^(-2p/dim) for pair p.
  */
 function rotate(args: ReferenceRotateArgs): Float64Array {
-  const { heads, queryLength, headDim, queryPosition, rotation, split, join } = settle('reference.rotate', args);
+  const { heads, queryLength, headDim, queryPosition, rotation, split, join } = settle('reference.rotate', args, false);
   const rows = split('x', args.x, heads, queryLength, headDim);
-  const turned = rows.map((row, r) => rotation(row, queryPosition(r), args.inverse ? -1 : 1));
+  const turned = rows.map((row, r) => rotation(row, queryPosition(r), args.inverse ? 'inverse' : 'forward'));
   return join(turned, heads, queryLength);
 }
 

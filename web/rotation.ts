@@ -2,7 +2,8 @@
 //
 // The option `rotary`: where rows are, and how far each pair of a vector turns there.
 
-import { readBoolean, readFloats, readInteger, readNumber, readNumbers, readRecord, wrong } from './check.js';
+import { readBoolean, readFloats, readInteger, readNumbers, readRecord, wrong } from './check.js';
+import { readFrequencies } from './scaling.js';
 import type { Rotary, Shape } from './types.js';
 
 /** The option with its defaults. */
@@ -14,6 +15,8 @@ export interface Rotation {
   frequencies: Float64Array;
   /** [rows][rotaryDim/2] each, instead of frequencies. */
   tables: { cos: Float32Array; sin: Float32Array; rows: number } | null;
+  /** On rotated queries and keys. */
+  rotaryFactor: number;
   /** A number that no rotation exceeds the length of a vector by, as a factor. */
   rotaryGain: number;
   /** [positionBatches][queryLength], [positionBatches][keyLength]; null: i + queryOffset, j. */
@@ -32,7 +35,7 @@ export interface Place extends Required<Shape> {
 
 type GivenRotary = { readonly [option in keyof Rotary]: unknown };
 
-const ROTARY = ['base', 'dim', 'interleaved', 'frequencies', 'tables', 'queryPositions', 'keyPositions'];
+const ROTARY = ['base', 'dim', 'interleaved', 'frequencies', 'scaling', 'tables', 'queryPositions', 'keyPositions'];
 
 /** Checks the option. */
 export function readRotary(name: string, value: unknown, place: Place): Rotation {
@@ -54,13 +57,24 @@ export function readRotary(name: string, value: unknown, place: Place): Rotation
     interleaved: readBoolean(name, 'rotary.interleaved', rotary.interleaved, false),
     ...positions,
   };
-  if (rotary.tables === undefined) {
-    return { ...common, frequencies: readFrequencies(name, rotary, rotaryDim), tables: null, rotaryGain: 1 };
+  refuseBoth(name, rotary, 'tables', ['base', 'frequencies', 'scaling']);
+  refuseBoth(name, rotary, 'frequencies', ['base', 'scaling']);
+  if (rotary.tables !== undefined) {
+    const tables = readTables(name, rotary.tables, rotaryDim);
+    checkRows(name, tables.rows, positions, place);
+    return { ...common, frequencies: new Float64Array(0), tables, rotaryFactor: 1, rotaryGain: gainOf(tables) };
   }
-  refuseBoth(name, rotary, 'tables', ['base', 'frequencies']);
-  const tables = readTables(name, rotary.tables, rotaryDim);
-  checkRows(name, tables.rows, positions, place);
-  return { ...common, frequencies: new Float64Array(0), tables, rotaryGain: gainOf(tables) };
+  const { frequencies, attentionFactor } =
+    rotary.frequencies === undefined
+      ? readFrequencies(name, 'rotary.', rotary, rotaryDim, lengthOf(positions, place))
+      : { frequencies: readGiven(name, rotary.frequencies, rotaryDim), attentionFactor: 1 };
+  return {
+    ...common,
+    frequencies,
+    tables: null,
+    rotaryFactor: attentionFactor,
+    rotaryGain: Math.max(1, attentionFactor), // dimensions past rotaryDim stay
+  };
 }
 
 function refuseBoth(name: string, rotary: GivenRotary, one: keyof Rotary, others: readonly (keyof Rotary)[]): void {
@@ -70,23 +84,11 @@ function refuseBoth(name: string, rotary: GivenRotary, one: keyof Rotary, others
   }
 }
 
-function readFrequencies(name: string, rotary: GivenRotary, dim: number): Float64Array {
-  if (rotary.frequencies === undefined) return readBase(name, rotary.base, dim);
-  refuseBoth(name, rotary, 'frequencies', ['base']);
-  const given = readFloats(name, 'rotary.frequencies', rotary.frequencies, dim / 2, 'rotary.dim/2');
+function readGiven(name: string, value: unknown, dim: number): Float64Array {
+  const given = readFloats(name, 'rotary.frequencies', value, dim / 2, 'rotary.dim/2');
   const frequencies = Float64Array.from(given);
   const bad = frequencies.findIndex((frequency) => !Number.isFinite(frequency));
   if (bad >= 0) throw wrong(name, `rotary.frequencies[${bad}]`, 'finite', frequencies[bad], true);
-  return frequencies;
-}
-
-/** base^(-2p/dim) for each pair p. */
-function readBase(name: string, value: unknown, dim: number): Float64Array {
-  const base = value === undefined ? 10000 : readNumber(name, 'rotary.base', value);
-  if (!(base > 0 && base < Infinity)) throw wrong(name, 'rotary.base', 'positive and finite', base, true);
-  const frequencies = Float64Array.from({ length: dim / 2 }, (_, p) => base ** ((-2 * p) / dim));
-  if (!frequencies.every(Number.isFinite))
-    throw wrong(name, 'rotary.base', 'large enough that base^(-2p/dim) is finite', base, true);
   return frequencies;
 }
 
@@ -118,6 +120,14 @@ function readPositions(name: string, rotary: GivenRotary, place: Place): Positio
     keyPositions: keys && repeat(keys, batches * keyLength),
     positionBatches: batches,
   };
+}
+
+/** The largest position plus one. */
+function lengthOf({ queryPositions, keyPositions }: Positions, place: Place): number {
+  const largest = (given: Float64Array | null, last: number) =>
+    given ? given.reduce((most, position) => Math.max(most, position), -Infinity) : last;
+  const queries = largest(queryPositions, place.queryOffset + place.queryLength - 1);
+  return 1 + (place.hasKeys ? Math.max(queries, largest(keyPositions, place.keyLength - 1)) : queries);
 }
 
 /** The numbers again and again until there are so many. */
