@@ -16,6 +16,9 @@ const { dOutput, ...forwardArgs } = args;
 const planArgs = forwardArgs;
 const rotateArgs = { x: args.q, shape: SHAPE };
 
+/** Eight rows. */
+const TABLES = { cos: new Float32Array(32).fill(1), sin: new Float32Array(32) };
+
 let attention: RopeAttention;
 beforeAll(async () => {
   attention = await createRopeAttention();
@@ -79,7 +82,7 @@ const COMMON: Case[] = [
   [
     { rotary: { theta: 1 } },
     TypeError,
-    '@: there is no option rotary.theta; known are base, dim, interleaved, frequencies',
+    '@: there is no option rotary.theta; known are base, dim, interleaved, frequencies, scaling, tables, queryPositions, keyPositions',
   ],
   [{ rotary: { base: 0 } }, RangeError, '@: rotary.base must be positive and finite, got 0'],
   [{ rotary: { base: NaN } }, RangeError, '@: rotary.base must be positive and finite, got NaN'],
@@ -99,6 +102,52 @@ const COMMON: Case[] = [
     '@: rotary.frequencies[2] must be finite, got NaN',
   ],
   [{ rotary: { base: 500, frequencies: new Float32Array(4) } }, TypeError, '@: rotary has both base and frequencies'],
+  [{ rotary: { queryPositions: 3 } }, TypeError, '@: rotary.queryPositions must be a typed array or an array of numbers, got 3'],
+  [{ rotary: { queryPositions: [0, 1] } }, RangeError, '@: rotary.queryPositions has 2 values, shape needs 5 or 10'],
+  [{ rotary: { keyPositions: new BigInt64Array(7) } }, TypeError, '@: rotary.keyPositions must be a typed array or'],
+  [{ rotary: { keyPositions: new DataView(new ArrayBuffer(7)) } }, TypeError, '@: rotary.keyPositions must be a typed array or'],
+  [{ rotary: { keyPositions: new Int8Array(8) } }, RangeError, '@: rotary.keyPositions has 8 values, shape needs 7 or 14'],
+  [{ rotary: { queryPositions: [0, 1, 2, NaN, 4] } }, RangeError, '@: rotary.queryPositions[3] must be finite, got NaN'],
+  [{ rotary: { queryPositions: [0, 1, 2, , 4] } }, TypeError, '@: rotary.queryPositions[3] must be a number, got undefined'],
+  [{ rotary: { scaling: { type: 'linear' } } }, TypeError, '@: rotary.scaling.factor must be a number, got undefined'],
+  [{ rotary: { scaling: { type: 'alibi' } } }, RangeError, "@: rotary.scaling.type must be one of 'linear', 'dynamic', 'yarn'"],
+  [
+    { rotary: { frequencies: new Float32Array(4), scaling: { type: 'linear', factor: 2 } } },
+    TypeError,
+    '@: rotary has both scaling and frequencies; give one of them',
+  ],
+  [{ rotary: { tables: TABLES, scaling: { type: 'linear', factor: 2 } } }, TypeError, '@: rotary has both scaling and tables'],
+  [{ rotary: { tables: 1 } }, TypeError, '@: rotary.tables must be an object, got 1'],
+  [{ rotary: { tables: { cos: [1], sin: [0] } } }, TypeError, '@: rotary.tables.cos must be a Float32Array, got an array'],
+  [
+    { rotary: { tables: { cos: new Float32Array(30), sin: new Float32Array(30) } } },
+    RangeError,
+    '@: rotary.tables.cos has 30 values, a number of rows of rotary.dim/2 needs 32',
+  ],
+  [
+    { rotary: { tables: { cos: new Float32Array(32), sin: new Float32Array(28) } } },
+    RangeError,
+    '@: rotary.tables.sin has 28 values, rotary.tables.cos needs 32',
+  ],
+  [{ rotary: { dim: 0, tables: TABLES } }, RangeError, '@: rotary.tables need a rotary.dim above 0, got 0'],
+  [{ rotary: { base: 500, tables: TABLES } }, TypeError, '@: rotary has both base and tables; give one of them'],
+  [
+    { rotary: { frequencies: new Float32Array(4), tables: TABLES } },
+    TypeError,
+    '@: rotary has both frequencies and tables; give one of them',
+  ],
+  [
+    { rotary: { tables: TABLES }, queryOffset: 4 },
+    RangeError,
+    '@: queryOffset 4 + length 5 must stay within the 8 rows of rotary.tables',
+  ],
+  [{ rotary: { tables: TABLES }, queryOffset: -1 }, RangeError, '@: queryOffset -1 + length 5 must stay within the 8 rows'],
+  [
+    { rotary: { tables: TABLES, queryPositions: [0, 1, 2, 8, 4] } },
+    RangeError,
+    '@: rotary.queryPositions[3] must be a row of rotary.tables, 0 to 7, got 8',
+  ],
+  [{ rotary: { tables: TABLES, queryPositions: [0, 1, 2.5, 3, 4] } }, RangeError, '@: rotary.queryPositions[2] must be a row of'],
   [{ scale: '1' }, TypeError, "@: scale must be a number, got '1'"],
   [{ scale: Infinity }, RangeError, '@: scale must be a finite float32, got Infinity'],
   [{ scale: 1e39 }, RangeError, '@: scale must be a finite float32, got 1e+39'],
@@ -123,6 +172,8 @@ const COMMON: Case[] = [
   [{ bias: new Float32Array(11) }, RangeError, '@: bias is not available in this version'],
   [{ relativePositions: new Float32Array(11) }, RangeError, '@: relativePositions is not available in this version'],
   [{ relative: {} }, RangeError, '@: relative is not available in this version'],
+  [{ layout: 'bnhc' }, RangeError, "@: layout must be one of 'bhnd', 'bnhd', got 'bnhc'"],
+  [{ layout: 1 }, TypeError, '@: layout must be one of'],
   [{ method: 'toeplitz' }, RangeError, "@: method 'toeplitz' is not available in this version"],
   [{ method: 'fast' }, RangeError, "@: method must be one of 'auto', 'exact', 'polynomial', 'toeplitz', got 'fast'"],
   [{ method: 1 }, TypeError, '@: method must be one of'],
@@ -161,14 +212,33 @@ const CASES: [name: 'forward' | 'backward' | 'plan' | 'rotate', ...Case][] = [
   ['backward', { output: dOutput, lse: new Float32Array(41) }, RangeError, '@: lse has 41 values, shape needs 40'],
   ['plan', { v: undefined, dOutput }, TypeError, '@: dOutput needs v as well'],
   ['plan', { output: dOutput }, TypeError, '@: there is no option output'],
+  [
+    'forward',
+    { shape: { ...SHAPE, keyLength: 9 }, k: new Float32Array(288), v: new Float32Array(216), rotary: { tables: TABLES } },
+    RangeError,
+    '@: first key 0 + length 9 must stay within the 8 rows of rotary.tables',
+  ],
+  [
+    'forward',
+    { rotary: { tables: TABLES, keyPositions: [0, 1, 2, 3, 4, 5, -6] } },
+    RangeError,
+    '@: rotary.keyPositions[6] must be a row of rotary.tables, 0 to 7, got -6',
+  ],
+  [
+    'rotate',
+    { rotary: { keyPositions: [0, 1, 2, 3, 4, 5, 6] } },
+    TypeError,
+    '@: rotary.keyPositions is not for rotate: x is turned by rotary.queryPositions',
+  ],
   ['rotate', { x: args.k }, RangeError, '@: x has 224 values, shape needs 320'],
   ['rotate', { x: [1, 2] }, TypeError, '@: x must be a Float32Array, got an array'],
+  ['rotate', { layout: 'bnh' }, RangeError, "@: layout must be one of 'bhnd', 'bnhd', got 'bnh'"],
   ['rotate', { inverse: 1 }, TypeError, '@: inverse must be true or false, got 1'],
   [
     'rotate',
     { causal: true },
     TypeError,
-    '@: there is no option causal; known are x, shape, rotary, queryOffset, inverse',
+    '@: there is no option causal; known are x, shape, rotary, queryOffset, layout, inverse',
   ],
   ['rotate', { shape: { ...SHAPE, headDim: 7 } }, RangeError, '@: rotary.dim is headDim by default'],
   ['rotate', { rotary: { dim: 3 } }, RangeError, '@: rotary.dim must be even, got 3'],
@@ -312,6 +382,10 @@ describe('options reach the kernels', () => {
     { window: [2, 1] as const },
     { segments: [0] },
     { segments: [0, 2, 5] },
+    { layout: 'bnhd' as const },
+    { rotary: { queryPositions: [5, 0, 3.5, -2, 9] } },
+    { rotary: { keyPositions: Float32Array.from({ length: 14 }, (_, n) => (n * 5) % 13) } },
+    { rotary: { tables: { cos: TABLES.cos, sin: TABLES.cos.map((_, n) => Math.sin(n)) } } },
   ];
   /** These say what the default is. */
   const IDLE = [SETTINGS[0], SETTINGS[14], SETTINGS[16]];

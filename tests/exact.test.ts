@@ -47,6 +47,9 @@ const optionSettings: Setting[] = [
   { shape, rotary: { base: 500 } },
   { shape, rotary: { frequencies: Float32Array.of(1, 0.1, -0.2, 3, 0, 0.5) } },
   { shape, rotary: { dim: 4, frequencies: Float32Array.of(0.7, 0.01) }, causal: true },
+  { shape, layout: 'bnhd' },
+  { shape: { ...shape, batch: 2, heads: 6, kvHeads: 2, keyLength: 20, valueDim: 5 }, layout: 'bnhd', causal: true, queryOffset: -9 },
+  { shape: { ...shape, batch: 3, heads: 2, queryLength: 260 }, layout: 'bnhd', rotary: { dim: 6, interleaved: true }, window: [30, 4] },
   { shape, scale: 0 },
   { shape, scale: -0.5 },
   { shape, scale: 3, causal: true },
@@ -72,6 +75,42 @@ const maskSettings: Setting[] = [
   { shape: { ...long, queryLength: 50 }, segments: [0, 37, 190, 230], queryOffset: 170 },
   { shape: { ...long, queryLength: 90, keyLength: 70 }, segments: [0, 37], queryOffset: -20 },
   { shape: { ...long, batch: 2, heads: 4, kvHeads: 2, queryLength: 140 }, segments: [0, 37, 90], window: [20, 10] },
+];
+
+/** cos and sin of all angles from 0 on, as a model would keep them. */
+function tablesOf(rows: number, frequencies: readonly number[]) {
+  const angles = Float64Array.from({ length: rows * frequencies.length }, (_, n) => {
+    const row = Math.floor(n / frequencies.length);
+    return row * frequencies[n % frequencies.length];
+  });
+  return { cos: Float32Array.from(angles, Math.cos), sin: Float32Array.from(angles, Math.sin) };
+}
+
+const scattered = (count: number, seed: number) => Array.from({ length: count }, (_, n) => ((n + seed) * 7919) % 611);
+const spread = { ...shape, batch: 3, heads: 4, kvHeads: 2, queryLength: 45, keyLength: 70 };
+const positionSettings: Setting[] = [
+  { shape, rotary: { queryPositions: Array.from({ length: 37 }, (_, n) => 1e6 + n) } },
+  { shape, rotary: { keyPositions: Float64Array.from({ length: 37 }, (_, n) => 0.37 * n - 5) }, queryOffset: 11 },
+  { shape: spread, rotary: { queryPositions: scattered(45, 1), keyPositions: scattered(70, 2) }, causal: true },
+  { shape: spread, rotary: { queryPositions: scattered(135, 1), keyPositions: Int32Array.from(scattered(210, 2)) } },
+  { shape: spread, rotary: { queryPositions: scattered(45, 3), keyPositions: scattered(210, 4), interleaved: true } },
+  { shape: spread, rotary: { keyPositions: scattered(210, 5), dim: 4 }, layout: 'bnhd', window: [20, 8] },
+  { shape: spread, rotary: { queryPositions: Float32Array.from(scattered(135, 6), (m) => -m / 3) }, layout: 'bnhd' },
+  { shape: spread, rotary: { tables: tablesOf(70, [1, 0.5, 0.3, 0.1, 0.02, 0.004]) }, causal: true, queryOffset: 25 },
+  { shape, rotary: { tables: tablesOf(37, [1, 0.3]), dim: 4, interleaved: true } },
+  {
+    shape: spread,
+    rotary: {
+      tables: tablesOf(611, [1, 0.5, 0.3, 0.1, 0.02, 0.004]),
+      queryPositions: scattered(135, 7),
+      keyPositions: Uint16Array.from(scattered(70, 8)),
+    },
+  },
+  { shape: spread, rotary: { base: 100, scaling: { type: 'linear', factor: 4 } }, causal: true },
+  { shape: spread, rotary: { base: 100, scaling: { type: 'dynamic', factor: 4, originalLength: 20, length: 70 } } },
+  { shape: spread, rotary: { base: 100, dim: 8, scaling: { type: 'yarn', factor: 40, originalLength: 30 } }, layout: 'bnhd' },
+  // Rows that are no rotations: cos^2 + sin^2 is not 1
+  { shape, rotary: { tables: { cos: draw(37 * 6, random(1).normal), sin: draw(37 * 6, random(2).normal) } }, causal: true },
 ];
 
 /** Entries of one sign and size: scores from low to high without rotation, at scale 1. */
@@ -119,6 +158,7 @@ const groups = [
   ['dimensions', withYardsticks(dimensionSettings, 2000)],
   ['options', withYardsticks(optionSettings, 3000)],
   ['masks', withYardsticks(maskSettings, 4000)],
+  ['positions', withYardsticks(positionSettings, 5000)],
   ['scores', scoreProblems],
 ] as const;
 

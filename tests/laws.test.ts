@@ -7,7 +7,8 @@
 import { describe, expect, test } from '@jest/globals';
 
 import { reference } from '../dist/index.js';
-import { UNIT, eachBinary, forwardArgs, inner, maxAbs, problem, random } from './support.js';
+import type { Report } from '../dist/index.js';
+import { UNIT, eachBinary, forwardArgs, inLayout, inner, maxAbs, problem, random, withLayout } from './support.js';
 import type { Floats, Problem, Setting } from './support.js';
 
 const shape = { batch: 2, heads: 4, kvHeads: 2, queryLength: 70, headDim: 8, valueDim: 5 };
@@ -34,7 +35,8 @@ const TOLERANCE = {
   linearGradient: 15, // 7.2
   sums: 0.9, // 0.45
   halves: 2.2, // 1.1
-  rotation: 4, // 1.9
+  rotation: 5, // 2.5
+  before: 9, // 4.4
 };
 
 /** |x - y| <= roundings * 2^-24 * size for every entry; size is that of y unless given. */
@@ -134,6 +136,57 @@ eachBinary((attention) => {
       expect(a.dv).toEqual(b.dv);
     });
 
+    test('the other layout gives the same, bit by bit, and the same report', () => {
+      const args = make({ shape: { ...shape, keyLength: 83 }, causal: true, queryOffset: 13 }, 12);
+      const other = withLayout(args, 'bnhd');
+      const timeless = ({ milliseconds: _, ...report }: Report) => report;
+      const [a, b] = [forward(args), forward(other)];
+      expect(b.output).toEqual(inLayout(a.output, 'bnhd', 4, 70, 5));
+      expect(b.lse).toEqual(a.lse);
+      expect(timeless(b.report)).toEqual(timeless(a.report));
+      const [c, d] = [backward(args), backward(other)];
+      expect(d.dq).toEqual(inLayout(c.dq, 'bnhd', 4, 70, 8));
+      expect(d.dk).toEqual(inLayout(c.dk, 'bnhd', 2, 83, 8));
+      expect(d.dv).toEqual(inLayout(c.dv, 'bnhd', 2, 83, 5));
+      expect(timeless(d.report)).toEqual(timeless(c.report));
+    });
+
+    test('positions that are counted anyway change nothing, bit by bit', () => {
+      const args = make({ shape, causal: true, queryOffset: 3 }, 13);
+      const count = (first: number) => Array.from({ length: 70 }, (_, n) => first + n);
+      const rotary = { queryPositions: count(3), keyPositions: Int16Array.from([...count(0), ...count(0)]) };
+      const [a, b] = [args, { ...args, rotary }];
+      for (const name of ['output', 'lse'] as const) expect(forward(b)[name]).toEqual(forward(a)[name]);
+      for (const name of ['dq', 'dk', 'dv'] as const) expect(backward(b)[name]).toEqual(backward(a)[name]);
+    });
+
+    test('rotation may come before, at any positions of each batch', () => {
+      const args = make({ shape, causal: true }, 14);
+      const r = random(14);
+      const [queryPositions, keyPositions] = [0, 1].map(() => Float64Array.from({ length: 140 }, () => 500 * r.normal()));
+      const turn = (x: Float32Array, positions: Float64Array, heads: number, inverse = false) => {
+        const rotary = { queryPositions: positions };
+        return attention().rotate({ x, shape: { ...shape, heads, kvHeads: heads }, rotary, inverse });
+      };
+      const before = { ...args, rotary: false as const, q: turn(args.q, queryPositions, 4), k: turn(args.k, keyPositions, 2) };
+      const within = { ...args, rotary: { queryPositions, keyPositions } };
+      expectClose(forward(within).output, forward(before).output, TOLERANCE.before);
+      expectClose(forward(within).lse, forward(before).lse, TOLERANCE.before);
+      const [a, b] = [backward(within), backward(before)];
+      expectClose(a.dq, turn(b.dq, queryPositions, 4, true), TOLERANCE.before);
+      expectClose(a.dk, turn(b.dk, keyPositions, 2, true), TOLERANCE.before);
+      expectClose(a.dv, b.dv, TOLERANCE.before);
+    });
+
+    test('tables of the same angles are the same rotation', () => {
+      const args = make({ shape, causal: true }, 15);
+      const angles = Float64Array.from({ length: 70 * 4 }, (_, n) => Math.floor(n / 4) * 10000 ** (-(n % 4) / 4));
+      const tables = { cos: Float32Array.from(angles, Math.cos), sin: Float32Array.from(angles, Math.sin) };
+      const [a, b] = [args, { ...args, rotary: { tables } }];
+      expectClose(forward(b).output, forward(a).output, TOLERANCE.before);
+      for (const name of ['dq', 'dk', 'dv'] as const) expectClose(backward(b)[name], backward(a)[name], TOLERANCE.before);
+    });
+
     test('scale 0: means of the values, lse the logarithm of their number', () => {
       const args = make({ shape, causal: true, scale: 0 }, 7);
       const { output, lse } = forward(args);
@@ -223,6 +276,33 @@ eachBinary((attention) => {
         expectClose(turned, reference.rotate({ ...call, rotary, queryOffset }), TOLERANCE.rotation);
         expectClose(attention().rotate({ ...call, x: turned, rotary, queryOffset, inverse: true }), x, 2 * TOLERANCE.rotation);
       }
+    });
+
+    test('at given positions, of one batch or of each, and by tables', () => {
+      const r = random(16);
+      const positions = Array.from({ length: 80 }, () => 1000 * r.normal());
+      const rows = Uint8Array.from({ length: 80 }, () => 20 * r.uniform());
+      const angles = Float64Array.from({ length: 120 }, () => 6 * r.uniform());
+      const tables = { cos: Float32Array.from(angles, Math.cos), sin: Float32Array.from(angles, Math.sin) };
+      for (const rotary of [
+        { queryPositions: positions },
+        { queryPositions: positions.slice(0, 40), dim: 4 },
+        { queryPositions: rows, tables },
+        { queryPositions: rows.subarray(0, 40), tables, interleaved: true },
+      ]) {
+        for (const layout of ['bhnd', 'bnhd'] as const) {
+          const turned = attention().rotate({ ...call, rotary, layout });
+          expectClose(turned, reference.rotate({ ...call, rotary, layout }), TOLERANCE.rotation);
+          const back = attention().rotate({ ...call, x: turned, rotary, layout, inverse: true });
+          expectClose(back, x, 2 * TOLERANCE.rotation);
+        }
+      }
+    });
+
+    test('rows may be in the other layout', () => {
+      const options = { rotary: { dim: 10, interleaved: true }, queryOffset: -3 };
+      const turned = attention().rotate({ ...call, x: inLayout(x, 'bnhd', 3, 40, 12), layout: 'bnhd', ...options });
+      expect(turned).toEqual(inLayout(attention().rotate({ ...call, ...options }), 'bnhd', 3, 40, 12));
     });
 
     test('dimensions past rotary.dim, and position 0, stay bit by bit', () => {

@@ -17,6 +17,7 @@ import {
   problem,
   random,
   relativeFrobenius,
+  withLayout,
   type Problem,
   type Setting,
 } from './support.js';
@@ -176,6 +177,20 @@ describe('the choice', () => {
     expect(degrees).toEqual([...degrees].sort((a, b) => a - b));
     expect(new Set(degrees).size).toBeGreaterThanOrEqual(4);
     expect(degrees.at(-1)).toBe(9);
+  });
+
+  test('the layout changes nothing about it', () => {
+    const setting = { shape: { ...SHAPE, batch: 2, heads: 4, kvHeads: 2, queryLength: 1024, valueDim: 24 }, causal: true };
+    const args = problem(setting, 15, uniform(0.3));
+    for (const tolerance of [1e-1, 1e-2]) {
+      const [a, b] = [args, withLayout(args, 'bnhd')].map((one) => attention.backward({ ...one, tolerance }).report);
+      expect({ ...b, milliseconds: 0 }).toEqual({ ...a, milliseconds: 0 });
+      expect(a.method).toBe('polynomial');
+    }
+    const { output, lse } = attention.forward({ ...withoutGradient(withLayout(args, 'bnhd')), method: 'exact' });
+    const given = { ...withLayout(args, 'bnhd'), output, lse, tolerance: 1e-6 };
+    expect(attention.backward(given).report.reason).not.toContain('computed again');
+    expect(attention.backward({ ...given, output: output.map((x) => 1.01 * x) }).report.reason).toContain('computed again');
   });
 
   test('large entries are exact, and the reason names the best degree', () => {
@@ -470,6 +485,24 @@ describe("guarantee 'certified'", () => {
     expect(attention.forward({ ...args, tolerance: 1e-6 }).report.reason).toMatch(
       /^exact: no cheaper polynomial is certified within 0.000001, at best degree /,
     );
+  });
+
+  test('the bound counts tables and attention factors that lengthen vectors', () => {
+    const angles = Float64Array.from({ length: 512 * 8 }, (_, n) => Math.floor(n / 8) * 10000 ** (-(n % 8) / 8));
+    const tables = {
+      cos: Float32Array.from(angles, (x) => 1.5 * Math.cos(x)),
+      sin: Float32Array.from(angles, (x) => 1.5 * Math.sin(x)),
+    };
+    const args = withoutGradient(problem({ shape: { ...SHAPE, queryLength: 512 } }, 26, uniform(0.4)));
+    const options = { method: 'polynomial', degree: 2, guarantee: 'certified', onMiss: 'report' } as const;
+    const scaling = { type: 'yarn', factor: 1, originalLength: 512, attentionFactor: 1.5 } as const;
+    const [plain, longer, scaled] = [{}, { tables }, { scaling }].map((rotary) => {
+      const { output, report } = attention.forward({ ...args, rotary, ...options });
+      expect(outputError({ ...args, rotary }, output)).toBeLessThanOrEqual(report.errorBound!);
+      return report;
+    });
+    expect(longer.scoreBound / plain.scoreBound).toBeCloseTo(2.25, 4);
+    expect(scaled.scoreBound / plain.scoreBound).toBeCloseTo(2.25, 4);
   });
 
   test('the bound counts the rounding of float32 sums, which grows with the length', () => {

@@ -6,7 +6,7 @@
 import { describe, expect, test } from '@jest/globals';
 
 import { reference } from '../dist/index.js';
-import { describeSetting, inner, lengths, maxAbs, problem, random } from './support.js';
+import { describeSetting, inLayout, inner, lengths, maxAbs, problem, random, withLayout } from './support.js';
 import type { Floats, Problem, Setting } from './support.js';
 
 /** Values that float64 arithmetic of a few dozen operations reproduces. */
@@ -153,6 +153,22 @@ test('grouped heads are repeated key/value heads, whose gradients add up', () =>
   expect(together.dq).toEqual(apart.dq);
   expect(together.dk).toBeAllclose(sum(apart.dk, 20), { atol: 1e-14 });
   expect(together.dv).toBeAllclose(sum(apart.dv, 15), { atol: 1e-14 });
+});
+
+test('the layout is where rows are, not what they are', () => {
+  const shape = { batch: 2, heads: 4, kvHeads: 2, queryLength: 3, keyLength: 5, headDim: 4, valueDim: 3 };
+  const args = problem({ shape, causal: true, queryOffset: 1 }, 2);
+  const other = withLayout(args, 'bnhd');
+  // Row n of head h of batch b: by hand for one of them
+  expect(other.q.subarray(4 * ((1 * 3 + 2) * 4 + 3), 4 * ((1 * 3 + 2) * 4 + 3) + 4)).toEqual(args.q.subarray(92, 96));
+  const [a, b] = [args, other].map((one) => ({ ...reference.forward(one), ...reference.backward(one) }));
+  expect(b.output).toEqual(inLayout(a.output, 'bnhd', 4, 3, 3));
+  expect(b.lse).toEqual(a.lse);
+  expect(b.dq).toEqual(inLayout(a.dq, 'bnhd', 4, 3, 4));
+  expect(b.dk).toEqual(inLayout(a.dk, 'bnhd', 2, 5, 4));
+  expect(b.dv).toEqual(inLayout(a.dv, 'bnhd', 2, 5, 3));
+  const turned = reference.rotate({ x: other.q, shape, queryOffset: 7, layout: 'bnhd' });
+  expect(turned).toEqual(inLayout(reference.rotate({ x: args.q, shape, queryOffset: 7 }), 'bnhd', 4, 3, 4));
 });
 
 describe('gradients are finite differences of the forward pass', () => {

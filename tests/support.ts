@@ -6,7 +6,7 @@ import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 
 import { createRopeAttention } from '../dist/index.js';
 import { hasRelaxedSimd } from '../dist/probe.js';
-import type { BackwardArgs, Options, RopeAttention, Shape } from '../dist/index.js';
+import type { BackwardArgs, Layout, Options, RopeAttention, Shape } from '../dist/index.js';
 
 export type Floats = Float32Array | Float64Array;
 
@@ -42,7 +42,10 @@ export function draw(length: number, next: () => number): Float32Array {
 }
 
 /** The options that the mathematics depends on. */
-export type Setting = Pick<Options, 'shape' | 'rotary' | 'scale' | 'causal' | 'queryOffset' | 'window' | 'segments'>;
+export type Setting = Pick<
+  Options,
+  'shape' | 'rotary' | 'scale' | 'causal' | 'queryOffset' | 'window' | 'segments' | 'layout'
+>;
 export type Arrays = Pick<BackwardArgs, 'q' | 'k' | 'v' | 'dOutput'>;
 export type Problem = Setting & Arrays;
 
@@ -76,8 +79,34 @@ export function problem(setting: Setting, seed: number, entries?: (r: Random) =>
   return { ...setting, q: draw(n.q, next), k: draw(n.k, next), v: draw(n.v, r.normal), dOutput: draw(n.output, r.normal) };
 }
 
+/** x [batch, heads, length, dim] in another layout, or from another layout to this one. */
+export function inLayout<T extends Floats>(x: T, to: Layout, heads: number, length: number, dim: number): T {
+  const y = x.slice() as T;
+  for (let r = 0; r < x.length / dim; r++) {
+    const [head, n] = [Math.floor(r / length), r % length];
+    const other = (Math.floor(head / heads) * length + n) * heads + (head % heads);
+    const [from, at] = to === 'bnhd' ? [r, other] : [other, r];
+    y.set(x.subarray(from * dim, (from + 1) * dim) as never, at * dim);
+  }
+  return y;
+}
+
+/** The same problem with all arrays in another layout than they are in. */
+export function withLayout(args: Problem, layout: Layout): Problem {
+  if (layout === (args.layout ?? 'bhnd')) return args;
+  const { heads, kvHeads, queryLength, keyLength, headDim, valueDim } = fullShape(args.shape);
+  return {
+    ...args,
+    layout,
+    q: inLayout(args.q, layout, heads, queryLength, headDim),
+    k: inLayout(args.k, layout, kvHeads, keyLength, headDim),
+    v: inLayout(args.v, layout, kvHeads, keyLength, valueDim),
+    dOutput: inLayout(args.dOutput, layout, heads, queryLength, valueDim),
+  };
+}
+
 /** A few words that tell one setting from another. */
-export function describeSetting({ shape, rotary, scale, causal, queryOffset, window, segments }: Setting): string {
+export function describeSetting({ shape, rotary, scale, causal, queryOffset, window, segments, layout }: Setting): string {
   const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim } = fullShape(shape);
   const words = [`${queryLength}x${keyLength} D=${headDim}`];
   if (valueDim !== headDim) words.push(`Dv=${valueDim}`);
@@ -87,9 +116,16 @@ export function describeSetting({ shape, rotary, scale, causal, queryOffset, win
   if (window) words.push(`window ${window}`);
   if (segments) words.push(`segments ${segments}`);
   if (rotary === false) words.push('no rotation');
-  else if (rotary) words.push(...Object.entries(rotary).map(([key, value]) => `${key} ${value}`));
+  else if (rotary) words.push(...Object.entries(rotary).map(([key, value]) => `${key} ${brief(value)}`));
+  if (layout) words.push(layout);
   if (scale !== undefined) words.push(`scale ${scale}`);
   return words.join(', ');
+}
+
+/** Long lists by their length. */
+function brief(value: unknown): string {
+  const [text, list] = [JSON.stringify(value), value as { length?: number }];
+  return text.length <= 60 ? text : list.length === undefined ? Object.keys(list).join(' ') : `of ${list.length}`;
 }
 
 // --- Errors -----------------------------------------------------------------------------------------------------------

@@ -41,6 +41,12 @@ describe('results', () => {
     const rotation = { x: small.q, shape: small.shape, queryOffset: 5 };
     expect(plain(await remote.rotate(rotation))).toEqual(plain(local.rotate(rotation)));
     expect(await remote.plan(smallForward)).toEqual(local.plan(smallForward));
+
+    const frequent = { queryPositions: Array.from({ length: 33 }, (_, n) => n / 3), keyPositions: Uint8Array.of(7, ...new Array(32).fill(1)) };
+    for (const options of [{ rotary: frequent }, { segments: Uint32Array.of(0, 9) }, { segments: [0, 9], window: [4, 1] as const }]) {
+      const given = { ...smallForward, ...options };
+      expect(plain((await remote.forward(given)).output)).toEqual(plain(local.forward(given).output));
+    }
     local.dispose();
   });
 

@@ -3,8 +3,9 @@
 // How accurate is accurate enough: attention in float32 as one writes it first, and from it the error that an exact engine is
 // allowed: twice that of plain float32, three times for gradients.
 
-import { reference } from '../dist/index.js';
-import { UNIT, fullShape, inner, lengths, maxAbs, maxDifference } from './support.js';
+import { reference, rotaryFrequencies } from '../dist/index.js';
+import { UNIT, fullShape, inner, lengths, maxAbs, maxDifference, withLayout } from './support.js';
+import type { Rotary } from '../dist/index.js';
 import type { Problem } from './support.js';
 
 /** The results of both passes. */
@@ -28,10 +29,12 @@ const FLOOR = 4;
 
 export function yardstick(args: Problem): Yardstick {
   const exact = { ...reference.forward(args), ...reference.backward(args) };
-  const plain = plainFloat32(args);
-  const terms = magnitudes(args);
+  const straight = withLayout(args, 'bhnd');
+  const ordered = straight === args ? exact : { ...reference.forward(straight), ...reference.backward(straight) };
+  const plain = plainFloat32(straight);
+  const terms = magnitudes(straight);
   const allow = (name: (typeof RESULTS)[number], ratio: number) =>
-    Math.max(ratio * maxDifference(plain[name], exact[name]), FLOOR * UNIT * terms[name]);
+    Math.max(ratio * maxDifference(plain[name], ordered[name]), FLOOR * UNIT * terms[name]);
   const allowed = { output: allow('output', 2), lse: allow('lse', 2), dq: allow('dq', 3), dk: allow('dk', 3), dv: allow('dv', 3) };
   return { exact, allowed };
 }
@@ -52,22 +55,35 @@ function keysOf({ shape, causal, queryOffset = 0, window = [-1, -1], segments = 
 const row = <T extends Float32Array | Float64Array>(x: T, r: number, width: number) => x.subarray(r * width, (r + 1) * width) as T;
 
 /**
- * Both passes in float32: every product and sum rounded, one running sum for each, a whole row of weights in memory, angles in
+ * Both passes in float32, layout 'bhnd': every product and sum rounded, one running sum for each, a whole row of weights in memory, angles in
  * float64, exp and log rounded correctly.
  */
 export function plainFloat32(args: Problem): ByResult<Float32Array> {
   const f = Math.fround;
-  const { queryLength, keyLength, headDim, valueDim } = fullShape(args.shape);
+  const shape = fullShape(args.shape);
+  const { queryLength, keyLength, headDim, valueDim } = shape;
   const { queryOffset = 0, v, dOutput } = args;
   const scale = f(args.scale ?? 1 / Math.sqrt(headDim));
 
-  const { base = 10000, dim = headDim, interleaved = false, frequencies } = args.rotary === false ? { dim: 0 } : (args.rotary ?? {});
-  const rotate = (x: Float32Array, length: number, start: number, sign: number) => {
+  const rotary: Rotary = args.rotary === false ? { dim: 0 } : (args.rotary ?? {});
+  const { base, dim = headDim, interleaved = false, scaling, tables } = rotary;
+  const angles = rotaryFrequencies({ dim, base, scaling });
+  const frequencies = rotary.frequencies ?? angles.frequencies;
+  const factor = f(angles.attentionFactor);
+  /** Rows of the queries, or of the keys. */
+  const rotate = (x: Float32Array, of: 'queries' | 'keys', sign: number) => {
+    const [length, heads] = of === 'queries' ? [queryLength, shape.heads] : [keyLength, shape.kvHeads];
+    const given = of === 'queries' ? rotary.queryPositions : rotary.keyPositions;
     const y = Float32Array.from(x);
     for (let r = 0; r < x.length / headDim; r++) {
+      const [batch, n] = [Math.floor(r / length / heads), r % length];
+      const counted = n + (of === 'queries' ? queryOffset : 0);
+      const position = given ? given[given.length > length ? batch * length + n : n] : counted;
       for (let p = 0; p < dim / 2; p++) {
-        const angle = (start + (r % length)) * (frequencies?.[p] ?? base ** ((-2 * p) / dim));
-        const [cos, sin] = [f(Math.cos(angle)), f(sign * Math.sin(angle))];
+        const angle = position * frequencies[p];
+        const entry = (position * dim) / 2 + p;
+        const cos = f(factor * (tables ? tables.cos[entry] : f(Math.cos(angle))));
+        const sin = sign * f(factor * (tables ? tables.sin[entry] : f(Math.sin(angle))));
         const a = r * headDim + (interleaved ? 2 * p : p);
         const b = interleaved ? a + 1 : a + dim / 2;
         y[a] = f(x[a] * cos) - f(x[b] * sin);
@@ -85,8 +101,8 @@ export function plainFloat32(args: Problem): ByResult<Float32Array> {
     for (let d = 0; d < x.length; d++) y[d] = y[d] + f(a * x[d]);
   };
 
-  const q = rotate(args.q, queryLength, queryOffset, 1);
-  const k = rotate(args.k, keyLength, 0, 1);
+  const q = rotate(args.q, 'queries', 1);
+  const k = rotate(args.k, 'keys', 1);
   const output = new Float32Array(lengths(args.shape).output);
   const lse = new Float32Array(q.length / headDim).fill(-Infinity);
   const [dq, dk, dv] = [q, k, v].map((x) => new Float32Array(x.length));
@@ -121,7 +137,20 @@ export function plainFloat32(args: Problem): ByResult<Float32Array> {
       accumulate(row(dk, key, headDim), dS, q_r);
     });
   }
-  return { output, lse, dq: rotate(dq, queryLength, queryOffset, -1), dk: rotate(dk, keyLength, 0, -1), dv };
+  return { output, lse, dq: rotate(dq, 'queries', -1), dk: rotate(dk, 'keys', -1), dv };
+}
+
+/** R q or R k, in float64. */
+export function turned(args: Problem, name: 'q' | 'k'): Float64Array {
+  const { batch, kvHeads, keyLength, headDim } = fullShape(args.shape);
+  const rotary = args.rotary === false ? { dim: 0 } : { ...args.rotary };
+  const { queryPositions, keyPositions } = rotary;
+  if (name === 'q') {
+    return reference.rotate({ ...args, x: args.q, rotary: { ...rotary, queryPositions, keyPositions: undefined } });
+  }
+  const shape = { batch, heads: kvHeads, queryLength: keyLength, headDim };
+  const ofKeys = { ...rotary, queryPositions: keyPositions, keyPositions: undefined };
+  return reference.rotate({ x: args.k, shape, rotary: ofKeys, layout: args.layout });
 }
 
 /**
@@ -134,11 +163,9 @@ export function plainFloat32(args: Problem): ByResult<Float32Array> {
  * with |x| the vector of magnitudes, after rotation; and |lse_i| + sum_j a_ij for lse.
  */
 export function magnitudes(args: Problem): ByResult<number> {
-  const { batch, kvHeads, keyLength, headDim, valueDim } = fullShape(args.shape);
-  const { rotary = {}, queryOffset = 0, scale = 1 / Math.sqrt(headDim) } = args;
-  const keyShape = { batch, heads: kvHeads, queryLength: keyLength, headDim };
-  const turnedQ = reference.rotate({ x: args.q, shape: args.shape, rotary, queryOffset });
-  const turnedK = reference.rotate({ x: args.k, shape: keyShape, rotary });
+  const { headDim, valueDim } = fullShape(args.shape);
+  const { scale = 1 / Math.sqrt(headDim) } = args;
+  const [turnedQ, turnedK] = [turned(args, 'q'), turned(args, 'k')];
   const [q, k, v, dout] = [turnedQ, turnedK, args.v, args.dOutput].map((x) => Float64Array.from(x, Math.abs));
   const { lse } = reference.forward(args);
 

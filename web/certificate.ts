@@ -25,7 +25,8 @@ const FEATURE_BLOCK = 48;
 
 /** R: a number that no |score| of the head exceeds, once the mean key is subtracted; the rounding of the norms included. */
 export function scoreRadius(g: Geometry, bounds: Bounds): number {
-  return Math.abs(g.scale) * bounds.q_norm * bounds.k_centred_norm * (1 + (g.headDim + 8) * UNIT);
+  const rotated = g.rotaryGain * bounds.q_norm; // k_centred_norm is of rotated keys
+  return Math.abs(g.scale) * rotated * bounds.k_centred_norm * (1 + (g.headDim + 8) * UNIT);
 }
 
 /**
@@ -58,7 +59,7 @@ export function roundingBound(
   let magnitude = 0;
   for (let m = degree; m >= 0; m--) magnitude = magnitude * radius + Math.abs(coefficients[m]);
   const sums = (2 * gamma * magnitude * valueRatio) / ((1 - t) * Math.exp(-radius));
-  const delta = 8 * UNIT * Math.abs(g.scale) * bounds.q_norm * bounds.k_norm;
+  const delta = 8 * UNIT * Math.abs(g.scale) * g.rotaryGain ** 2 * bounds.q_norm * bounds.k_norm;
   return sums + certifiedBound(Math.expm1(2 * delta));
 }
 

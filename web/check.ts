@@ -31,6 +31,23 @@ export function readFloats(name: string, option: string, value: unknown, values:
   return array;
 }
 
+/** A copy. `many` takes so many numbers; `needs` says what decides that. */
+export function readNumbers(
+  name: string,
+  option: string,
+  value: unknown,
+  many: (values: number) => boolean,
+  needs: string,
+): Float64Array {
+  const typed = ArrayBuffer.isView(value) && /^(Float|U?[Ii]nt)\d\d?Array$/.test((value as Float32Array)[Symbol.toStringTag]);
+  if (!typed && !Array.isArray(value)) throw wrong(name, option, 'a typed array or an array of numbers', value, false);
+  const numbers = Float64Array.from(value as ArrayLike<unknown>, (one, n) => readNumber(name, `${option}[${n}]`, one));
+  if (!many(numbers.length)) throw new RangeError(`${name}: ${option} has ${numbers.length} values, ${needs}`);
+  const bad = numbers.findIndex((one) => !Number.isFinite(one));
+  if (bad >= 0) throw wrong(name, `${option}[${bad}]`, 'finite', numbers[bad], true);
+  return numbers;
+}
+
 export function readNumber(name: string, option: string, value: unknown): number {
   if (typeof value !== 'number') throw wrong(name, option, 'a number', value, false);
   return value;

@@ -5,6 +5,7 @@
 export { createRopeAttention } from './attention.js';
 export { createRopeAttentionWorker } from './worker-client.js';
 export { reference } from './reference.js';
+export { rotaryFrequencies } from './scaling.js';
 export * as theory from './theory.js';
 export type {
   ReferenceBackward,
@@ -13,4 +14,5 @@ export type {
   ReferenceForwardArgs,
   ReferenceRotateArgs,
 } from './reference.js';
+export type { RotaryFrequencies, RotaryFrequenciesArgs } from './scaling.js';
 export type * from './types.js';

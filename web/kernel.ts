@@ -163,6 +163,10 @@ interface Places {
   arrays: number;
   bounds: number;
   frequencies: number;
+  cos: number;
+  sin: number;
+  queryPositions: number;
+  keyPositions: number;
   segments: number;
   coefficients: number;
   own: number;
@@ -202,12 +206,18 @@ export class Session {
     this.#arena = arena;
     arena.reset();
     const floats = (count: number) => arena.reserve(4 * count);
+    const some = (values: ArrayLike<number> | null | undefined, bytes: number) =>
+      values ? arena.reserve(bytes * values.length) : 0;
     this.#at = {
       problem: arena.reserve(sizeOf(PROBLEM)),
       arrays: arena.reserve(sizeOf(ARRAYS)),
       bounds: arena.reserve(sizeOf(BOUNDS)),
-      frequencies: arena.reserve(8 * g.frequencies.length),
-      segments: floats(g.segments.length),
+      frequencies: some(g.tables ? null : g.frequencies, 8),
+      cos: some(g.tables?.cos, 4),
+      sin: some(g.tables?.sin, 4),
+      queryPositions: some(g.queryPositions, 8),
+      keyPositions: some(g.keyPositions, 8),
+      segments: some(g.segments.length > 1 ? g.segments : null, 4),
       coefficients: floats(this.heads * MAX_COEFFICIENTS),
       own: floats(MAX_COEFFICIENTS),
       rows: floats(SAMPLE_ROWS),
@@ -220,9 +230,18 @@ export class Session {
       dv: floats(SAMPLE_ROWS * g.valueDim),
     };
     arena.commit(name);
-    arena.writeDoubles(this.#at.frequencies, g.frequencies);
-    arena.writeIntegers(this.#at.segments, g.segments);
+    this.#writeGeometry();
     this.setEngine(null);
+  }
+
+  #writeGeometry(): void {
+    const [g, at, arena] = [this.geometry, this.#at, this.#arena];
+    if (at.frequencies) arena.writeDoubles(at.frequencies, g.frequencies);
+    if (g.tables) arena.writeFloats(at.cos, g.tables.cos);
+    if (g.tables) arena.writeFloats(at.sin, g.tables.sin);
+    if (g.queryPositions) arena.writeDoubles(at.queryPositions, g.queryPositions);
+    if (g.keyPositions) arena.writeDoubles(at.keyPositions, g.keyPositions);
+    if (at.segments) arena.writeIntegers(at.segments, g.segments);
   }
 
   /** Bytes of memory that the call needs. */
@@ -245,9 +264,9 @@ export class Session {
   /** Chooses the engine of the calls that follow: null is exact. `coefficients` [heads][degree + 1] belong to a degree. */
   setEngine(degree: number | null, coefficients?: Float32Array): void {
     this.#check();
-    const g = this.geometry;
-    if (coefficients) this.#arena.writeFloats(this.#at.coefficients, coefficients);
-    this.#arena.writeStruct(this.#at.problem, PROBLEM, {
+    const [g, at] = [this.geometry, this.#at];
+    if (coefficients) this.#arena.writeFloats(at.coefficients, coefficients);
+    this.#arena.writeStruct(at.problem, PROBLEM, {
       batch: g.batch,
       heads: g.heads,
       kv_heads: g.kvHeads,
@@ -260,21 +279,21 @@ export class Session {
       causal: Number(g.causal),
       query_offset: g.queryOffset,
       scale: g.scale,
-      frequencies: g.rotaryDim > 0 ? this.#at.frequencies : 0,
+      frequencies: at.frequencies,
       method: degree === null ? EXACT : POLYNOMIAL,
       degree: degree ?? 0,
-      coefficients: this.#at.coefficients,
-      layout: 0,
-      rotary_factor: 1,
-      query_positions: 0,
-      key_positions: 0,
-      position_batches: 1,
-      cos_table: 0,
-      sin_table: 0,
-      table_rows: 0,
+      coefficients: at.coefficients,
+      layout: Number(g.layout === 'bnhd'),
+      rotary_factor: g.rotaryFactor,
+      query_positions: at.queryPositions,
+      key_positions: at.keyPositions,
+      position_batches: g.positionBatches,
+      cos_table: at.cos,
+      sin_table: at.sin,
+      table_rows: g.tables?.rows ?? 0,
       window_left: g.window[0],
       window_right: g.window[1],
-      segments: g.segments.length > 1 ? this.#at.segments : 0,
+      segments: at.segments,
       segment_count: g.segments.length,
       softcap: 0,
       bias: 0,
@@ -369,14 +388,22 @@ export class Session {
 
   /** A copy of what a pass wrote. */
   result(array: ArrayName): Float32Array {
-    return this.resultRows(array, 0, 0, this.#counts(array).rows * this.heads);
+    this.#check();
+    const { batch } = this.geometry;
+    const { heads, length, width } = this.#sizes(array);
+    return this.#arena.readFloats(this.#arrays[array], batch * heads * length * width);
   }
 
-  /** A copy of `count` rows from row `first` of a key/value head: of its queries or (dk, dv) of its keys. */
-  resultRows(array: ArrayName, head: number, first: number, count: number): Float32Array {
+  /** A copy of one row of a key/value head: row i of its h-th query is h * queryLength + i; rows of dk and dv are keys. */
+  resultRow(array: ArrayName, head: number, row: number): Float32Array {
     this.#check();
-    const { rows, width } = this.#counts(array);
-    return this.#arena.readFloats(this.#arrays[array] + 4 * width * (head * rows + first), width * count);
+    const { kvHeads, layout } = this.geometry;
+    const { heads, length, width } = this.#sizes(array);
+    const [batch, place] = [Math.floor(head / kvHeads), row % length];
+    const own = (head % kvHeads) * (heads / kvHeads) + Math.floor(row / length);
+    const straight = layout === 'bhnd' || array === 'lse';
+    const at = straight ? (batch * heads + own) * length + place : (batch * length + place) * heads + own;
+    return this.#arena.readFloats(this.#arrays[array] + 4 * width * at, width);
   }
 
   /** Makes a key/value head the one that the sampling methods look at. */
@@ -466,7 +493,7 @@ export class Session {
     };
   }
 
-  /** Rotates all rows of x [batch][heads][queryLength][headDim]. */
+  /** Rotates all rows of x, which has the shape and the layout of q. */
   rotate(x: Float32Array, inverse: boolean): Float32Array {
     this.#check();
     const { ra_rotate_workspace, ra_rotate } = this.#exports;
@@ -478,11 +505,12 @@ export class Session {
     return this.#arena.readFloats(at, x.length);
   }
 
-  /** Rows of one key/value head, and values in a row, of an array. */
-  #counts(array: ArrayName): { rows: number; width: number } {
-    const { keyLength, headDim, valueDim } = this.geometry;
-    if (array === 'dk' || array === 'dv') return { rows: keyLength, width: array === 'dk' ? headDim : valueDim };
-    return { rows: this.rowsOfHead, width: array === 'lse' ? 1 : array === 'dq' ? headDim : valueDim };
+  /** Heads, rows in a head and values in a row of an array. */
+  #sizes(array: ArrayName): { heads: number; length: number; width: number } {
+    const { heads, kvHeads, queryLength, keyLength, headDim, valueDim } = this.geometry;
+    const ofKeys = array === 'dk' || array === 'dv';
+    const width = array === 'lse' ? 1 : array === 'dq' || array === 'dk' ? headDim : valueDim;
+    return ofKeys ? { heads: kvHeads, length: keyLength, width } : { heads, length: queryLength, width };
   }
 
   #check(): void {

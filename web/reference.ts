@@ -15,12 +15,16 @@
 // Papers: Su et al. 2021 (RoPE, arXiv 2104.09864); the names of the chain in Alman, Song (arXiv 2412.17316v3) are
 // s = P, l = dout, beta = dP, gamma = dS.
 
-import type { ForwardArgs, Options, Rotary, RotateArgs } from './types.js';
+import { rotaryFrequencies } from './scaling.js';
+import type { ForwardArgs, Options, Positions, Rotary, RotateArgs } from './types.js';
 
 /** Arrays of either precision; float32 values are widened exactly. */
 export type Values = Float32Array | Float64Array;
 
-type ReferenceRotary = Omit<Rotary, 'frequencies'> & { frequencies?: Values };
+type ReferenceRotary = Omit<Rotary, 'frequencies' | 'tables'> & {
+  frequencies?: Values;
+  tables?: { cos: Values; sin: Values };
+};
 type Widened<T> = Omit<T, 'q' | 'k' | 'v' | 'x' | 'rotary'> & { rotary?: false | ReferenceRotary };
 
 export type ReferenceForwardArgs = Widened<ForwardArgs> & { q: Values; k: Values; v: Values };
@@ -42,7 +46,7 @@ export interface ReferenceBackward {
 }
 
 /** Every default filled in. */
-function settle(name: string, args: Widened<Options>) {
+function settle(name: string, args: Widened<Options>, hasKeys = true) {
   for (const option of ['bias', 'relativePositions', 'relative'] as const) {
     if (args[option] !== undefined) throw new RangeError(`${name}: option ${option} is not supported by the reference`);
   }
@@ -61,33 +65,66 @@ function settle(name: string, args: Widened<Options>) {
     const near = (!causal || distance >= 0) && (left < 0 || distance <= left) && (right < 0 || -distance <= right);
     return near && segmentOf(i + queryOffset) === segmentOf(j);
   };
-  const rotation = rotationOf(name, args.rotary ?? {}, headDim);
-  return { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, queryOffset, allowed, rotation };
+  const rotary: ReferenceRotary = args.rotary === false ? { dim: 0 } : (args.rotary ?? {});
+  const positionsOf = (given: Positions | undefined, heads: number, length: number, first: number) => (r: number) => {
+    const [batch, n] = [Math.floor(r / length / heads), r % length];
+    return given ? given[given.length > length ? batch * length + n : n] : first + n;
+  };
+  const queryPosition = positionsOf(rotary.queryPositions, heads, queryLength, queryOffset);
+  const keyPosition = positionsOf(rotary.keyPositions, kvHeads, keyLength, 0);
+  const largest = (position: (r: number) => number, rows: number) =>
+    Array.from({ length: rows }, (_, r) => position(r)).reduce((a, b) => Math.max(a, b));
+  const queryEnd = largest(queryPosition, batch * heads * queryLength) + 1;
+  const keyEnd = hasKeys ? largest(keyPosition, batch * kvHeads * keyLength) + 1 : 1;
+  const rotation = rotationOf(name, rotary, headDim, Math.max(queryEnd, keyEnd, 1));
+  const { layout = 'bhnd' } = args;
+  /** The rows of x, [batch][heads][length][width] whatever the layout. */
+  const split = (what: string, x: Values, heads: number, length: number, width: number): Float64Array[] => {
+    const rows = batch * heads * length;
+    if (x.length !== rows * width) throw new RangeError(`${name}: ${what} has ${x.length} values, shape needs ${rows * width}`);
+    const at = (r: number) => (layout === 'bhnd' ? r : placeOf(r, heads, length)) * width;
+    return Array.from({ length: rows }, (_, r) => Float64Array.from(x.subarray(at(r), at(r) + width)));
+  };
+  /** Undoes `split`. */
+  const join = (rows: Float64Array[], heads: number, length: number): Float64Array => {
+    const width = rows[0]?.length ?? 0;
+    const x = new Float64Array(rows.length * width);
+    rows.forEach((row, r) => x.set(row, (layout === 'bhnd' ? r : placeOf(r, heads, length)) * width));
+    return x;
+  };
+  const positions = { queryPosition, keyPosition };
+  return { heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, allowed, rotation, ...positions, split, join };
 }
 
-/** Turns one vector at a position by its angles; sign -1 turns back. */
-type Rotation = (x: Float64Array, position: number, sign: 1 | -1) => Float64Array;
+/** The row of [batch][length][heads] that is row r of [batch][heads][length]. */
+function placeOf(r: number, heads: number, length: number): number {
+  const [head, n] = [Math.floor(r / length), r % length];
+  return (Math.floor(head / heads) * length + n) * heads + (head % heads);
+}
 
-function rotationOf(name: string, rotary: false | ReferenceRotary, headDim: number): Rotation {
-  const { base = 10000, dim = headDim, interleaved = false, frequencies }: ReferenceRotary = rotary === false ? { dim: 0 } : rotary;
+/** What is done to a vector: R, its transpose, its inverse. They differ by a factor where R is not only a rotation. */
+type Direction = 'forward' | 'transpose' | 'inverse';
+type Rotation = (x: Float64Array, position: number, direction: Direction) => Float64Array;
+
+/** @param length of the sequence, which some scalings go by. */
+function rotationOf(name: string, rotary: ReferenceRotary, headDim: number, length: number): Rotation {
+  const { base, dim = headDim, interleaved = false, frequencies, scaling, tables } = rotary;
   if (dim % 2 !== 0 || dim > headDim) throw new RangeError(`${name}: rotary.dim = ${dim} is odd or above ${headDim}`);
-  return (x, position, sign) => {
+  const given = frequencies ?? tables;
+  const { frequencies: angles, attentionFactor } = rotaryFrequencies({ dim, ...(given ? {} : { base, scaling, length }) });
+  return (x, position, direction) => {
+    const factor = direction === 'inverse' ? 1 / attentionFactor : attentionFactor;
+    const sign = direction === 'forward' ? 1 : -1;
     const y = Float64Array.from(x);
     for (let p = 0; p < dim / 2; p++) {
-      const angle = position * (frequencies?.[p] ?? base ** ((-2 * p) / dim));
-      const [cos, sin] = [Math.cos(angle), sign * Math.sin(angle)];
+      const [entry, angle] = [(position * dim) / 2 + p, position * (frequencies ?? angles)[p]];
+      const [c, s] = tables ? [tables.cos[entry], tables.sin[entry]] : [Math.cos(angle), Math.sin(angle)];
       const [first, second] = interleaved ? [2 * p, 2 * p + 1] : [p, p + dim / 2];
-      y[first] = x[first] * cos - x[second] * sin;
-      y[second] = x[first] * sin + x[second] * cos;
+      y[first] = factor * (x[first] * c - x[second] * sign * s);
+      y[second] = factor * (x[first] * sign * s + x[second] * c);
     }
     return y;
   };
-}
-
-/** The rows of x, [rows][width], each as a Float64Array of its own. */
-function rowsOf(name: string, what: string, x: Values, rows: number, width: number): Float64Array[] {
-  if (x.length !== rows * width) throw new RangeError(`${name}: ${what} has ${x.length} values, shape needs ${rows * width}`);
-  return Array.from({ length: rows }, (_, row) => Float64Array.from(x.subarray(row * width, (row + 1) * width)));
 }
 
 function dot(x: Float64Array, y: Float64Array): number {
@@ -101,22 +138,15 @@ function accumulate(y: Float64Array, a: number, x: Float64Array): void {
   for (let d = 0; d < y.length; d++) y[d] += a * x[d];
 }
 
-function concatenate(rows: Float64Array[]): Float64Array {
-  const width = rows[0]?.length ?? 0;
-  const result = new Float64Array(rows.length * width);
-  rows.forEach((row, r) => result.set(row, r * width));
-  return result;
-}
-
 /** Rows of q and k, rotated, rows of v, and the softmax of every query row in turn. */
 function prepare(name: string, args: ReferenceForwardArgs) {
   const setting = settle(name, args);
-  const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, queryOffset, allowed, rotation } = setting;
-  const q = rowsOf(name, 'q', args.q, batch * heads * queryLength, headDim);
-  const k = rowsOf(name, 'k', args.k, batch * kvHeads * keyLength, headDim);
-  const v = rowsOf(name, 'v', args.v, batch * kvHeads * keyLength, valueDim);
-  const rotatedQ = q.map((row, r) => rotation(row, (r % queryLength) + queryOffset, 1));
-  const rotatedK = k.map((row, r) => rotation(row, r % keyLength, 1));
+  const { heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale, allowed, rotation, split } = setting;
+  const q = split('q', args.q, heads, queryLength, headDim);
+  const k = split('k', args.k, kvHeads, keyLength, headDim);
+  const v = split('v', args.v, kvHeads, keyLength, valueDim);
+  const rotatedQ = q.map((row, r) => rotation(row, setting.queryPosition(r), 'forward'));
+  const rotatedK = k.map((row, r) => rotation(row, setting.keyPosition(r), 'forward'));
 
   /** P of flat query row r as pairs (flat key row, weight), and log of the row's sum; subtracts the largest score first. */
   const softmax = (r: number) => {
@@ -141,7 +171,7 @@ function prepare(name: string, args: ReferenceForwardArgs) {
  * @throws RangeError for arrays whose size does not fit the shape, and for bias, relativePositions and relative.
  */
 function forward(args: ReferenceForwardArgs): ReferenceForward {
-  const { rotatedQ, v, valueDim, softmax } = prepare('reference.forward', args);
+  const { rotatedQ, v, heads, queryLength, valueDim, softmax, join } = prepare('reference.forward', args);
   const lse = new Float64Array(rotatedQ.length);
   const output = rotatedQ.map((_, r) => {
     const row = new Float64Array(valueDim);
@@ -150,7 +180,7 @@ function forward(args: ReferenceForwardArgs): ReferenceForward {
     lse[r] = pairs.length > 0 ? lseOfRow : -Infinity;
     return row;
   });
-  return { output: concatenate(output), lse };
+  return { output: join(output, heads, queryLength), lse };
 }
 
 /**
@@ -161,8 +191,8 @@ function forward(args: ReferenceForwardArgs): ReferenceForward {
  */
 function backward(args: ReferenceBackwardArgs): ReferenceBackward {
   const { rotatedQ, rotatedK, v, softmax, ...setting } = prepare('reference.backward', args);
-  const { headDim, valueDim, queryLength, keyLength, queryOffset, scale, rotation } = setting;
-  const dOutput = rowsOf('reference.backward', 'dOutput', args.dOutput, rotatedQ.length, valueDim);
+  const { heads, kvHeads, headDim, valueDim, queryLength, keyLength, scale, rotation, split, join } = setting;
+  const dOutput = split('dOutput', args.dOutput, heads, queryLength, valueDim);
   const dq = rotatedQ.map(() => new Float64Array(headDim));
   const dk = rotatedK.map(() => new Float64Array(headDim));
   const dv = v.map(() => new Float64Array(valueDim));
@@ -178,10 +208,12 @@ function backward(args: ReferenceBackwardArgs): ReferenceBackward {
       accumulate(dk[key], scale * dS, rotatedQ[r]);
     });
   }
+  const turnedQ = dq.map((row, r) => rotation(row, setting.queryPosition(r), 'transpose'));
+  const turnedK = dk.map((row, r) => rotation(row, setting.keyPosition(r), 'transpose'));
   return {
-    dq: concatenate(dq.map((row, r) => rotation(row, (r % queryLength) + queryOffset, -1))),
-    dk: concatenate(dk.map((row, r) => rotation(row, r % keyLength, -1))),
-    dv: concatenate(dv),
+    dq: join(turnedQ, heads, queryLength),
+    dk: join(turnedK, kvHeads, keyLength),
+    dv: join(dv, kvHeads, keyLength),
   };
 }
 
@@ -190,10 +222,10 @@ function backward(args: ReferenceBackwardArgs): ReferenceBackward {
  * (x1, x2) -> (x1 cos a - x2 sin a, x1 sin a + x2 cos a) with a = (i + queryOffset) base^(-2p/dim) for pair p.
  */
 function rotate(args: ReferenceRotateArgs): Float64Array {
-  const { batch, heads, queryLength, headDim, queryOffset, rotation } = settle('reference.rotate', args);
-  const rows = rowsOf('reference.rotate', 'x', args.x, batch * heads * queryLength, headDim);
-  const sign = args.inverse ? -1 : 1;
-  return concatenate(rows.map((row, r) => rotation(row, (r % queryLength) + queryOffset, sign)));
+  const { heads, queryLength, headDim, queryPosition, rotation, split, join } = settle('reference.rotate', args, false);
+  const rows = split('x', args.x, heads, queryLength, headDim);
+  const turned = rows.map((row, r) => rotation(row, queryPosition(r), args.inverse ? 'inverse' : 'forward'));
+  return join(turned, heads, queryLength);
 }
 
 /** Float64 attention, naive and slow: what the engines approximate. Nothing but plain loops; no WebAssembly. */

@@ -260,7 +260,7 @@ export class Sampler {
 
   /** Rows of an array of the session, one after the other. */
   #gather(array: 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv', head: number, rows: readonly number[]): Float32Array {
-    const parts = rows.map((row) => this.#session.resultRows(array, head, row, 1));
+    const parts = rows.map((row) => this.#session.resultRow(array, head, row));
     const all = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
     parts.forEach((part, n) => all.set(part, n * part.length));
     return all;
@@ -271,13 +271,13 @@ export class Sampler {
    * rounding: then dq = scale sum_j P_ij (dP_ij - delta_i) k_j is nothing but that. 0 elsewhere. Taken for dk too.
    */
   #rounding(head: number, rows: readonly number[], exact: Rows): number {
-    const { scale, valueDim } = this.#session.geometry;
+    const { scale, valueDim, rotaryGain } = this.#session.geometry;
     const { q_norm, k_norm, v_half_range } = this.#bounds[head];
     const largest = exact.out.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
     if (v_half_range > ROUNDING * largest) return 0;
     const dout = this.#gather('dout', head, rows).reduce((sum, x) => sum + x * x, 0);
     const delta = Math.sqrt(dout * valueDim) * largest;
-    return ROUNDING * Math.abs(scale) * Math.max(q_norm, k_norm) * delta;
+    return ROUNDING * Math.abs(scale) * rotaryGain ** 2 * Math.max(q_norm, k_norm) * delta;
   }
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// The public types. Shapes are [batch, heads, length, dim], row-major; N is a length, D the head size, Dv the value size.
+// The public types. Shapes are [batch, heads, length, dim], row-major (`layout` exchanges heads and length); N is a length, D
+// the head size, Dv the value size.
 
 /** Sizes of one call. Lengths and dimensions count elements; all are positive integers. */
 export interface Shape {
@@ -19,6 +20,18 @@ export interface Shape {
   valueDim?: number;
 }
 
+/** Positions, one for each row of one batch, or of all batches one after the other. Finite. */
+export type Positions =
+  | readonly number[]
+  | Float32Array
+  | Float64Array
+  | Int8Array
+  | Uint8Array
+  | Int16Array
+  | Uint16Array
+  | Int32Array
+  | Uint32Array;
+
 /** Rotary position embedding (Su et al. 2021): pair p of a vector at position m turns by m * base^(-2p/dim) radians. */
 export interface Rotary {
   /** Default 10000. Positive. */
@@ -29,7 +42,78 @@ export interface Rotary {
   interleaved?: boolean;
   /** Radians per position, one for each pair, instead of `base` (not both): dim/2 finite numbers. */
   frequencies?: Float32Array;
+  /** How a model that was trained on short sequences reads long ones: other frequencies from `base`. */
+  scaling?: RotaryScaling;
+  /**
+   * cos and sin of pair p at position m, entry [m dim/2 + p] of each, instead of all these. Positions are row
+   * numbers then: integers from 0 on, below the number of rows. Gradients, and `inverse`, turn by -sin.
+   */
+  tables?: { cos: Float32Array; sin: Float32Array };
+  /** Where the queries are, [queryLength] or [batch, queryLength], instead of i + queryOffset; of the rotation, not of masks. */
+  queryPositions?: Positions;
+  /** Where the keys are, [keyLength] or [batch, keyLength], instead of j; not for `rotate`. */
+  keyPositions?: Positions;
 }
+
+/**
+ * Frequencies for sequences longer than those of the training, with the names and formulas that model configurations use
+ * (`rope_scaling`); see scaling.ts. Factors are at least 1 and lengths count positions.
+ */
+export type RotaryScaling =
+  | {
+      /** Positions divided by `factor` (Chen et al. 2023). */
+      type: 'linear';
+      factor: number;
+    }
+  | {
+      /** A larger base for sequences longer than `originalLength` (bloc97, emozilla 2023). */
+      type: 'dynamic';
+      factor: number;
+      originalLength: number;
+      /** Of the sequence; it decides how much. Default: the largest position of the call plus one. */
+      length?: number;
+    }
+  | {
+      /** High frequencies stay, low ones are divided by `factor`, a ramp in between (Peng et al. 2023). */
+      type: 'yarn';
+      factor: number;
+      originalLength: number;
+      /** On rotated queries and keys. Default 0.1 ln(factor) + 1, or by `mscale`. */
+      attentionFactor?: number;
+      /** Turns over `originalLength` from which a frequency stays. Default 32. */
+      betaFast?: number;
+      /** Turns below which it is divided. Default 1. */
+      betaSlow?: number;
+      /** With `mscaleAllDim`, instead of `attentionFactor`: the ratio of 0.1 m ln(factor) + 1 for the one and the other. */
+      mscale?: number;
+      mscaleAllDim?: number;
+      /** Ends of the ramp at whole pairs. Default true. */
+      truncate?: boolean;
+    }
+  | {
+      /** A divisor for each pair, one list up to `originalLength` and one beyond (Ding et al. 2024). */
+      type: 'longrope';
+      /** dim/2 positive numbers each. */
+      shortFactor: readonly number[] | Float32Array | Float64Array;
+      longFactor: readonly number[] | Float32Array | Float64Array;
+      originalLength: number;
+      /** Longest length over `originalLength`: attentionFactor is sqrt(1 + ln(factor) / ln(originalLength)). One of the two is needed. */
+      factor?: number;
+      attentionFactor?: number;
+      /** Of the sequence; it decides between the lists. Default: the largest position of the call plus one. */
+      length?: number;
+    }
+  | {
+      /** Wavelengths up to originalLength / highFrequencyFactor stay, those from originalLength / lowFrequencyFactor on are multiplied. */
+      type: 'llama3';
+      factor: number;
+      lowFrequencyFactor: number;
+      highFrequencyFactor: number;
+      originalLength: number;
+    };
+
+/** Where rows are: [batch, heads, length, dim], or [batch, length, heads, dim] as projections leave them. */
+export type Layout = 'bhnd' | 'bnhd';
 
 /** `polynomial` and `exact` compute the same function at different cost and error. `toeplitz` is not available yet. */
 export type Method = 'auto' | 'exact' | 'polynomial' | 'toeplitz';
@@ -55,6 +139,8 @@ export interface Options {
    * own segment only; query i is at i + queryOffset, before 0 in the first. Equal positions make an empty segment.
    */
   segments?: Uint32Array | readonly number[];
+  /** Of q, k, v, dOutput, output and their gradients; lse is [batch, heads, queryLength] always. Default 'bhnd'. */
+  layout?: Layout;
   /** Not available yet: a RangeError. */
   bias?: Float32Array;
   /** Not available yet: a RangeError. */
@@ -111,6 +197,8 @@ export interface RotateArgs {
   rotary?: false | Rotary;
   /** Position of row 0. Default 0. */
   queryOffset?: number;
+  /** Of x. Default 'bhnd'. */
+  layout?: Layout;
   /** Rotate back. Default false. */
   inverse?: boolean;
 }

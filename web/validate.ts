@@ -6,7 +6,7 @@
 import { readBoolean, readChoice, readFloats, readInteger, readNumber, readRecord, wrong, type Given } from './check.js';
 import { readRotary, type Rotation } from './rotation.js';
 import { exactOnly, readScores, type Scores } from './scores.js';
-import type { BackwardArgs, CreateOptions, ForwardArgs, PlanArgs, RotateArgs, Shape } from './types.js';
+import type { BackwardArgs, CreateOptions, ForwardArgs, Layout, PlanArgs, RotateArgs, Shape } from './types.js';
 
 /** The largest headDim and valueDim (RA_MAX_HEAD_DIM), and degree (RA_MAX_DEGREE). */
 const MAX_DIM = 1024;
@@ -27,6 +27,7 @@ export interface Geometry extends Rotation, Scores {
   causal: boolean;
   queryOffset: number;
   scale: number;
+  layout: Layout;
 }
 
 /** Geometry, and how it is to be computed. */
@@ -63,6 +64,7 @@ const OPTIONS = [
   'queryOffset',
   'window',
   'segments',
+  'layout',
   'bias',
   'relativePositions',
   'relative',
@@ -74,7 +76,7 @@ export const ARGUMENTS = {
   forward: ['q', 'k', 'v', ...OPTIONS],
   backward: ['q', 'k', 'v', 'dOutput', 'output', 'lse', ...OPTIONS],
   plan: ['q', 'k', 'v', 'dOutput', ...OPTIONS],
-  rotate: ['x', 'shape', 'rotary', 'queryOffset', 'inverse'],
+  rotate: ['x', 'shape', 'rotary', 'queryOffset', 'layout', 'inverse'],
 } as const;
 export type CallName = keyof typeof ARGUMENTS;
 
@@ -194,10 +196,11 @@ function readGeometry(name: string, given: Given): Geometry {
   if (!Number.isFinite(Math.fround(scale))) throw wrong(name, 'scale', 'a finite float32', scale, true);
   return {
     ...shape,
-    ...readRotary(name, given['rotary'], shape.headDim),
+    ...readRotary(name, given['rotary'], { ...shape, queryOffset, hasKeys: name !== 'rotate' }),
     causal: readBoolean(name, 'causal', given['causal'], false),
     queryOffset,
     scale,
+    layout: readChoice(name, 'layout', given['layout'], ['bhnd', 'bnhd'] as const),
     ...readScores(name, given),
   };
 }

@@ -211,9 +211,11 @@ function copyArguments(args: object): [copy: object, transfer: Transferable[]] {
   const transfer: Transferable[] = [];
   const copy = (value: unknown): unknown => {
     if (ArrayBuffer.isView(value)) {
-      const floats = new Float32Array(value as Float32Array);
-      transfer.push(floats.buffer);
-      return floats;
+      // By tag: of its own kind, from whatever realm, and not as a Buffer would copy itself.
+      const kinds = globalThis as unknown as Record<string, new (values: unknown) => Float32Array<ArrayBuffer>>;
+      const own = new kinds[(value as Float32Array)[Symbol.toStringTag]](value);
+      transfer.push(own.buffer);
+      return own;
     }
     if (typeof value !== 'object' || value === null || Array.isArray(value)) return value;
     return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, copy(inner)]));
