@@ -116,7 +116,7 @@ demo: page ## build the demo page and serve it on http://127.0.0.1:8080 (PORT=..
 
 # --- tests -----------------------------------------------------------------------------------------------------------
 
-NATIVE_CFLAGS := -std=c11 -g -O1 $(WARNINGS) -Wno-unknown-pragmas -fsanitize=address,undefined \
+NATIVE_CFLAGS := -std=c11 -g -O1 $(WARNINGS) -Wno-unknown-pragmas -Wno-missing-field-initializers -fsanitize=address,undefined \
   -fno-sanitize-recover=all -fno-omit-frame-pointer -ffp-contract=off -Isrc
 
 # $(1) gcc or clang
