@@ -452,7 +452,8 @@ RA_KERNEL void prepare_queries(const exact *e, uint32_t head, const float *q, co
                    (float)(p->scale * RA_LOG2_E));
     for (uint32_t r = 0; r < rows; r++) {
       const float *dout_i = dout + (i + r) * e->out_row, *out_i = out + (i + r) * e->out_row;
-      int seen = lse[i + r] != -INFINITY; // else there was no key, and dout counts for nothing
+      // else there was no key, or only a sink far below any score, and dout counts for nothing
+      int seen = !(lse[i + r] <= RA_MASKED / 2);
       double delta = 0;
       for (uint32_t d = 0; d < e->Dv; d++) {
         dout_rows[(size_t)r * e->Dvp + d] = seen ? dout_i[d] : 0;

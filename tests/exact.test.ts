@@ -8,7 +8,7 @@ import { describe, expect, test } from '@jest/globals';
 import { theory } from '../dist/index.js';
 import { add, describeSetting, draw, eachBinary, forwardArgs, inner, lazy, problem, random, slopeError } from './support.js';
 import type { Problem, Setting } from './support.js';
-import { RESULTS, yardstick } from './yardstick.js';
+import { resultsOf, yardstick } from './yardstick.js';
 
 const sizes = [1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257, 300];
 const heads = 1;
@@ -113,6 +113,51 @@ const positionSettings: Setting[] = [
   { shape, rotary: { tables: { cos: draw(37 * 6, random(1).normal), sin: draw(37 * 6, random(2).normal) } }, causal: true },
 ];
 
+const middle = { ...shape, batch: 2, heads: 4, kvHeads: 2, queryLength: 70, keyLength: 83, headDim: 8, valueDim: 5 };
+const biasOf = (heads: number, seed: number) => draw(heads * 152, random(seed).normal);
+const maskOf = (count: number, seed: number) => draw(count, random(seed).normal);
+/** A third is forbidden, and all of every eleventh row of 83 keys. */
+const holes = (count: number, seed: number) => {
+  const r = random(seed);
+  return draw(count, r.normal).map((x, n) => (r.uniform() < 1 / 3 || Math.floor(n / 83) % 11 === 5 ? -Infinity : x));
+};
+const allowedOf = (count: number, seed: number) => Uint8Array.from(holes(count, seed), (x) => (x === -Infinity ? 0 : 7));
+const modifierSettings: Setting[] = [
+  ...[0.3, 1, 5, 50].map((softcap) => ({ shape: middle, softcap, causal: true, queryOffset: 13 })),
+  { shape: { ...middle, queryLength: 300 }, softcap: 2, scale: 3 },
+  { shape: middle, bias: biasOf(1, 1) },
+  { shape: middle, bias: biasOf(4, 2), causal: true, queryOffset: 13 },
+  { shape: { ...middle, batch: 1, heads: 1, kvHeads: 1, queryLength: 1, keyLength: 152 }, bias: biasOf(1, 3) },
+  { shape: { ...middle, queryLength: 152, keyLength: 1 }, bias: biasOf(4, 4) },
+  { shape: { heads, queryLength: 300, headDim: 8 }, bias: draw(599, random(5).normal), window: [130, 20] },
+  { shape: { heads, queryLength: 260, headDim: 8 }, bias: Float32Array.from({ length: 519 }, (_, n) => -0.1 * Math.abs(n - 259)) },
+  { shape: middle, mask: maskOf(70 * 83, 6) },
+  { shape: middle, mask: holes(70 * 83, 7), causal: true, queryOffset: 13 },
+  { shape: middle, mask: holes(2 * 4 * 70 * 83, 8), maskShape: [2, 4, 70, 83] },
+  { shape: middle, mask: holes(4 * 83, 9), maskShape: [1, 4, 1, 83] },
+  { shape: middle, mask: allowedOf(2 * 70 * 83, 10), maskShape: [2, 1, 70, 83] },
+  { shape: middle, mask: allowedOf(2 * 4 * 83, 11), maskShape: [2, 4, 1, 83], layout: 'bnhd' },
+  { shape: { ...middle, queryLength: 1 }, mask: allowedOf(83, 12) },
+  { shape: { ...middle, batch: 1, heads: 1, kvHeads: 1, queryLength: 300, keyLength: 290 }, mask: maskOf(300 * 290, 13) },
+  { shape: middle, sinks: Float32Array.of(0, 2, -1, 5) },
+  { shape: middle, sinks: Float32Array.of(0, 20, -30, 1), causal: true, queryOffset: -4 },
+  { shape: middle, sinks: Float32Array.of(0, 2, -1, 5), mask: holes(70 * 83, 14), layout: 'bnhd' },
+  {
+    shape: { ...middle, queryLength: 152, keyLength: 160 },
+    layout: 'bnhd',
+    rotary: { queryPositions: scattered(152, 9), base: 100, scaling: { type: 'yarn', factor: 4, originalLength: 100 } },
+    causal: true,
+    queryOffset: 8,
+    window: [100, -1],
+    segments: [0, 90],
+    softcap: 3,
+    bias: draw(4 * 311, random(15).normal),
+    mask: Uint8Array.from(draw(2 * 152 * 160, random(16).uniform), (x) => Number(x > 0.2)),
+    maskShape: [2, 1, 152, 160],
+    sinks: Float32Array.of(1, 0, -1, 2),
+  },
+];
+
 /** Entries of one sign and size: scores from low to high without rotation, at scale 1. */
 function scoresBetween(low: number, high: number, causal: boolean, seed: number): Problem {
   const setting = { shape: { heads, queryLength: 70, headDim: 8 }, rotary: false as const, scale: 1, causal };
@@ -159,6 +204,7 @@ const groups = [
   ['options', withYardsticks(optionSettings, 3000)],
   ['masks', withYardsticks(maskSettings, 4000)],
   ['positions', withYardsticks(positionSettings, 5000)],
+  ['modified scores', withYardsticks(modifierSettings, 6000)],
   ['scores', scoreProblems],
 ] as const;
 
@@ -179,8 +225,9 @@ eachBinary((attention) => {
   describe.each(groups)('%s', (_, problems) => {
     test.each(problems)('%s', (_, args, expected) => {
       const [result, { exact, allowed }] = [run(args()), expected()];
-      for (const name of RESULTS) {
-        expect(result[name]).toBeAllclose(exact[name], { atol: allowed[name], name });
+      expect(Object.keys(result).sort()).toEqual(['report', ...resultsOf(args())].sort());
+      for (const name of resultsOf(args())) {
+        expect(result[name]).toBeAllclose(exact[name]!, { atol: allowed[name], name });
       }
     });
   });

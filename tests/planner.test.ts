@@ -223,6 +223,10 @@ describe('the choice', () => {
     [{ window: [100, -1] as const }, 'exact: no polynomial has window'],
     [{ segments: [0, 700] }, 'exact: no polynomial has segments'],
     [{ segments: [0, 700], window: [100, 100] as const }, 'exact: no polynomial has window or segments'],
+    [{ softcap: 3 }, 'exact: no polynomial has softcap'],
+    [{ bias: new Float32Array(4095) }, 'exact: no polynomial has bias'],
+    [{ mask: new Uint8Array(2048).fill(1), maskShape: [1, 1, 1, 2048] as const }, 'exact: no polynomial has mask'],
+    [{ sinks: new Float32Array(2), softcap: 1 }, 'exact: no polynomial has softcap or sinks'],
     [{ window: [100, -1] as const, method: 'exact' as const }, 'exact: as asked'],
   ])('%p', (options, reason) => {
     const full = problem({ shape: SHAPE, causal: true }, 5, uniform(0.1));
@@ -279,6 +283,22 @@ describe('the choice', () => {
     const wrong = attention.backward({ ...args, output: output.map((x) => 1.01 * x), lse });
     expect(wrong.report.reason).toContain('computed again');
     expect(wrong.dq).toEqual(right.dq);
+  });
+
+  test('output and lse that are given are not checked where the sample cannot follow, and the reason says so', () => {
+    const shape = { heads: 4, kvHeads: 2, queryLength: 100, headDim: 8 };
+    for (const [options, names] of [
+      [{ softcap: 2, bias: new Float32Array(199) }, 'softcap or bias'],
+      [{ mask: new Uint8Array(10000).fill(1), window: [40, -1] as const }, 'mask'],
+      [{ sinks: new Float32Array(4) }, 'sinks'],
+    ] as const) {
+      const args = { ...problem({ shape }, 10), ...options };
+      const { output, lse } = attention.forward(withoutGradient(args));
+      const { report, dq } = attention.backward({ ...args, output, lse });
+      expect(report.reason).toContain(`; the given output and lse were not checked, as sampled rows have no ${names}`);
+      expect(dq).toEqual(attention.backward(args).dq);
+      expect(attention.backward(args).report.reason).not.toContain('given');
+    }
   });
 
   test('bounds of the report hold', () => {

@@ -6,7 +6,7 @@
 import { describe, expect, test } from '@jest/globals';
 
 import { reference } from '../dist/index.js';
-import { describeSetting, inLayout, inner, lengths, maxAbs, problem, random, withLayout } from './support.js';
+import { describeSetting, draw, inLayout, inner, lengths, maxAbs, problem, random, withLayout } from './support.js';
 import type { Floats, Problem, Setting } from './support.js';
 
 /** Values that float64 arithmetic of a few dozen operations reproduces. */
@@ -124,6 +124,63 @@ describe('by hand', () => {
     expect(lse).toBeAllclose(counts.map(Math.log), EXACT);
   });
 
+  describe('what is done to scores', () => {
+    // One query, two keys of score 0 unless said otherwise, values 1 and 3.
+    const two = { ...args, q: Float32Array.of(0, 0), rotary: false as const, queryOffset: 0 };
+    const log3 = Math.log(3);
+
+    test('bias: entry i - j + keyLength - 1', () => {
+      // j = 0 has entry 1, j = 1 entry 0: weights 3/4 for the second key.
+      const bias = Float64Array.of(log3, 0);
+      const { output, lse } = reference.forward({ ...two, bias });
+      expect(output).toBeAllclose([1 / 4 + 9 / 4], EXACT);
+      expect(lse).toBeAllclose([Math.log(4)], EXACT);
+      // dS = P_0 P_1 (-2, 2)
+      expect(reference.backward({ ...two, bias }).dBias!).toBeAllclose([3 / 8, -3 / 8], EXACT);
+    });
+
+    test('bias of each head, and mask of each head', () => {
+      const shape = { ...two.shape, heads: 2, kvHeads: 1 };
+      const heads = { ...two, shape, q: new Float32Array(4), dOutput: Float32Array.of(1, 1) };
+      const bias = Float64Array.of(log3, 0, 0, log3);
+      expect(reference.forward({ ...heads, bias }).output).toBeAllclose([10 / 4, 6 / 4], EXACT);
+      expect(reference.backward({ ...heads, bias }).dBias!).toBeAllclose([3 / 8, -3 / 8, 3 / 8, -3 / 8], EXACT);
+      const mask = Float64Array.of(0, log3, log3, 0);
+      expect(reference.forward({ ...heads, mask, maskShape: [1, 2, 1, 2] }).output).toBeAllclose([10 / 4, 6 / 4], EXACT);
+      expect(reference.forward({ ...heads, mask: mask.subarray(0, 2) }).output).toBeAllclose([10 / 4, 10 / 4], EXACT);
+    });
+
+    test('mask: -Infinity, all below -1e30 and byte 0 forbid', () => {
+      for (const mask of [Float32Array.of(-Infinity, 0), Float32Array.of(-2e30, 5), Uint8Array.of(0, 200)]) {
+        expect(reference.forward({ ...two, mask }).output).toBeAllclose([3], EXACT);
+      }
+      const { output, lse } = reference.forward({ ...two, mask: Uint8Array.of(0, 0) });
+      expect([output[0], lse[0]]).toEqual([0, -Infinity]);
+    });
+
+    test('softcap c: c tanh(s / c), before bias', () => {
+      // Scores 0 and 2 ln 3 without rotation; capped at ln 9: ln 9 tanh 1.
+      const capped = { ...args, rotary: false as const, k: Float32Array.of(0, 0, 1, 0), scale: 2 * log3, softcap: 2 * log3 };
+      expect(reference.forward(capped).lse).toBeAllclose([Math.log(1 + 9 ** Math.tanh(1))], EXACT);
+      const bias = Float64Array.of(1, 0);
+      expect(reference.forward({ ...capped, bias }).lse).toBeAllclose([Math.log(1 + Math.E * 9 ** Math.tanh(1))], EXACT);
+      // dk_1 = scale (1 - tanh^2 1) P_0 P_1 2 q
+      const p1 = 9 ** Math.tanh(1) / (1 + 9 ** Math.tanh(1));
+      const slope = 1 - Math.tanh(1) ** 2;
+      expect(reference.backward(capped).dk.subarray(2)).toBeAllclose([2 * log3 * slope * 2 * p1 * (1 - p1), 0], EXACT);
+    });
+
+    test('sink: weights 1/6 for two keys and 4/6 for the sink', () => {
+      const sinks = Float64Array.of(Math.log(4));
+      const { output, lse } = reference.forward({ ...two, sinks });
+      expect(output).toBeAllclose([4 / 6], EXACT);
+      expect(lse).toBeAllclose([Math.log(6)], EXACT);
+      const { dSinks, dv } = reference.backward({ ...two, sinks });
+      expect(dSinks!).toBeAllclose([(-4 / 6) * (4 / 6)], EXACT);
+      expect(dv).toBeAllclose([1 / 6, 1 / 6], EXACT);
+    });
+  });
+
   test('rows with nothing allowed are zeros, lse -Infinity, no gradient', () => {
     const args = problem({ shape: { heads: 1, queryLength: 3, headDim: 4 }, causal: true, queryOffset: -2 }, 1);
     const { output, lse } = reference.forward(args);
@@ -173,6 +230,7 @@ test('the layout is where rows are, not what they are', () => {
 
 describe('gradients are finite differences of the forward pass', () => {
   const base = { heads: 1, queryLength: 5, headDim: 4 };
+  const noise = (count: number, seed: number) => draw(count, random(seed).normal);
   const settings: Setting[] = [
     { shape: base },
     { shape: base, causal: true },
@@ -187,6 +245,24 @@ describe('gradients are finite differences of the forward pass', () => {
     { shape: base, scale: -0.7 },
     { shape: base, scale: 0 },
     { shape: base, window: [2, 0] },
+    { shape: base, softcap: 0.8 },
+    { shape: base, bias: noise(9, 1), causal: true },
+    { shape: { ...base, batch: 2, heads: 2, keyLength: 6 }, bias: noise(20, 2), softcap: 1.5 },
+    { shape: { ...base, batch: 2, heads: 2 }, mask: noise(50, 3), maskShape: [2, 1, 5, 5] },
+    { shape: { ...base, heads: 2 }, sinks: noise(2, 4) },
+    { shape: { ...base, heads: 2 }, sinks: noise(2, 5), mask: Uint8Array.from(noise(25, 6), (x) => Number(x > 0)), layout: 'bnhd' },
+    {
+      shape: { ...base, batch: 2, heads: 4, kvHeads: 2 },
+      rotary: {
+        queryPositions: noise(10, 7),
+        keyPositions: noise(5, 8),
+        scaling: { type: 'yarn', factor: 2, originalLength: 4, attentionFactor: 1.3 },
+      },
+      softcap: 2,
+      bias: noise(36, 9),
+      sinks: noise(4, 10),
+    },
+    { shape: base, rotary: { tables: { cos: noise(10, 11), sin: noise(10, 12) } } },
     { shape: { ...base, queryLength: 6 }, segments: [0, 2, 5], causal: true },
   ];
 
@@ -196,11 +272,21 @@ describe('gradients are finite differences of the forward pass', () => {
 
   test.each(settings.map((setting) => [describeSetting(setting), setting] as const))('%s', (_, setting) => {
     const args = problem(setting, 3);
-    const wide = { ...args, q: Float64Array.from(args.q), k: Float64Array.from(args.k), v: Float64Array.from(args.v) };
+    const wide = {
+      ...args,
+      q: Float64Array.from(args.q),
+      k: Float64Array.from(args.k),
+      v: Float64Array.from(args.v),
+      bias: args.bias && Float64Array.from(args.bias),
+      sinks: args.sinks && Float64Array.from(args.sinks),
+    };
     const loss = () => inner(reference.forward(wide).output, args.dOutput);
-    const gradient = reference.backward(args);
-    for (const name of ['q', 'k', 'v'] as const) {
+    const { dq, dk, dv, dBias, dSinks } = reference.backward(args);
+    const gradients = { q: dq, k: dk, v: dv, bias: dBias, sinks: dSinks };
+    for (const name of ['q', 'k', 'v', 'bias', 'sinks'] as const) {
       const x = wide[name];
+      expect(gradients[name] === undefined).toBe(x === undefined);
+      if (!x) continue;
       const differences = x.map((value, n) => {
         x[n] = value + step;
         const above = loss();
@@ -209,7 +295,7 @@ describe('gradients are finite differences of the forward pass', () => {
         x[n] = value;
         return (above - below) / (2 * step);
       });
-      expect(gradient[`d${name}`]).toBeAllclose(differences, { atol: tolerance * Math.max(1, maxAbs(differences)) });
+      expect(gradients[name]!).toBeAllclose(differences, { atol: tolerance * Math.max(1, maxAbs(differences)) });
     }
   });
 });
@@ -244,10 +330,8 @@ describe('misuse', () => {
 
   test('options that it does not have are named', () => {
     const some = new Float32Array(5);
-    for (const option of ['bias', 'relativePositions'] as const) {
-      expect(() => reference.forward({ ...args, [option]: some })).toThrow(RangeError);
-      expect(() => reference.backward({ ...args, [option]: some })).toThrow(option);
-    }
+    expect(() => reference.forward({ ...args, relativePositions: some })).toThrow(RangeError);
+    expect(() => reference.backward({ ...args, relativePositions: some })).toThrow('relativePositions');
     expect(() => reference.forward({ ...args, relative: { support: new Uint32Array(2), weights: some } })).toThrow('relative');
   });
 
@@ -258,6 +342,11 @@ describe('misuse', () => {
     }
     expect(() => reference.forward({ ...args, shape: { ...args.shape, heads: 3, kvHeads: 2 } })).toThrow('kvHeads = 2');
     expect(() => reference.forward({ ...args, rotary: { dim: 3 } })).toThrow('rotary.dim = 3');
+    expect(() => reference.forward({ ...args, bias: new Float32Array(4) })).toThrow('bias has 4 values, shape needs 5');
+    expect(() => reference.forward({ ...args, mask: new Uint8Array(8) })).toThrow('mask has 8 values, shape needs 9');
+    expect(() => reference.forward({ ...args, mask: new Uint8Array(6), maskShape: [1, 2, 1, 3] })).toThrow('maskShape = 1,2,1,3');
+    expect(() => reference.forward({ ...args, sinks: new Float32Array(2) })).toThrow('sinks has 2 values, shape needs 1');
+    expect(() => reference.forward({ ...args, rotary: { queryPositions: [1] } })).toThrow('positions has 1 values');
   });
 
   test('arguments are left as they were', () => {

@@ -44,7 +44,19 @@ export function draw(length: number, next: () => number): Float32Array {
 /** The options that the mathematics depends on. */
 export type Setting = Pick<
   Options,
-  'shape' | 'rotary' | 'scale' | 'causal' | 'queryOffset' | 'window' | 'segments' | 'layout'
+  | 'shape'
+  | 'rotary'
+  | 'scale'
+  | 'causal'
+  | 'queryOffset'
+  | 'window'
+  | 'segments'
+  | 'layout'
+  | 'softcap'
+  | 'bias'
+  | 'mask'
+  | 'maskShape'
+  | 'sinks'
 >;
 export type Arrays = Pick<BackwardArgs, 'q' | 'k' | 'v' | 'dOutput'>;
 export type Problem = Setting & Arrays;
@@ -106,18 +118,17 @@ export function withLayout(args: Problem, layout: Layout): Problem {
 }
 
 /** A few words that tell one setting from another. */
-export function describeSetting({ shape, rotary, scale, causal, queryOffset, window, segments, layout }: Setting): string {
+export function describeSetting({ shape, rotary, scale, causal, queryOffset, layout, ...scores }: Setting): string {
   const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim } = fullShape(shape);
   const words = [`${queryLength}x${keyLength} D=${headDim}`];
   if (valueDim !== headDim) words.push(`Dv=${valueDim}`);
   if (batch * heads > 1) words.push(`batch ${batch} heads ${heads}/${kvHeads}`);
   if (causal) words.push('causal');
   if (queryOffset) words.push(`offset ${queryOffset}`);
-  if (window) words.push(`window ${window}`);
-  if (segments) words.push(`segments ${segments}`);
   if (rotary === false) words.push('no rotation');
   else if (rotary) words.push(...Object.entries(rotary).map(([key, value]) => `${key} ${brief(value)}`));
   if (layout) words.push(layout);
+  words.push(...Object.entries(scores).map(([key, value]) => `${key} ${brief(value)}`));
   if (scale !== undefined) words.push(`scale ${scale}`);
   return words.join(', ');
 }

@@ -6,11 +6,17 @@
 import { reference, rotaryFrequencies } from '../dist/index.js';
 import { UNIT, fullShape, inner, lengths, maxAbs, maxDifference, withLayout } from './support.js';
 import type { Rotary } from '../dist/index.js';
-import type { Problem } from './support.js';
+import type { Floats, Problem } from './support.js';
 
 /** The results of both passes. */
 export const RESULTS = ['output', 'lse', 'dq', 'dk', 'dv'] as const;
-export type ByResult<T> = Record<(typeof RESULTS)[number], T>;
+/** Together with gradients that are there with their options. */
+export type ByResult<T> = Record<(typeof RESULTS)[number], T> & { dBias?: T; dSinks?: T };
+
+/** The names of the results of a problem. */
+export function resultsOf({ bias, sinks }: Problem): (keyof ByResult<unknown>)[] {
+  return [...RESULTS, ...(bias ? (['dBias'] as const) : []), ...(sinks ? (['dSinks'] as const) : [])];
+}
 
 export interface Yardstick {
   /** Float64 results. */
@@ -33,23 +39,48 @@ export function yardstick(args: Problem): Yardstick {
   const ordered = straight === args ? exact : { ...reference.forward(straight), ...reference.backward(straight) };
   const plain = plainFloat32(straight);
   const terms = magnitudes(straight);
-  const allow = (name: (typeof RESULTS)[number], ratio: number) =>
-    Math.max(ratio * maxDifference(plain[name], ordered[name]), FLOOR * UNIT * terms[name]);
-  const allowed = { output: allow('output', 2), lse: allow('lse', 2), dq: allow('dq', 3), dk: allow('dk', 3), dv: allow('dv', 3) };
-  return { exact, allowed };
+  const allowed = resultsOf(args).map((name) => {
+    const ratio = name === 'output' || name === 'lse' ? 2 : 3;
+    const error = ratio * maxDifference(plain[name]!, ordered[name]!);
+    return [name, Math.max(error, FLOOR * UNIT * terms[name]!)];
+  });
+  return { exact, allowed: Object.fromEntries(allowed) };
 }
 
-/** For flat query row r: the rows of the keys that the masks allow. */
-function keysOf({ shape, causal, queryOffset = 0, window = [-1, -1], segments = [0] }: Problem, r: number): number[] {
+/** What a pair of a query and a key is made of, besides their product. */
+interface Pair {
+  /** Flat row of the key. */
+  key: number;
+  /** Entry of bias. */
+  diagonal: number;
+  bias: number;
+  mask: number;
+}
+
+/** For flat query row r: its head, and the pairs that the masks allow. */
+function pairsOf(args: Problem, r: number): { head: number; pairs: Pair[] } {
+  const { shape, causal, queryOffset = 0, window = [-1, -1], segments = [0], bias, mask } = args;
   const { heads, kvHeads, queryLength, keyLength } = fullShape(shape);
-  const head = Math.floor(r / queryLength);
-  const keyHead = Math.floor(head / heads) * kvHeads + Math.floor(((head % heads) * kvHeads) / heads);
-  const position = (r % queryLength) + queryOffset;
+  const [i, head, batch] = [r % queryLength, Math.floor(r / queryLength) % heads, Math.floor(r / queryLength / heads)];
+  const keyHead = batch * kvHeads + Math.floor((head * kvHeads) / heads);
+  const position = i + queryOffset;
   const [left, right] = window.map((side) => (side < 0 ? Infinity : side));
   const segment = Math.max(Array.from(segments).filter((start) => start <= position).length, 1);
   const first = Math.max(segments[segment - 1], position - left, 0);
   const end = Math.min(segments[segment] ?? Infinity, position + (causal ? 0 : right) + 1, keyLength);
-  return Array.from({ length: Math.max(end - first, 0) }, (_, n) => keyHead * keyLength + first + n);
+
+  const [maskBatch, maskHeads, maskRows] = args.maskShape ?? [1, 1, queryLength];
+  const maskRow = ((batch % maskBatch) * maskHeads + (head % maskHeads)) * maskRows + (i % maskRows);
+  const pairs: Pair[] = [];
+  for (let j = first; j < end; j++) {
+    const own = bias && bias.length > queryLength + keyLength - 1 ? head : 0;
+    const diagonal = own * (queryLength + keyLength - 1) + i - j + keyLength - 1;
+    const value = mask ? mask[maskRow * keyLength + j] : 0;
+    const masked = mask?.BYTES_PER_ELEMENT === 1 ? (value === 0 ? -Infinity : 0) : value;
+    if (masked < -1e30) continue;
+    pairs.push({ key: keyHead * keyLength + j, diagonal, bias: bias ? bias[diagonal] : 0, mask: masked });
+  }
+  return { head, pairs };
 }
 
 const row = <T extends Float32Array | Float64Array>(x: T, r: number, width: number) => x.subarray(r * width, (r + 1) * width) as T;
@@ -62,7 +93,8 @@ export function plainFloat32(args: Problem): ByResult<Float32Array> {
   const f = Math.fround;
   const shape = fullShape(args.shape);
   const { queryLength, keyLength, headDim, valueDim } = shape;
-  const { queryOffset = 0, v, dOutput } = args;
+  const { queryOffset = 0, v, dOutput, softcap: givenCap, bias, sinks } = args;
+  const softcap = givenCap === undefined ? undefined : f(givenCap);
   const scale = f(args.scale ?? 1 / Math.sqrt(headDim));
 
   const rotary: Rotary = args.rotary === false ? { dim: 0 } : (args.rotary ?? {});
@@ -106,38 +138,59 @@ export function plainFloat32(args: Problem): ByResult<Float32Array> {
   const output = new Float32Array(lengths(args.shape).output);
   const lse = new Float32Array(q.length / headDim).fill(-Infinity);
   const [dq, dk, dv] = [q, k, v].map((x) => new Float32Array(x.length));
-  const p = new Float32Array(keyLength);
+  const [p, slope] = [new Float32Array(keyLength), new Float32Array(keyLength)];
+  const [dBias, dSinks] = [bias, sinks].map((x) => x && new Float32Array(x.length));
   for (let r = 0; r < lse.length; r++) {
-    const keys = keysOf(args, r);
+    const { head, pairs } = pairsOf(args, r);
     const [q_r, out_r, dout_r] = [row(q, r, headDim), row(output, r, valueDim), row(dOutput, r, valueDim)];
-    if (keys.length === 0) continue;
+    const sink = sinks ? sinks[head] : -Infinity;
 
-    let largest = -Infinity;
-    keys.forEach((key, j) => {
+    let largest = sink;
+    pairs.forEach(({ key, bias, mask }, j) => {
       p[j] = scale * dot(q_r, row(k, key, headDim));
+      slope[j] = 1;
+      if (softcap !== undefined) {
+        const t = f(Math.tanh(f(p[j] / softcap)));
+        p[j] = softcap * t;
+        slope[j] = 1 - f(t * t);
+      }
+      p[j] = f(p[j] + bias) + mask;
       largest = Math.max(largest, p[j]);
     });
-    let sum = 0;
-    for (let j = 0; j < keys.length; j++) {
+    if (largest === -Infinity) continue;
+    const sinkWeight = f(Math.exp(f(sink - largest)));
+    let sum = sinkWeight;
+    for (let j = 0; j < pairs.length; j++) {
       p[j] = Math.exp(f(p[j] - largest));
       sum = f(sum + p[j]);
     }
-    keys.forEach((key, j) => {
+    pairs.forEach(({ key }, j) => {
       p[j] = p[j] / sum;
       accumulate(out_r, p[j], row(v, key, valueDim));
     });
     lse[r] = largest + f(Math.log(sum));
 
     const delta = dot(dout_r, out_r);
-    keys.forEach((key, j) => {
+    if (dSinks) dSinks[head] = dSinks[head] - f(f(sinkWeight / sum) * delta);
+    pairs.forEach(({ key, diagonal }, j) => {
       const dP = dot(dout_r, row(v, key, valueDim));
-      const dS = f(scale * f(p[j] * f(dP - delta)));
+      const dS = f(p[j] * f(dP - delta));
+      const dT = f(scale * f(dS * slope[j]));
+      if (dBias) dBias[diagonal] = dBias[diagonal] + dS;
       accumulate(row(dv, key, valueDim), p[j], dout_r);
-      accumulate(row(dq, r, headDim), dS, row(k, key, headDim));
-      accumulate(row(dk, key, headDim), dS, q_r);
+      accumulate(row(dq, r, headDim), dT, row(k, key, headDim));
+      accumulate(row(dk, key, headDim), dT, q_r);
     });
   }
-  return { output, lse, dq: rotate(dq, 'queries', -1), dk: rotate(dk, 'keys', -1), dv };
+  return {
+    output,
+    lse,
+    dq: rotate(dq, 'queries', -1),
+    dk: rotate(dk, 'keys', -1),
+    dv,
+    ...(dBias && { dBias }),
+    ...(dSinks && { dSinks }),
+  };
 }
 
 /** R q or R k, in float64. */
@@ -160,11 +213,12 @@ export function turned(args: Problem, name: 'q' | 'k'): Float64Array {
  *   a_ij = P_ij (1 + |scale| |q_i|.|k_j|)                     output  sum_j a_ij |v_j|     dv  sum_i a_ij |dout_i|
  *   b_ij = a_ij |scale| (|dout_i|.|v_j| + its mean by P_i)    dq      sum_j b_ij |k_j|     dk  sum_i b_ij |q_i|
  *
- * with |x| the vector of magnitudes, after rotation; and |lse_i| + sum_j a_ij for lse.
+ * with |x| the vector of magnitudes, after rotation; and |lse_i| + sum_j a_ij for lse. Bias and mask add to the magnitude of a
+ * score; softcap counts that of the result twice (tanh to 4e-7), and 2 for its slope, a difference from 1.
  */
 export function magnitudes(args: Problem): ByResult<number> {
   const { headDim, valueDim } = fullShape(args.shape);
-  const { scale = 1 / Math.sqrt(headDim) } = args;
+  const { scale = 1 / Math.sqrt(headDim), softcap, bias, sinks } = args;
   const [turnedQ, turnedK] = [turned(args, 'q'), turned(args, 'k')];
   const [q, k, v, dout] = [turnedQ, turnedK, args.v, args.dOutput].map((x) => Float64Array.from(x, Math.abs));
   const { lse } = reference.forward(args);
@@ -172,26 +226,40 @@ export function magnitudes(args: Problem): ByResult<number> {
   const accumulate = (y: Float64Array, a: number, x: Float64Array) => {
     for (let d = 0; d < x.length; d++) y[d] += a * x[d];
   };
-  const sums = { output: dout, dq: q, dk: k, dv: v, lse };
-  const total = Object.fromEntries(RESULTS.map((name) => [name, new Float64Array(sums[name].length)])) as ByResult<Float64Array>;
+  const of = (x?: Floats) => new Float64Array(x?.length ?? 0);
+  const total = { output: of(dout), dq: of(q), dk: of(k), dv: of(v), lse: of(lse), dBias: of(bias), dSinks: of(sinks) };
   for (let r = 0; r < lse.length; r++) {
-    const keys = keysOf(args, r);
+    const { head, pairs } = pairsOf(args, r);
     const signed = row(turnedQ, r, headDim);
     const [q_r, dout_r] = [row(q, r, headDim), row(dout, r, valueDim)];
-    const score = (key: number) => scale * inner(signed, row(turnedK, key, headDim));
-    const weights = keys.map((key) => Math.exp(score(key) - lse[r]));
-    const dP = keys.map((key) => inner(dout_r, row(v, key, valueDim)));
-    const mean = weights.reduce((sum, weight, j) => sum + weight * dP[j], 0);
-    if (keys.length > 0) total.lse[r] = Math.abs(lse[r]);
-    keys.forEach((key, j) => {
-      const a = weights[j] * (1 + Math.abs(scale) * inner(q_r, row(k, key, headDim)));
-      const b = a * Math.abs(scale) * (dP[j] + mean);
+    const scores = pairs.map(({ key, bias, mask }) => {
+      const product = scale * inner(signed, row(turnedK, key, headDim));
+      const size = Math.abs(scale) * inner(q_r, row(k, key, headDim));
+      const more = Math.abs(bias) + Math.abs(mask);
+      if (softcap === undefined) return { weight: Math.exp(product + bias + mask - lse[r]), size: size + more, slope: 1 };
+      const t = Math.tanh(product / softcap);
+      const bent = softcap * t;
+      const sizeOfBent = (1 - t * t) * size + 2 * Math.abs(bent);
+      return { weight: Math.exp(bent + bias + mask - lse[r]), size: sizeOfBent + more, slope: 3 - t * t };
+    });
+    const dP = pairs.map(({ key }) => inner(dout_r, row(v, key, valueDim)));
+    const mean = scores.reduce((sum, { weight }, j) => sum + weight * dP[j], 0);
+    if (lse[r] !== -Infinity) total.lse[r] = Math.abs(lse[r]);
+    if (sinks && lse[r] !== -Infinity) {
+      const a = Math.exp(sinks[head] - lse[r]) * (1 + Math.abs(sinks[head]) + Math.abs(lse[r]));
       total.lse[r] += a;
+      total.dSinks[head] += a * mean;
+    }
+    pairs.forEach(({ key, diagonal }, j) => {
+      const a = scores[j].weight * (1 + scores[j].size);
+      const b = a * Math.abs(scale) * scores[j].slope * (dP[j] + mean);
+      total.lse[r] += a;
+      if (bias) total.dBias[diagonal] += a * (dP[j] + mean);
       accumulate(row(total.output, r, valueDim), a, row(v, key, valueDim));
       accumulate(row(total.dv, key, valueDim), a, dout_r);
       accumulate(row(total.dq, r, headDim), b, row(k, key, headDim));
       accumulate(row(total.dk, key, headDim), b, q_r);
     });
   }
-  return Object.fromEntries(RESULTS.map((name) => [name, maxAbs(total[name])])) as ByResult<number>;
+  return Object.fromEntries(Object.entries(total).map(([name, sums]) => [name, maxAbs(sums)])) as ByResult<number>;
 }

@@ -26,6 +26,7 @@ import {
   type Task,
 } from './planner.js';
 import type { Measured } from './sampling.js';
+import { unsampledOnly } from './scores.js';
 import { rank } from './theory.js';
 import type { BackwardArgs, BackwardResult, CreateOptions, ForwardArgs, ForwardResult, PlanArgs } from './types.js';
 import type { Report, RopeAttention, RotateArgs } from './types.js';
@@ -107,12 +108,17 @@ export class Attention implements RopeAttention {
   *backwardSteps(args: BackwardArgs): Generator<number, BackwardResult> {
     const call = readCall('backward', args);
     const passes: Pass[] = call.inputs.output ? ['backward'] : ['forward', 'backward'];
-    return yield* this.#compute('backward', call, passes, (session, report) => ({
-      dq: session.result('dq'),
-      dk: session.result('dk'),
-      dv: session.result('dv'),
-      report,
-    }));
+    return yield* this.#compute('backward', call, passes, (session, report) => {
+      const [dBias, dSinks] = [session.vector('dbias'), session.vector('dsinks')];
+      return {
+        dq: session.result('dq'),
+        dk: session.result('dk'),
+        dv: session.result('dv'),
+        ...(dBias && { dBias }),
+        ...(dSinks && { dSinks }),
+        report,
+      };
+    });
   }
 
   *rotateSteps(args: RotateArgs): Generator<number, Float32Array> {
@@ -257,12 +263,17 @@ export class Attention implements RopeAttention {
 
   /**
    * Runs the exact engine. Its gradients are only as good as the output and lse that were given: with a tolerance to keep
-   * (`auto`) a few of their rows are compared with exact ones, and if these differ the forward pass is run as well.
+   * (`auto`) a few of their rows are compared with exact ones, and if these differ the forward pass is run as well. Not so
+   * where scores are modified, which the sampling of rows does not know.
    */
   *#exact(session: Session, task: Task, plan: Plan, from: number, to: number): Generator<number, Outcome> {
     const notes: string[] = [];
     let { passes } = task;
-    if (task.pass === 'backward' && passes.length === 1 && task.problem.method === 'auto') {
+    const given = task.pass === 'backward' && passes.length === 1 && task.problem.method === 'auto';
+    const unknown = unsampledOnly(task.problem);
+    if (given && unknown.length > 0) {
+      notes.push(`the given output and lse were not checked, as sampled rows have no ${unknown.join(' or ')}`);
+    } else if (given) {
       const difference = yield* plan.sampler.given();
       if (!(difference <= task.problem.tolerance / 4)) {
         passes = ['forward', 'backward'];

@@ -20,11 +20,13 @@ export function readRecord(name: string, option: string, value: unknown, known: 
   return value as Given;
 }
 
+/** 'Float32Array' and so on for a typed array, of another realm too; '' for anything else. */
+export function tagOf(value: unknown): string {
+  return ArrayBuffer.isView(value) ? ((value as Float32Array)[Symbol.toStringTag] ?? '') : '';
+}
+
 export function readFloats(name: string, option: string, value: unknown, values: number, needs = 'shape'): Float32Array {
-  // By tag, so that arrays of another realm count too.
-  if (!ArrayBuffer.isView(value) || (value as Float32Array)[Symbol.toStringTag] !== 'Float32Array') {
-    throw wrong(name, option, 'a Float32Array', value, false);
-  }
+  if (tagOf(value) !== 'Float32Array') throw wrong(name, option, 'a Float32Array', value, false);
   const array = value as Float32Array;
   if (array.length !== values)
     throw new RangeError(`${name}: ${option} has ${array.length} values, ${needs} needs ${values}`);
@@ -39,7 +41,7 @@ export function readNumbers(
   many: (values: number) => boolean,
   needs: string,
 ): Float64Array {
-  const typed = ArrayBuffer.isView(value) && /^(Float|U?[Ii]nt)\d\d?Array$/.test((value as Float32Array)[Symbol.toStringTag]);
+  const typed = /^(Float|U?[Ii]nt)\d\d?Array$/.test(tagOf(value));
   if (!typed && !Array.isArray(value)) throw wrong(name, option, 'a typed array or an array of numbers', value, false);
   const numbers = Float64Array.from(value as ArrayLike<unknown>, (one, n) => readNumber(name, `${option}[${n}]`, one));
   if (!many(numbers.length)) throw new RangeError(`${name}: ${option} has ${numbers.length} values, ${needs}`);

@@ -5,6 +5,7 @@
 
 import { SAMPLE_ROWS, type Pass } from './cost.js';
 import { Arena, ARRAYS, BOUNDS, MEMORY_LIMIT, PROBLEM, sizeOf, type Values } from './memory.js';
+import type { Mask } from './scores.js';
 import { sizesOf, type Geometry, type Inputs } from './validate.js';
 
 /** ra_bounds of one key/value head. */
@@ -12,6 +13,9 @@ export type Bounds = Values<typeof BOUNDS>;
 
 /** The arrays that a pass writes, and dout. */
 export type ArrayName = 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv';
+
+/** Gradients of what has no rows. */
+export type VectorName = 'dbias' | 'dsinks';
 
 /** Sampled rows: out [rows][Dv], lse [rows], dq [rows][D] (empty unless asked for). */
 export interface Rows {
@@ -101,6 +105,9 @@ const SIZE_OVERFLOW = 2 ** 32 - 1;
 const MAX_COEFFICIENTS = 9;
 const EXTREMES = 8;
 
+/** Whether a mask is added to scores, or says which ones count. */
+const isAdded = ({ values }: Mask) => values.BYTES_PER_ELEMENT === 4;
+
 const passNumber = (pass: Pass) => (pass === 'forward' ? 0 : 1);
 
 /** One instance of the WebAssembly: its memory, and at most one open session. */
@@ -168,6 +175,9 @@ interface Places {
   queryPositions: number;
   keyPositions: number;
   segments: number;
+  bias: number;
+  mask: number;
+  sinks: number;
   coefficients: number;
   own: number;
   rows: number;
@@ -218,6 +228,9 @@ export class Session {
       queryPositions: some(g.queryPositions, 8),
       keyPositions: some(g.keyPositions, 8),
       segments: some(g.segments.length > 1 ? g.segments : null, 4),
+      bias: some(g.bias, 4),
+      mask: some(g.mask?.values, g.mask?.values.BYTES_PER_ELEMENT ?? 0),
+      sinks: some(g.sinks, 4),
       coefficients: floats(this.heads * MAX_COEFFICIENTS),
       own: floats(MAX_COEFFICIENTS),
       rows: floats(SAMPLE_ROWS),
@@ -242,6 +255,10 @@ export class Session {
     if (g.queryPositions) arena.writeDoubles(at.queryPositions, g.queryPositions);
     if (g.keyPositions) arena.writeDoubles(at.keyPositions, g.keyPositions);
     if (at.segments) arena.writeIntegers(at.segments, g.segments);
+    if (g.bias) arena.writeFloats(at.bias, g.bias);
+    if (g.mask && isAdded(g.mask)) arena.writeFloats(at.mask, g.mask.values);
+    else if (g.mask) arena.writeBytes(at.mask, g.mask.values);
+    if (g.sinks) arena.writeFloats(at.sinks, g.sinks);
   }
 
   /** Bytes of memory that the call needs. */
@@ -295,15 +312,15 @@ export class Session {
       window_right: g.window[1],
       segments: at.segments,
       segment_count: g.segments.length,
-      softcap: 0,
-      bias: 0,
-      bias_heads: 0,
-      mask: 0,
-      allowed: 0,
-      mask_batch: 0,
-      mask_head: 0,
-      mask_row: 0,
-      sinks: 0,
+      softcap: g.softcap,
+      bias: at.bias,
+      bias_heads: g.bias ? g.bias.length / (g.queryLength + g.keyLength - 1) : 0,
+      mask: g.mask && isAdded(g.mask) ? at.mask : 0,
+      allowed: g.mask && !isAdded(g.mask) ? at.mask : 0,
+      mask_batch: g.mask?.strides.batch ?? 0,
+      mask_head: g.mask?.strides.head ?? 0,
+      mask_row: g.mask?.strides.row ?? 0,
+      sinks: at.sinks,
     });
   }
 
@@ -336,6 +353,8 @@ export class Session {
       arrays.dq = floats(size.q);
       arrays.dk = floats(size.k);
       arrays.dv = floats(size.v);
+      arrays.dbias = floats(this.geometry.bias?.length ?? 0);
+      arrays.dsinks = floats(this.geometry.sinks?.length ?? 0);
     }
     this.#sampling = this.#arena.reserve(
       this.#size(this.#exports.ra_sample_workspace(this.#at.problem), 'ra_sample_workspace'),
@@ -392,6 +411,13 @@ export class Session {
     const { batch } = this.geometry;
     const { heads, length, width } = this.#sizes(array);
     return this.#arena.readFloats(this.#arrays[array], batch * heads * length * width);
+  }
+
+  /** A copy of the gradient of bias or sinks; undefined where there are none. */
+  vector(array: VectorName): Float32Array | undefined {
+    this.#check();
+    const of = array === 'dbias' ? this.geometry.bias : this.geometry.sinks;
+    return of ? this.#arena.readFloats(this.#arrays[array], of.length) : undefined;
   }
 
   /** A copy of one row of a key/value head: row i of its h-th query is h * queryLength + i; rows of dk and dv are keys. */

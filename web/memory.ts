@@ -158,6 +158,10 @@ export class Arena {
     new Float64Array(this.#memory.buffer, address, values.length).set(values);
   }
 
+  writeBytes(address: number, values: ArrayLike<number>): void {
+    new Uint8Array(this.#memory.buffer, address, values.length).set(values);
+  }
+
   writeIntegers(address: number, values: ArrayLike<number>): void {
     new Uint32Array(this.#memory.buffer, address, values.length).set(values);
   }

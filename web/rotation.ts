@@ -2,7 +2,7 @@
 //
 // The option `rotary`: where rows are, and how far each pair of a vector turns there.
 
-import { readBoolean, readFloats, readInteger, readNumbers, readRecord, wrong } from './check.js';
+import { readBoolean, readFloats, readInteger, readNumbers, readRecord, tagOf, wrong } from './check.js';
 import { readFrequencies } from './scaling.js';
 import type { Rotary, Shape } from './types.js';
 
@@ -140,7 +140,7 @@ function repeat(numbers: Float64Array, count: number): Float64Array {
 function readTables(name: string, value: unknown, dim: number): NonNullable<Rotation['tables']> {
   const given = readRecord(name, 'rotary.tables', value, ['cos', 'sin']);
   if (dim === 0) throw new RangeError(`${name}: rotary.tables need a rotary.dim above 0, got 0`);
-  const cosines = ArrayBuffer.isView(given['cos']) ? (given['cos'] as Float32Array).length : 0;
+  const cosines = tagOf(given['cos']) === '' ? 0 : (given['cos'] as Float32Array).length;
   const rows = Math.max(Math.ceil((2 * cosines) / dim), 1);
   const cos = readFloats(name, 'rotary.tables.cos', given['cos'], (rows * dim) / 2, 'a number of rows of rotary.dim/2');
   const sin = readFloats(name, 'rotary.tables.sin', given['sin'], (rows * dim) / 2, 'rotary.tables.cos');

@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: MIT
 //
-// The options that decide which keys a query sees.
+// The options that decide what happens to a score: which keys a query sees, and what is done to s_ij before the softmax,
+//
+//   softcap tanh(s_ij / softcap) + bias_{i-j} + mask_ij,     and one more key of score `sink` and value zero.
 
-import { readInteger, wrong, type Given } from './check.js';
+import { readFloats, readInteger, readNumber, tagOf, wrong, type Given } from './check.js';
+import type { Shape } from './types.js';
 
 const UINT32_MAX = 2 ** 32 - 1;
 const INT32_MAX = 2 ** 31 - 1;
+/** Where softcap and its inverse are safe from overflow in float32, the factor log2 e included. */
+const [LEAST_CAP, MOST_CAP] = [1e-30, 1e30];
 
 /** The options with their defaults. */
 export interface Scores {
@@ -13,11 +18,34 @@ export interface Scores {
   window: readonly [left: number, right: number];
   /** First positions of the segments, from 0 on; [0] for none. */
   segments: Uint32Array;
+  /** 0: none. */
+  softcap: number;
+  /** [1 or heads][queryLength + keyLength - 1] */
+  bias: Float32Array | null;
+  mask: Mask | null;
+  /** [heads] */
+  sinks: Float32Array | null;
 }
 
+export interface Mask {
+  /** Added, or 0 where forbidden. */
+  values: Float32Array | Uint8Array;
+  /** Values from one batch, head or query to the next; 0 where all have the same. */
+  strides: { batch: number; head: number; row: number };
+}
+
+type Sizes = Required<Shape>;
+
 /** Checks the options. */
-export function readScores(name: string, given: Given): Scores {
-  return { window: readWindow(name, given['window']), segments: readSegments(name, given['segments']) };
+export function readScores(name: string, given: Given, sizes: Sizes): Scores {
+  return {
+    window: readWindow(name, given['window']),
+    segments: readSegments(name, given['segments']),
+    softcap: readSoftcap(name, given['softcap']),
+    bias: readBias(name, given['bias'], sizes),
+    mask: readMask(name, given['mask'], given['maskShape'], sizes),
+    sinks: readSinks(name, given['sinks'], sizes),
+  };
 }
 
 /** Names of the options in use that only the exact engine knows. */
@@ -25,7 +53,21 @@ export function exactOnly(scores: Scores): string[] {
   const used = {
     window: scores.window.some((side) => side >= 0),
     segments: scores.segments.length > 1,
+    ...unsampled(scores),
   };
+  return namesOf(used);
+}
+
+/** Those of them that sampled rows do not know either. */
+export function unsampledOnly(scores: Scores): string[] {
+  return namesOf(unsampled(scores));
+}
+
+function unsampled({ softcap, bias, mask, sinks }: Scores): Record<string, boolean> {
+  return { softcap: softcap > 0, bias: bias !== null, mask: mask !== null, sinks: sinks !== null };
+}
+
+function namesOf(used: Record<string, boolean>): string[] {
   return Object.entries(used).flatMap(([option, inUse]) => (inUse ? [option] : []));
 }
 
@@ -49,6 +91,8 @@ export function seeingQueries(
   return { from: place(-ahead), to: place(Math.min(g.keyLength + behind, foreign)) };
 }
 
+// --- Which keys a query sees ------------------------------------------------------------------------------------------
+
 function readWindow(name: string, value: unknown): Scores['window'] {
   if (value === undefined) return [-1, -1];
   if (!Array.isArray(value) || value.length !== 2) throw wrong(name, 'window', 'a pair [left, right]', value, false);
@@ -58,8 +102,7 @@ function readWindow(name: string, value: unknown): Scores['window'] {
 
 function readSegments(name: string, value: unknown): Uint32Array {
   if (value === undefined) return Uint32Array.of(0);
-  const tag = ArrayBuffer.isView(value) ? (value as Uint32Array)[Symbol.toStringTag] : '';
-  if (!Array.isArray(value) && tag !== 'Uint32Array') {
+  if (!Array.isArray(value) && tagOf(value) !== 'Uint32Array') {
     throw wrong(name, 'segments', 'a Uint32Array or an array of numbers', value, false);
   }
   const starts = Array.from(value as ArrayLike<unknown>, (start, n) =>
@@ -71,4 +114,70 @@ function readSegments(name: string, value: unknown): Uint32Array {
     if (start < starts[n - 1]) throw wrong(name, `segments[${n}]`, `at least the one before, ${starts[n - 1]}`, start, true);
   });
   return Uint32Array.from(starts);
+}
+
+// --- What is done to scores -------------------------------------------------------------------------------------------
+
+function readSoftcap(name: string, value: unknown): number {
+  if (value === undefined) return 0;
+  const softcap = readNumber(name, 'softcap', value);
+  if (!(softcap >= LEAST_CAP && softcap <= MOST_CAP)) {
+    throw wrong(name, 'softcap', `positive, from ${LEAST_CAP} to ${MOST_CAP}`, softcap, true);
+  }
+  return softcap;
+}
+
+function readBias(name: string, value: unknown, { heads, queryLength, keyLength }: Sizes): Float32Array | null {
+  if (value === undefined) return null;
+  const one = queryLength + keyLength - 1;
+  const all = tagOf(value) === 'Float32Array' && (value as Float32Array).length === heads * one;
+  const needs = `queryLength + keyLength - 1${heads > 1 ? ', or heads times that,' : ''}`;
+  return readFloats(name, 'bias', value, all ? heads * one : one, needs);
+}
+
+function readMask(name: string, value: unknown, shape: unknown, sizes: Sizes): Mask | null {
+  if (value === undefined) {
+    if (shape !== undefined) throw new TypeError(`${name}: maskShape needs mask as well`);
+    return null;
+  }
+  const tag = tagOf(value);
+  if (tag !== 'Float32Array' && tag !== 'Uint8Array') {
+    throw wrong(name, 'mask', 'a Float32Array or a Uint8Array', value, false);
+  }
+  const values = value as Float32Array | Uint8Array;
+  const [batch, heads, rows, keys] = readMaskShape(name, shape, sizes);
+  const needed = batch * heads * rows * keys;
+  if (values.length !== needed) {
+    const needs = shape === undefined ? 'queryLength * keyLength' : 'maskShape';
+    throw new RangeError(`${name}: mask has ${values.length} values, ${needs} needs ${needed}`);
+  }
+  const stride = (count: number, inner: number) => (count > 1 ? inner : 0);
+  return {
+    values,
+    strides: {
+      batch: stride(batch, heads * rows * keys),
+      head: stride(heads, rows * keys),
+      row: stride(rows, keys),
+    },
+  };
+}
+
+function readMaskShape(name: string, value: unknown, sizes: Sizes): number[] {
+  const whole = [sizes.batch, sizes.heads, sizes.queryLength, sizes.keyLength];
+  if (value === undefined) return [1, 1, sizes.queryLength, sizes.keyLength];
+  const rule = 'four sizes, [batch, heads, queryLength, keyLength]';
+  if (!Array.isArray(value) || value.length !== 4) throw wrong(name, 'maskShape', rule, value, false);
+  return (value as unknown[]).map((size, n) => {
+    const number = readNumber(name, `maskShape[${n}]`, size);
+    if (number === whole[n] || (number === 1 && n < 3)) return number;
+    throw wrong(name, `maskShape[${n}]`, n < 3 && whole[n] > 1 ? `1 or ${whole[n]}` : `${whole[n]}`, number, true);
+  });
+}
+
+function readSinks(name: string, value: unknown, { heads }: Sizes): Float32Array | null {
+  if (value === undefined) return null;
+  const sinks = readFloats(name, 'sinks', value, heads, 'shape.heads');
+  const bad = sinks.findIndex((sink) => !Number.isFinite(sink));
+  if (bad >= 0) throw wrong(name, `sinks[${bad}]`, 'finite', sinks[bad], true);
+  return sinks;
 }

@@ -141,8 +141,22 @@ export interface Options {
   segments?: Uint32Array | readonly number[];
   /** Of q, k, v, dOutput, output and their gradients; lse is [batch, heads, queryLength] always. Default 'bhnd'. */
   layout?: Layout;
-  /** Not available yet: a RangeError. */
+  /** Scores s become softcap * tanh(s / softcap), before bias and mask. From 1e-30 to 1e30. */
+  softcap?: number;
+  /**
+   * Added to scores by distance: [queryLength + keyLength - 1], entry [i - j + keyLength - 1], the same for all heads, or
+   * heads times that. Together with `mask`, below -1e30 forbids.
+   */
   bias?: Float32Array;
+  /**
+   * For each pair, [queryLength, keyLength] or as `maskShape` says: added to scores (Float32Array; -Infinity, and all below
+   * -1e30, forbids), or 0 where forbidden (Uint8Array).
+   */
+  mask?: Float32Array | Uint8Array;
+  /** Sizes of `mask`; 1 where all batches, heads or queries have the same. Default [1, 1, queryLength, keyLength]. */
+  maskShape?: readonly [batch: number, heads: number, queryLength: number, keyLength: number];
+  /** Attention sinks: one more key for each head, of this score and of value zero; [heads], finite. lse counts it. */
+  sinks?: Float32Array;
   /** Not available yet: a RangeError. */
   relativePositions?: Float32Array;
   /** Not available yet: a RangeError. */
@@ -245,8 +259,10 @@ export interface BackwardResult {
   dk: Float32Array;
   /** The shape of v. */
   dv: Float32Array;
-  /** The gradient of `bias`; undefined as long as `bias` is not available. */
+  /** The shape of bias, summed over batches (and heads, where they share it); there when `bias` is. */
   dBias?: Float32Array;
+  /** The shape of sinks, summed over batches; there when `sinks` are. */
+  dSinks?: Float32Array;
   report: Report;
 }
 

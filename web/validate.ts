@@ -65,11 +65,15 @@ const OPTIONS = [
   'window',
   'segments',
   'layout',
+  'softcap',
   'bias',
+  'mask',
+  'maskShape',
+  'sinks',
   'relativePositions',
   'relative',
 ].concat(['method', 'tolerance', 'guarantee', 'degree', 'seed', 'onMiss']);
-const LATER = ['bias', 'relativePositions', 'relative'];
+const LATER = ['relativePositions', 'relative'];
 
 /** The options of each call, by name. */
 export const ARGUMENTS = {
@@ -201,7 +205,7 @@ function readGeometry(name: string, given: Given): Geometry {
     queryOffset,
     scale,
     layout: readChoice(name, 'layout', given['layout'], ['bhnd', 'bnhd'] as const),
-    ...readScores(name, given),
+    ...readScores(name, given, shape),
   };
 }
 
