@@ -16,6 +16,13 @@ const { dOutput, ...forwardArgs } = args;
 const planArgs = forwardArgs;
 const rotateArgs = { x: args.q, shape: SHAPE };
 
+/** A copy with another value in one place. */
+function withValue(x: Float32Array, at: number, value: number): Float32Array {
+  const copy = x.slice();
+  copy[at] = value;
+  return copy;
+}
+
 /** Eight rows. */
 const TABLES = { cos: new Float32Array(32).fill(1), sin: new Float32Array(32) };
 
@@ -220,6 +227,10 @@ const COMMON: Case[] = [
   [{ seed: -1 }, RangeError, '@: seed must be an integer from 0 to 4294967295, got -1'],
   [{ seed: 0.5 }, RangeError, '@: seed must be an integer'],
   [{ onMiss: 'ignore' }, RangeError, "@: onMiss must be one of 'error', 'report', got 'ignore'"],
+  [{ checkFinite: 1 }, TypeError, '@: checkFinite must be true or false, got 1'],
+  [{ checkFinite: true, q: withValue(args.q, 31, NaN) }, RangeError, '@: q[31] must be finite, got NaN'],
+  [{ checkFinite: true, k: withValue(args.k, 0, Infinity) }, RangeError, '@: k[0] must be finite, got Infinity'],
+  [{ checkFinite: true, v: withValue(args.v, 167, NaN) }, RangeError, '@: v[167] must be finite, got NaN'],
   [{ casual: true }, TypeError, '@: there is no option casual; known are q, k, v'],
   [{ signal: new AbortController().signal }, TypeError, '@: signal is only for createRopeAttentionWorker'],
   [{ onProgress: () => {} }, TypeError, '@: onProgress is only for createRopeAttentionWorker'],
@@ -237,6 +248,19 @@ const CASES: [name: 'forward' | 'backward' | 'plan' | 'rotate', ...Case][] = [
   ['backward', { output: dOutput }, TypeError, '@: output needs lse as well; give both or neither'],
   ['backward', { lse: new Float32Array(40) }, TypeError, '@: lse needs output as well; give both or neither'],
   ['backward', { output: dOutput, lse: new Float32Array(41) }, RangeError, '@: lse has 41 values, shape needs 40'],
+  ['backward', { saved: dOutput }, TypeError, '@: saved must be an object, got a Float32Array'],
+  ['backward', { saved: { output: dOutput } }, TypeError, '@: saved.lse must be a Float32Array, got undefined'],
+  ['backward', { saved: { output: dOutput, lse: new Float32Array(39) } }, RangeError, '@: saved.lse has 39 values, shape needs 40'],
+  ['backward', { saved: { output: dOutput, logsumexp: 1 } }, TypeError, '@: there is no option saved.logsumexp; known are'],
+  [
+    'backward',
+    { saved: { output: dOutput, lse: new Float32Array(40) }, output: dOutput },
+    TypeError,
+    '@: saved takes the place of output and lse; output is given too',
+  ],
+  ['forward', { saved: { output: dOutput, lse: new Float32Array(40) } }, TypeError, '@: there is no option saved'],
+  ['backward', { checkFinite: true, dOutput: withValue(dOutput, 7, -Infinity) }, RangeError, '@: dOutput[7] must be finite, got -Infinity'],
+  ['rotate', { checkFinite: true }, TypeError, '@: there is no option checkFinite'],
   ['plan', { v: undefined, dOutput }, TypeError, '@: dOutput needs v as well'],
   ['plan', { output: dOutput }, TypeError, '@: there is no option output'],
   [
@@ -322,6 +346,13 @@ describe('misuse', () => {
     const made = createRopeAttention(options as CreateOptions);
     await expect(made).rejects.toThrow(kind);
     await expect(made).rejects.toThrow(message);
+  });
+
+  test('checkFinite changes nothing where all is finite, and nothing is looked at without it', () => {
+    const { output } = attention.forward({ ...forwardArgs, checkFinite: true });
+    expect(output).toEqual(attention.forward(forwardArgs).output);
+    const strange = attention.forward({ ...forwardArgs, q: withValue(args.q, 0, NaN), checkFinite: false });
+    expect(strange.output.slice(0, 6)).toEqual(new Float32Array(6).fill(NaN));
   });
 
   test('an option that is undefined is an option not given', () => {
@@ -459,6 +490,10 @@ describe('options reach the kernels', () => {
     const given = attention.backward({ ...args, output, lse, method: 'exact' });
     for (const name of ['dq', 'dk', 'dv'] as const) expect(given[name]).toEqual(without[name]);
     expect(given.report.flops).toBeLessThan(without.report.flops);
+    const whole = attention.forward({ ...forwardArgs, method: 'exact' });
+    const saved = attention.backward({ ...args, saved: whole, method: 'exact' });
+    for (const name of ['dq', 'dk', 'dv'] as const) expect(saved[name]).toEqual(given[name]);
+    expect(saved.report.flops).toBe(given.report.flops);
   });
 
   test('backward does use them: other ones give other gradients with `exact`, and are found out with `auto`', () => {

@@ -42,12 +42,19 @@ describe('results', () => {
     expect(plain(await remote.rotate(rotation))).toEqual(plain(local.rotate(rotation)));
     expect(await remote.plan(smallForward)).toEqual(local.plan(smallForward));
 
-    const frequent = { queryPositions: Array.from({ length: 33 }, (_, n) => n / 3), keyPositions: Uint8Array.of(7, ...new Array(32).fill(1)) };
+    const positions = {
+      queryPositions: Array.from({ length: 33 }, (_, n) => n / 3),
+      keyPositions: Uint8Array.of(7, ...new Array(32).fill(1)),
+    };
     const scores = { mask: Uint8Array.from({ length: 33 * 33 }, (_, n) => n % 3), bias: new Float32Array(65).fill(1) };
     const more = { ...small, ...scores, sinks: new Float32Array(new SharedArrayBuffer(16)) };
     const { dBias, dSinks } = await remote.backward(more);
     expect([dBias!, dSinks!].map(plain)).toEqual([local.backward(more).dBias, local.backward(more).dSinks]);
-    for (const options of [{ rotary: frequent }, { segments: Uint32Array.of(0, 9) }, { segments: [0, 9], window: [4, 1] as const }]) {
+    const saved = await remote.forward(smallForward);
+    const given = await remote.backward({ ...small, saved, checkFinite: true });
+    expect(plain(given.dq)).toEqual(local.backward(small).dq);
+    expect(given.report.flops).toBeLessThan(backward.report.flops);
+    for (const options of [{ rotary: positions }, { segments: Uint32Array.of(0, 9) }, { segments: [0, 9], window: [4, 1] as const }]) {
       const given = { ...smallForward, ...options };
       expect(plain((await remote.forward(given)).output)).toEqual(plain(local.forward(given).output));
     }

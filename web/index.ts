@@ -4,6 +4,7 @@
 
 export { createRopeAttention } from './attention.js';
 export { createRopeAttentionWorker } from './worker-client.js';
+export { mergeStates } from './merge.js';
 export { reference } from './reference.js';
 export { rotaryFrequencies } from './scaling.js';
 export * as theory from './theory.js';
@@ -14,5 +15,6 @@ export type {
   ReferenceForwardArgs,
   ReferenceRotateArgs,
 } from './reference.js';
+export type { MergeOptions } from './merge.js';
 export type { RotaryFrequencies, RotaryFrequenciesArgs } from './scaling.js';
 export type * from './types.js';

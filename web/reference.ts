@@ -21,7 +21,12 @@ import { readLayout, readRotation, readScores, readSizes } from './reference-opt
 import type { ReferenceForwardArgs, ReferenceRotateArgs, Values } from './reference-options.js';
 
 export type { ReferenceForwardArgs, ReferenceRotateArgs, Values } from './reference-options.js';
-export type ReferenceBackwardArgs = ReferenceForwardArgs & { dOutput: Values; output?: Values; lse?: Values };
+export type ReferenceBackwardArgs = ReferenceForwardArgs & {
+  dOutput: Values;
+  output?: Values;
+  lse?: Values;
+  saved?: { output: Values; lse: Values };
+};
 
 export interface ReferenceForward {
   /** [batch, heads, queryLength, valueDim] */

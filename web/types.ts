@@ -176,6 +176,8 @@ export interface Options {
   seed?: number;
   /** A forced method that misses the tolerance: 'error' (default) throws a RangeError, 'report' returns the result as it is. */
   onMiss?: 'error' | 'report';
+  /** Look for NaN and infinity in q, k, v and dOutput first: a RangeError that names the array and the place. Default false. */
+  checkFinite?: boolean;
 }
 
 export interface ForwardArgs extends Options {
@@ -193,6 +195,8 @@ export interface BackwardArgs extends ForwardArgs {
   /** What `forward` returned; with `lse` it spares a forward pass. Both or neither. */
   output?: Float32Array;
   lse?: Float32Array;
+  /** The same as one object, the result of `forward` as it is, instead of `output` and `lse`. */
+  saved?: State & { report?: Report };
 }
 
 export interface PlanArgs extends Options {
@@ -244,11 +248,15 @@ export interface Report {
   reason: string;
 }
 
-export interface ForwardResult {
+/** Attention over some keys, in the form that `mergeStates` can join with attention over others. */
+export interface State {
   /** [batch, heads, queryLength, valueDim] */
   output: Float32Array;
   /** log sum_j exp(s_ij), [batch, heads, queryLength]; -Infinity where nothing is allowed. */
   lse: Float32Array;
+}
+
+export interface ForwardResult extends State {
   report: Report;
 }
 

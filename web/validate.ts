@@ -72,13 +72,13 @@ const OPTIONS = [
   'sinks',
   'relativePositions',
   'relative',
-].concat(['method', 'tolerance', 'guarantee', 'degree', 'seed', 'onMiss']);
+].concat(['method', 'tolerance', 'guarantee', 'degree', 'seed', 'onMiss', 'checkFinite']);
 const LATER = ['relativePositions', 'relative'];
 
 /** The options of each call, by name. */
 export const ARGUMENTS = {
   forward: ['q', 'k', 'v', ...OPTIONS],
-  backward: ['q', 'k', 'v', 'dOutput', 'output', 'lse', ...OPTIONS],
+  backward: ['q', 'k', 'v', 'dOutput', 'output', 'lse', 'saved', ...OPTIONS],
   plan: ['q', 'k', 'v', 'dOutput', ...OPTIONS],
   rotate: ['x', 'shape', 'rotary', 'queryOffset', 'layout', 'inverse'],
 } as const;
@@ -97,15 +97,36 @@ export function readCall(name: 'forward' | 'backward' | 'plan', args: ForwardArg
     k: required('k', size.k),
     v: name === 'plan' ? array('v', size.v) : required('v', size.v),
     dOutput: name === 'backward' ? required('dOutput', size.output) : array('dOutput', size.output),
-    output: array('output', size.output),
-    lse: array('lse', size.lse),
+    ...readState(name, given, size),
   };
   if (name === 'plan' && inputs.dOutput && !inputs.v) throw new TypeError('plan: dOutput needs v as well');
-  if (!inputs.output !== !inputs.lse) {
-    const [there, missing] = inputs.output ? ['output', 'lse'] : ['lse', 'output'];
-    throw new TypeError(`${name}: ${there} needs ${missing} as well; give both or neither`);
+  if (readBoolean(name, 'checkFinite', given['checkFinite'], false)) {
+    for (const option of ['q', 'k', 'v', 'dOutput'] as const) {
+      const bad = inputs[option]?.findIndex((value) => !Number.isFinite(value)) ?? -1;
+      if (bad >= 0) throw wrong(name, `${option}[${bad}]`, 'finite', inputs[option]![bad], true);
+    }
   }
   return { problem, inputs };
+}
+
+/** What forward returned: apart, as one object, or not at all. */
+function readState(name: string, given: Given, size: ReturnType<typeof sizesOf>): Pick<Inputs, 'output' | 'lse'> {
+  const [apart] = ['output', 'lse'].filter((option) => given[option] !== undefined);
+  if (given['saved'] === undefined) {
+    if (apart === undefined) return { output: null, lse: null };
+    const missing = ['output', 'lse'].find((option) => given[option] === undefined);
+    if (missing !== undefined) throw new TypeError(`${name}: ${apart} needs ${missing} as well; give both or neither`);
+    return {
+      output: readFloats(name, 'output', given['output'], size.output),
+      lse: readFloats(name, 'lse', given['lse'], size.lse),
+    };
+  }
+  const saved = readRecord(name, 'saved', given['saved'], ['output', 'lse', 'report']);
+  if (apart !== undefined) throw new TypeError(`${name}: saved takes the place of output and lse; ${apart} is given too`);
+  return {
+    output: readFloats(name, 'saved.output', saved['output'], size.output),
+    lse: readFloats(name, 'saved.lse', saved['lse'], size.lse),
+  };
 }
 
 /** Checks the arguments of `rotate`. */
