@@ -230,7 +230,7 @@ export interface Report {
   rank: number | null;
   /** max |entry| of q and k: the papers' B. */
   entryBound: number;
-  /** A number that no |score| exceeds once the mean key is subtracted (Cauchy-Schwarz, after scale). */
+  /** A number that no |score| exceeds, before softcap, bias and mask, once the mean key is subtracted (Cauchy-Schwarz). */
   scoreBound: number;
   /** Proved bound of a polynomial's output error, in units of max |v - c|; null when there is none, for gradients, for exact. */
   errorBound: number | null;
