@@ -7,7 +7,7 @@ import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 
 import { createRopeAttention, reference, theory } from '../dist/index.js';
 import { allowedPairs, exactFlops, polynomialFlops } from '../dist/cost.js';
-import type { ForwardArgs, Guarantee, Report, RopeAttention } from '../dist/index.js';
+import type { ForwardArgs, Guarantee, Report, Rotary, RopeAttention } from '../dist/index.js';
 import { readCall, type Geometry } from '../dist/validate.js';
 import {
   draw,
@@ -146,6 +146,18 @@ describe('counts', () => {
 });
 
 const SHAPE = { heads: 2, queryLength: 2048, headDim: 16 };
+/** 200 positions, scattered. */
+const POSITIONS = Float32Array.from({ length: 200 }, (_, n) => ((n * 7919) % 611) / 2);
+const ROWS = Uint8Array.from(POSITIONS, (_, n) => n % 100);
+const YARN = { type: 'yarn', factor: 4, originalLength: 50, attentionFactor: 1.2 } as const;
+/** Positions again and again, 1500 in each of two batches. */
+const repeated = (rotary: Rotary): Rotary =>
+  Object.fromEntries(
+    (['queryPositions', 'keyPositions'] as const).flatMap((name) => {
+      const some = rotary[name];
+      return some ? [[name, Array.from({ length: 3000 }, (_, n) => some[n % some.length])]] : [];
+    }),
+  );
 
 describe('the choice', () => {
   test.each([
@@ -167,6 +179,19 @@ describe('the choice', () => {
         /^polynomial of degree \d \(rank \d+\): predicted [\d.]+x cheaper than exact, sampled error .* within /,
       );
     }
+  });
+
+  test.each([
+    ['positions', { queryPositions: POSITIONS, keyPositions: POSITIONS.map((x) => x / 3 - 50) }],
+    ['scaling', { base: 100, scaling: YARN }],
+    ['tables', { dim: 4, tables: { cos: POSITIONS.map(Math.cos), sin: POSITIONS.map(Math.sin) }, queryPositions: ROWS, keyPositions: ROWS }],
+  ])('rotation by %s: a polynomial within the tolerance on every row', (_, rotary) => {
+    const setting = { shape: { ...SHAPE, batch: 2, heads: 1, queryLength: 1500 }, rotary: { ...rotary, ...repeated(rotary) } };
+    const args = withoutGradient(problem(setting, 16, uniform(0.4)));
+    const { output, report } = attention.forward(args);
+    expect(report.method).toBe('polynomial');
+    expect(outputError(args, output)).toBeLessThanOrEqual(1e-3);
+    expect(attention.plan(args)).toMatchObject({ method: 'polynomial', degree: report.degree });
   });
 
   test('the degree rises as the tolerance falls, until exact is left', () => {
@@ -274,8 +299,11 @@ describe('the choice', () => {
     [{ window: [20, 5] as const, queryOffset: 90 }],
     [{ segments: [0, 10, 40], causal: true }],
     [{ segments: [0, 10, 40], queryOffset: 20 }],
+    [{ segments: [0, 10, 40], window: [20, 5] as const, layout: 'bnhd' as const }],
+    [{ rotary: { queryPositions: POSITIONS.subarray(0, 100), keyPositions: POSITIONS }, causal: true }],
+    [{ rotary: { keyPositions: POSITIONS, base: 100, scaling: YARN }, layout: 'bnhd' as const, window: [30, 30] as const }],
   ])('output and lse that are given are found to be right, or wrong, also under %p', (options) => {
-    const shape = { heads: 4, kvHeads: 2, queryLength: 100, headDim: 8 };
+    const shape = { batch: 2, heads: 4, kvHeads: 2, queryLength: 100, headDim: 8 };
     const args = { ...problem({ shape }, 10), ...options };
     const { output, lse } = attention.forward(withoutGradient(args));
     const right = attention.backward({ ...args, output, lse });
