@@ -588,6 +588,9 @@ describe('an instance', () => {
     expect(Number(limit)).toBe(maxMemoryBytes);
     expect(Number(needed)).toBeGreaterThan(4 * q.byteLength); // q, k, v, output
     expect(small.memoryBytes).toBeLessThanOrEqual(maxMemoryBytes);
+    const { dOutput: _dOutput, ...wide } = problem({ shape: { heads: 1, queryLength: 2000, headDim: 2 } }, 6);
+    const masked = { ...wide, mask: new Uint8Array(2000 * 2000) };
+    expect(() => small.forward(masked)).toThrow(/^forward: needs \d+ bytes of WebAssembly memory, the limit is 1048576$/);
     expect(small.forward(forwardArgs).output).toEqual(attention.forward(forwardArgs).output);
     expect(small.memoryBytes).toBeLessThanOrEqual(maxMemoryBytes);
     small.dispose();

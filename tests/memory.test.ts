@@ -10,6 +10,7 @@ import { Session } from '../dist/kernel.js';
 import { Arena, MEMORY_LIMIT } from '../dist/memory.js';
 import { readCall } from '../dist/validate.js';
 import { problem } from './support.js';
+import type { Setting } from './support.js';
 
 const GIB = 2 ** 30;
 
@@ -86,11 +87,22 @@ describe('the arena', () => {
   });
 });
 
-test('the kernels work past 2 GiB as below', async () => {
+const shape = { heads: 2, queryLength: 70, headDim: 8 };
+const everything = {
+  rotary: { queryPositions: new Float32Array(70).fill(3), keyPositions: new Float32Array(70).fill(1) },
+  segments: [0, 30],
+  bias: new Float32Array(139).fill(0.5),
+  mask: Float32Array.from({ length: 4900 }, (_, n) => n % 3),
+  sinks: Float32Array.of(1, 2),
+};
+test.each<[string, Partial<Setting>, (number | null)[]]>([
+  ['both engines', {}, [null, 2]],
+  ['with all options', everything, [null]],
+])('the kernels work past 2 GiB as below: %s', (_, options, degrees) => {
   const bytes = new Uint8Array(readFileSync(new URL('../dist/rope-attention.wasm', import.meta.url)));
   const { problem: settled, inputs } = readCall(
     'backward',
-    problem({ shape: { heads: 2, queryLength: 70, headDim: 8 }, causal: true }, 1),
+    problem({ shape, causal: true, ...options }, 1),
   );
   const coefficients = Float32Array.of(1, 1, 0.5, 1, 1, 0.5);
   const rows = [0, 33, 69];
@@ -103,14 +115,14 @@ test('the kernels work past 2 GiB as below', async () => {
     const session = new Session('backward', settled, exports, arena);
     session.load(inputs, 'backward', 0);
     const found: unknown[] = [session.prepare(1), session.scores(1, rows, 3), session.rows(1, rows, null, true)];
-    for (const degree of [null, 2]) {
+    for (const degree of degrees) {
       for (const pass of ['forward', 'backward'] as const) {
         session.setWorkspace(session.workspaceBytes(pass, degree));
         session.setEngine(degree, degree === null ? undefined : coefficients);
         expect(session.run(pass, 0, session.units(pass))).toBe(true);
       }
       for (const name of ['out', 'lse', 'dq', 'dk', 'dv'] as const) found.push(session.result(name));
-      found.push(session.columns(1, rows));
+      found.push(session.columns(1, rows), session.vector('dbias'), session.vector('dsinks'));
     }
     expect(session.bytes).toBeGreaterThan(shift);
     session.close();

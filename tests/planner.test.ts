@@ -149,6 +149,7 @@ const SHAPE = { heads: 2, queryLength: 2048, headDim: 16 };
 /** 200 positions, scattered. */
 const POSITIONS = Float32Array.from({ length: 200 }, (_, n) => ((n * 7919) % 611) / 2);
 const ROWS = Uint8Array.from(POSITIONS, (_, n) => n % 100);
+const TABLES = { cos: POSITIONS.map(Math.cos), sin: POSITIONS.map(Math.sin) };
 const YARN = { type: 'yarn', factor: 4, originalLength: 50, attentionFactor: 1.2 } as const;
 /** Positions again and again, 1500 in each of two batches. */
 const repeated = (rotary: Rotary): Rotary =>
@@ -184,7 +185,7 @@ describe('the choice', () => {
   test.each([
     ['positions', { queryPositions: POSITIONS, keyPositions: POSITIONS.map((x) => x / 3 - 50) }],
     ['scaling', { base: 100, scaling: YARN }],
-    ['tables', { dim: 4, tables: { cos: POSITIONS.map(Math.cos), sin: POSITIONS.map(Math.sin) }, queryPositions: ROWS, keyPositions: ROWS }],
+    ['tables', { dim: 4, tables: TABLES, queryPositions: ROWS, keyPositions: ROWS }],
   ])('rotation by %s: a polynomial within the tolerance on every row', (_, rotary) => {
     const setting = { shape: { ...SHAPE, batch: 2, heads: 1, queryLength: 1500 }, rotary: { ...rotary, ...repeated(rotary) } };
     const args = withoutGradient(problem(setting, 16, uniform(0.4)));

@@ -86,8 +86,8 @@ function pairsOf(args: Problem, r: number): { head: number; pairs: Pair[] } {
 const row = <T extends Float32Array | Float64Array>(x: T, r: number, width: number) => x.subarray(r * width, (r + 1) * width) as T;
 
 /**
- * Both passes in float32, layout 'bhnd': every product and sum rounded, one running sum for each, a whole row of weights in memory, angles in
- * float64, exp and log rounded correctly.
+ * Both passes in float32, layout 'bhnd': every product and sum rounded, one running sum for each, a whole row of weights in
+ * memory, angles in float64, exp and log rounded correctly.
  */
 export function plainFloat32(args: Problem): ByResult<Float32Array> {
   const f = Math.fround;

@@ -45,8 +45,8 @@ export interface Rotary {
   /** How a model that was trained on short sequences reads long ones: other frequencies from `base`. */
   scaling?: RotaryScaling;
   /**
-   * cos and sin of pair p at position m, entry [m dim/2 + p] of each, instead of all these. Positions are row
-   * numbers then: integers from 0 on, below the number of rows. Gradients, and `inverse`, turn by -sin.
+   * cos and sin of pair p at position m, entry [m dim/2 + p] of each, instead of all these. Positions are row numbers then:
+   * integers from 0 on, below the number of rows. Gradients, and `inverse`, turn by -sin.
    */
   tables?: { cos: Float32Array; sin: Float32Array };
   /** Where the queries are, [queryLength] or [batch, queryLength], instead of i + queryOffset; of the rotation, not of masks. */
