@@ -161,6 +161,16 @@ test-jest: page | tools-browser ## the Jest tests only (ARGS=... goes to Jest)
 bench: build | tools-browser ## the benchmarks, tests/bench/*.mjs (BENCH=file for one, ARGS=... goes to it)
 	@$(NODE) scripts/bench.mjs $(BENCH) -- $(ARGS)
 
+PEERS := tests/bench/peers
+$(PEERS)/node_modules/.stamp: $(PEERS)/package-lock.json $(PEERS)/.npmrc
+	@echo 'npm ci ($(PEERS))'
+	@cd $(PEERS) && npm ci --ignore-scripts --loglevel=error --no-progress </dev/null
+	@touch $@
+
+.PHONY: bench-peers
+bench-peers: build $(PEERS)/node_modules/.stamp | tools-browser ## against other packages, under an hour (ARGS=--quick: minutes)
+	@$(NODE) $(PEERS)/bench.mjs $(ARGS)
+
 # --- order -----------------------------------------------------------------------------------------------------------
 
 C_FILES := $(wildcard src/*.[ch] tests/native/*.[ch])
@@ -182,4 +192,4 @@ clean: ## remove what was built
 	rm -rf build dist web/generated
 
 distclean: clean ## remove also node_modules and the unpacked toolchain
-	rm -rf node_modules .toolchain
+	rm -rf node_modules $(PEERS)/node_modules .toolchain
