@@ -17,8 +17,8 @@
 // tfjs.mjs, jax.mjs). Useful operations: 4 D a pair of allowed tokens forward, 14 D forward+backward; `peak` is the
 // multiply-add rate of our own binary, the best of samples before and between the rounds of the same case.
 //
-// A form that fails beside others of its library is tried again with only ours beside it (marked *). One that would take more than 20 s a call
-// is not run. What was not run or failed is listed with the reason.
+// A form that fails beside others of its library is tried again with only ours beside it (marked *). One that would take more
+// than 20 s a call is not run. What was not run or failed is listed with the reason.
 
 import { spawn, spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';

@@ -148,7 +148,8 @@ async function race(host, { contenders, passes, seconds, ...shape }) {
     const results = ours ? await ours.runner.result() : null;
     for (const { id, runner, setUp, first, samples } of entries.filter(({ failed }) => !failed)) {
       const times = samples.map(({ milliseconds }) => milliseconds);
-      const row = { contender: id, pass, milliseconds: median(times), spread: spread(times), samples: times.length, setUp, first };
+      const figures = { milliseconds: median(times), spread: spread(times), samples: times.length };
+      const row = { contender: id, pass, ...figures, setUp, first };
       if (ours && id !== OURS) {
         row.ratio = row.milliseconds / median(timesBeside(samples, ours.samples));
         row.difference = worstDifference(await runner.result(), results);

@@ -22,7 +22,7 @@ const timed = (entries) => entries.filter(({ milliseconds }) => milliseconds);
 const fastest = (entries) => timed(entries).sort((a, b) => a.milliseconds - b.milliseconds)[0];
 const ratioOfFastest = (entries) => fastest(entries)?.ratio;
 
-/** A form's time, * when it needed a process without its library's other forms; why there is none; nothing when the library has no such pass. */
+/** The fastest time, * when it had to run without its library's other forms; or why there is none; empty without such a pass. */
 function cell(entries) {
   const best = fastest(entries);
   if (best) return `${time(best.milliseconds)}${best.apart ? '*' : ''}`;

@@ -104,8 +104,10 @@ function blockedHead(tf, problem, triangle, keepsWeights) {
 export function prepare(tf, problem, form, pass) {
   const { length, headDim, heads, causal, scale } = problem;
   const pairs = headDim / 2;
-  const [q, k, v, dOutput] = ['q', 'k', 'v', 'dOutput'].map((input) => tf.tensor3d(problem[input], [heads, length, headDim]));
-  const [cos, sin] = ['cos', 'sin'].map((table) => tf.tidy(() => tf.tile(tf.tensor2d(problem[table], [length, pairs]), [1, 2])));
+  const dims = [heads, length, headDim];
+  const [q, k, v, dOutput] = ['q', 'k', 'v', 'dOutput'].map((input) => tf.tensor3d(problem[input], dims));
+  const wide = (table) => tf.tidy(() => tf.tile(tf.tensor2d(table, [length, pairs]), [1, 2]));
+  const [cos, sin] = [wide(problem.cos), wide(problem.sin)];
   const triangle = causal ? triangleOf(tf, form === 'plain' ? length : blocksOf(problem, ROWS)[0].count) : null;
 
   const rotated = (x) => {
