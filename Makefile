@@ -51,10 +51,11 @@ TARGET_simd128 := -msimd128
 TARGET_relaxed := -msimd128 -mrelaxed-simd -DRA_RELAXED
 
 # No generated JavaScript and no imports: the loader in web/ is all there is. Functions name their own export in C. The
-# stack comes first in memory, so an overflow traps instead of overwriting data. Memory grows from JavaScript only.
+# stack comes first in memory, so an overflow traps instead of overwriting data. Memory grows from JavaScript only. wasm-opt
+# would put kernels into their only callers, and engines compile function by function: the first calls take twice as long then.
 LDFLAGS := $(LINKOPT) --no-entry -Wl,--export=__heap_base -sALLOW_MEMORY_GROWTH -sMAXIMUM_MEMORY=4GB \
   -sINITIAL_MEMORY=256KB -sSTACK_SIZE=64KB -Wl,--stack-first -sSTACK_OVERFLOW_CHECK=0 -sASSERTIONS=0 -sMALLOC=none \
-  -sFILESYSTEM=0
+  -sFILESYSTEM=0 -sBINARYEN_EXTRA_PASSES=--one-caller-inline-max-function-size=1
 LIMIT := 98304 # bytes of one binary
 
 WASM := dist/rope-attention.wasm dist/rope-attention.relaxed.wasm

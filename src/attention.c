@@ -35,7 +35,8 @@ int ra_check(const ra_problem *p) {
   int engine = engine_of(p) && (p->method != RA_POLYNOMIAL || (p->degree <= RA_MAX_DEGREE && p->coefficients));
   int flags = p->interleaved <= 1 && p->causal <= 1 && p->layout <= 1 && isfinite(p->scale);
   int masks = p->window_left >= -1 && p->window_right >= -1 && (!p->segments || p->segment_count >= 1) &&
-              p->softcap >= 0 && p->softcap <= FLT_MAX && (!p->bias || p->bias_heads == 1 || p->bias_heads == p->heads);
+              p->softcap >= 0 && p->softcap <= FLT_MAX && p->score_bound >= 0 &&
+              (!p->bias || p->bias_heads == 1 || p->bias_heads == p->heads);
   int causal_only = !ra_is_modified(p) && !p->sinks && p->window_left < 0 && p->window_right < 0 && !p->segments;
   int known = p->method != RA_POLYNOMIAL || causal_only;
   // units are counted in 32 bits

@@ -8,8 +8,8 @@
 //   Dao et al. FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness. 2022 (2205.14135)
 //
 // Layout. Eight queries are the lanes of two vectors: maximum, sum and rescaling are vertical. Queries are packed to
-// [D][8], keys to panels of four, [D][4], so that a score tile of 4 keys x 8 queries reads both in order. Queries carry
-// scale * log2 e: weights are 2^s.
+// [D][8], keys to panels of PANEL, [D][PANEL], so that a score tile of PANEL keys x 8 queries reads both in order. Queries
+// carry scale * log2 e: weights are 2^s.
 
 #include <float.h>
 #include <math.h>
@@ -23,17 +23,24 @@
 #include "tile.h"
 
 enum {
-  LANES = 8,          // queries of a strip
-  QUERY_BLOCK = 256,  // queries of a forward unit: their tiles stay in cache while the keys pass by
-  KEY_TILE_MAX = 128, // keys of a forward tile: 128, or 64 where D or Dv > 32 (keys, values and weights stay in L1)
-  KEY_BLOCK = 128,    // keys of a backward unit
-  QUERY_CHUNK = 32,   // queries of a backward step
-  PAD = 32,           // floats around a bias, for the queries and keys that fill up tiles
+  LANES = 8,            // queries of a strip
+  PANEL = RA_TILE_ROWS, // keys of a panel: 4 or 6, which divide the numbers of keys below
+  QUERY_BLOCK = 256,    // queries of a forward unit: their tiles stay in cache while the keys pass by
+  KEY_TILE = 60,        // keys of a forward tile: keys, values and weights stay in L1
+  KEY_BLOCK = 120,      // keys of a backward unit
+  QUERY_CHUNK = 32,     // queries of a backward step
+  ROWS = 96,            // rows that are rotated together: whole panels, and whole blocks of rotary.h
+  PAD = 32,             // floats around a bias, for the queries and keys that fill up tiles
 };
 
-// A new reference is taken when some score exceeds the old one by this many powers of two; until then sums may grow by
-// 2^8, which costs no precision.
+// A new reference is taken when some score exceeds the old one by this many powers of two (until then sums may grow by 2^8,
+// which costs no precision), or when all the first scores are this far below it. The first one is 0.
 #define LAZY 8.0f
+
+// Where no score is further from 0 than this many powers of two (the problem's score_bound says so), the reference stays at 0
+// and nothing asks for maxima: weights in 2^-24 .. 2^24 cost no precision, and leave sums and numerators far from the ends
+// of float32. Bounded entries again: 24 is reached by D = 64 and entries up to 1.4.
+#define NARROW 24.0
 
 typedef struct exact_state {
   ra_rotary q_rotary, k_rotary;
@@ -43,12 +50,13 @@ typedef struct exact {
   const ra_problem *p;
   exact_state *state;
   uint32_t D, Dv, Dp, Dvp;             // Dp, Dvp: padded to 8
-  uint32_t panels, strips;             // groups of 4 keys, of 8 queries (backward: of 32, times 4)
+  int narrow;                          // scores are plain and within NARROW
+  uint32_t panels, strips;             // groups of PANEL keys, of 8 queries (backward: of 32, times 4)
   size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays; dq, dk, dv, dout alike
   float cap, inverse_cap;              // softcap in powers of two; 0: none
   char *q_space, *k_space;             // rotary tables
-  float *rows;                         // [32][Dp] rotated rows on their way
-  float *k_panel;                      // [panels][D][4] rotated keys
+  float *rows;                         // [ROWS][Dp] rotated rows on their way
+  float *k_panel;                      // [panels][D][PANEL] rotated keys
   // forward
   float *q_strip;         // [32 strips][D][8]; backward: all strips of the head
   float *out_t;           // [32 strips][Dv][8] numerators
@@ -59,8 +67,8 @@ typedef struct exact {
   float *mask; // [keys of a tile or block][8 or 32 queries]
   float *zero; // [8] where scores start
   // backward
-  float *k_rows, *q_rows;     // [4 panels][Dp], [8 strips][Dp] rotated
-  float *v_panel;             // [panels][Dv][4]
+  float *k_rows, *q_rows;     // [PANEL panels][Dp], [8 strips][Dp] rotated
+  float *v_panel;             // [panels][Dv][PANEL]
   float *dout_rows;           // [8 strips][Dvp]
   float *dout_strip;          // [strips][Dv][8]
   float *lse2, *delta;        // [8 strips], lse in powers of two
@@ -75,26 +83,27 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
   exact e = {.p = p, .D = p->head_dim, .Dv = p->value_dim};
   e.Dp = (e.D + 7) / 8 * 8;
   e.Dvp = (e.Dv + 7) / 8 * 8;
-  e.panels = ra_ceil_div(p->key_length, 4);
+  e.panels = ra_ceil_div(p->key_length, PANEL);
   e.q_row = ra_row(p, p->heads, e.D);
   e.k_row = ra_row(p, p->kv_heads, e.D);
   e.v_row = ra_row(p, p->kv_heads, e.Dv);
   e.out_row = ra_row(p, p->heads, e.Dv);
   e.cap = (float)(p->softcap * RA_LOG2_E);
   e.inverse_cap = p->softcap > 0 ? 1 / e.cap : 0;
+  e.narrow = p->score_bound > 0 && p->score_bound * RA_LOG2_E <= NARROW && !ra_is_modified(p);
   size_t diagonals = (size_t)p->query_length + p->key_length + 2 * PAD;
   e.state = ra_take(w, 1, 1, sizeof(exact_state));
   e.q_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
   e.k_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
-  e.rows = ra_take_floats(w, 32, e.Dp);
-  e.k_panel = ra_take_floats(w, e.panels, (size_t)e.D * 4);
+  e.rows = ra_take_floats(w, ROWS, e.Dp);
+  e.k_panel = ra_take_floats(w, e.panels, (size_t)e.D * PANEL);
   if (pass == RA_FORWARD) {
     e.strips = QUERY_BLOCK / LANES;
     e.q_strip = ra_take_floats(w, e.strips, (size_t)e.D * LANES);
     e.out_t = ra_take_floats(w, e.strips, (size_t)e.Dv * LANES);
     e.reference = ra_take_floats(w, e.strips, LANES);
     e.sum = ra_take_floats(w, e.strips, LANES);
-    e.s = ra_take_floats(w, KEY_TILE_MAX, LANES);
+    e.s = ra_take_floats(w, KEY_TILE, LANES);
   } else {
     e.strips = ra_ceil_div(p->query_length, QUERY_CHUNK) * (QUERY_CHUNK / LANES);
     e.q_strip = ra_take_floats(w, e.strips, (size_t)e.D * LANES);
@@ -104,8 +113,8 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
     e.lse2 = ra_take_floats(w, e.strips, LANES);
     e.delta = ra_take_floats(w, e.strips, LANES);
     e.dq_t = ra_take_floats(w, e.strips, (size_t)e.Dp * LANES);
-    e.k_rows = ra_take_floats(w, e.panels, (size_t)e.Dp * 4);
-    e.v_panel = ra_take_floats(w, e.panels, (size_t)e.Dv * 4);
+    e.k_rows = ra_take_floats(w, e.panels, (size_t)e.Dp * PANEL);
+    e.v_panel = ra_take_floats(w, e.panels, (size_t)e.Dv * PANEL);
     e.weight = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
     e.ds = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
     e.dk_block = ra_take_floats(w, KEY_BLOCK, e.Dp);
@@ -133,13 +142,12 @@ RA_KERNEL void pack(const float *x, size_t x_row, uint32_t count, uint32_t colum
 // Rotates the keys of one head into panels, and into plain rows where the pass has them.
 RA_KERNEL void prepare_keys(const exact *e, const float *k) {
   const ra_problem *p = e->p;
-  if (e->k_rows) ra_fill(e->k_rows, (size_t)e->panels * 4 * e->Dp, 0);
-  ra_fill(e->rows, (size_t)32 * e->Dp, 0);
-  for (uint32_t j = 0; j < p->key_length; j += 32) {
-    uint32_t count = ra_min_u32(32, p->key_length - j);
+  if (e->k_rows) ra_fill(e->k_rows, (size_t)e->panels * PANEL * e->Dp, 0);
+  for (uint32_t j = 0; j < p->key_length; j += ROWS) {
+    uint32_t count = ra_min_u32(ROWS, p->key_length - j);
     float *rows = e->k_rows ? e->k_rows + (size_t)j * e->Dp : e->rows;
     ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, rows, e->Dp, count, j, RA_ROTATE, 1.0f);
-    pack(rows, e->Dp, count, e->D, 4, e->k_panel + (size_t)j * e->D);
+    pack(rows, e->Dp, count, e->D, PANEL, e->k_panel + (size_t)j * e->D);
   }
 }
 
@@ -195,26 +203,26 @@ RA_INLINE void added_tile(const exact *e, const float *k_panel, const float *q_s
   for (uint32_t n = 0; n < panels; n++) {
     ra_tile t;
     RA_UNROLLED
-    for (int r = 0; r < 4; r++) {
+    for (int r = 0; r < PANEL; r++) {
       const float *mask_r = mask ? mask + (uint32_t)r * row : NULL;
       t.c[r][0] = added(bias ? bias - r : NULL, mask_r, start0);
       t.c[r][1] = added(bias ? bias - r + 4 : NULL, mask ? mask_r + 4 : NULL, start1);
     }
-    ra_tile_accumulate(&t, 4, e->D, k_panel, 4, 1, q_strip, LANES);
-    ra_tile_store(&t, 4, s, row);
+    ra_tile_accumulate(&t, PANEL, e->D, k_panel, PANEL, 1, q_strip, LANES);
+    ra_tile_store(&t, PANEL, s, row);
     RA_UNROLLED
-    for (int r = 0; r < 4; r++) max0 = f32x4_max(max0, t.c[r][0]), max1 = f32x4_max(max1, t.c[r][1]);
-    k_panel += (size_t)e->D * 4;
-    s += 4 * row;
-    if (bias) bias -= 4;
-    if (mask) mask += 4 * row;
+    for (int r = 0; r < PANEL; r++) max0 = f32x4_max(max0, t.c[r][0]), max1 = f32x4_max(max1, t.c[r][1]);
+    k_panel += (size_t)e->D * PANEL;
+    s += PANEL * row;
+    if (bias) bias -= PANEL;
+    if (mask) mask += PANEL * row;
   }
   max[0] = max0, max[1] = max1;
 }
 
 RA_KERNEL void biased_tile(const exact *e, const float *k_panel, const float *q_strip, uint32_t panels, uint32_t i,
-                           uint32_t key0, const float *start, float *s, f32x4 max[2]) {
-  added_tile(e, k_panel, q_strip, panels, i, key0, e->mask, LANES, start, s, max);
+                           uint32_t key0, const float *mask, const float *start, float *s, f32x4 max[2]) {
+  added_tile(e, k_panel, q_strip, panels, i, key0, mask, LANES, start, s, max);
 }
 
 RA_KERNEL void biased_block(const exact *e, const float *k_panel, const float *q_strip, uint32_t panels, uint32_t i,
@@ -231,16 +239,15 @@ RA_INLINE f32x4 capped(const exact *e, f32x4 value, const float *bias, const flo
   return f32x4_sub(added(bias, mask, f32x4_mul(f32x4_splat(e->cap), t)), f32x4_load(reference));
 }
 
-// A forward tile of plain scores, queries from i, keys from key0: s [keys][8] and the maxima.
-RA_KERNEL void cap_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *reference, float *s,
-                        f32x4 max[2]) {
+// A forward tile of plain scores, queries from i, keys from key0: s and mask [keys][8], and the maxima.
+RA_KERNEL void cap_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *mask,
+                        const float *reference, float *s, f32x4 max[2]) {
   f32x4 slope;
   max[0] = max[1] = f32x4_splat(-INFINITY);
   for (uint32_t n = 0; n < keys; n++, s += LANES) {
-    const float *bias = e->bias ? e->bias + diagonal(e, i, key0 + n) : NULL;
-    const float *mask = e->mask ? e->mask + n * LANES : NULL;
-    f32x4 s0 = capped(e, f32x4_load(s), bias, mask, reference, &slope);
-    f32x4 s1 = capped(e, f32x4_load(s + 4), bias ? bias + 4 : NULL, mask ? mask + 4 : NULL, reference + 4, &slope);
+    const float *bias = e->bias ? e->bias + diagonal(e, i, key0 + n) : NULL, *mask_n = mask ? mask + n * LANES : NULL;
+    f32x4 s0 = capped(e, f32x4_load(s), bias, mask_n, reference, &slope);
+    f32x4 s1 = capped(e, f32x4_load(s + 4), bias ? bias + 4 : NULL, mask_n ? mask_n + 4 : NULL, reference + 4, &slope);
     f32x4_store(s, s0), f32x4_store(s + 4, s1);
     max[0] = f32x4_max(max[0], s0), max[1] = f32x4_max(max[1], s1);
   }
@@ -273,23 +280,34 @@ RA_KERNEL void add_diagonals(const exact *e, uint32_t i, uint32_t key0, uint32_t
 
 // --- Forward ------------------------------------------------------------------------------------------------------
 
-// Pass 1 of a tile: s = q.k - reference for `panels` panels of four keys, and the maximum of each query.
-RA_KERNEL void score_tile(const float *k_panel, const float *q_strip, uint32_t D, uint32_t panels,
-                          const float *reference, float *s, f32x4 max[2]) {
+// Pass 1 of a tile: s = q.k - reference for `panels` panels of keys, and the maximum of each query if `max`.
+RA_INLINE void tile_of_scores(const float *k_panel, const float *q_strip, uint32_t D, uint32_t panels,
+                              const float *reference, float *s, f32x4 *max) {
   f32x4 start0 = f32x4_sub(f32x4_splat(0), f32x4_load(reference));
   f32x4 start1 = f32x4_sub(f32x4_splat(0), f32x4_load(reference + 4));
   f32x4 max0 = f32x4_splat(-INFINITY), max1 = max0;
   RA_ROLLED
   for (uint32_t n = 0; n < panels; n++) {
     ra_tile t;
-    ra_tile_multiply(&t, 4, start0, start1, D, k_panel, 4, 1, q_strip, LANES);
-    ra_tile_store(&t, 4, s, LANES);
+    ra_tile_multiply(&t, PANEL, start0, start1, D, k_panel, PANEL, 1, q_strip, LANES);
+    ra_tile_store(&t, PANEL, s, LANES);
     RA_UNROLLED
-    for (int r = 0; r < 4; r++) max0 = f32x4_max(max0, t.c[r][0]), max1 = f32x4_max(max1, t.c[r][1]);
-    k_panel += (size_t)D * 4;
-    s += 4 * LANES;
+    for (int r = 0; max && r < PANEL; r++) max0 = f32x4_max(max0, t.c[r][0]), max1 = f32x4_max(max1, t.c[r][1]);
+    k_panel += (size_t)D * PANEL;
+    s += PANEL * LANES;
   }
-  max[0] = max0, max[1] = max1;
+  if (max) max[0] = max0, max[1] = max1;
+}
+
+RA_KERNEL void score_tile(const float *k_panel, const float *q_strip, uint32_t D, uint32_t panels,
+                          const float *reference, float *s, f32x4 max[2]) {
+  tile_of_scores(k_panel, q_strip, D, panels, reference, s, max);
+}
+
+// Of narrow scores: from reference 0.
+RA_KERNEL void narrow_tile(const float *k_panel, const float *q_strip, uint32_t D, uint32_t panels,
+                           const float *reference, float *s) {
+  tile_of_scores(k_panel, q_strip, D, panels, reference, s, NULL);
 }
 
 // A range of keys as numbers of a tile: n in [*first, *end) of 0 .. keys.
@@ -335,13 +353,23 @@ RA_KERNEL void move_reference(float *s, uint32_t keys, float *reference, float *
     for (int h = 0; h < 2; h++) f32x4_store(out_t + 4 * h, f32x4_mul(f32x4_load(out_t + 4 * h), factor[h]));
 }
 
-// Pass 2: weights 2^s in place, their sum added to `sum`.
-RA_KERNEL void weigh_tile(float *s, uint32_t keys, float *sum) {
+// Whether some lane needs another reference: its maximum is far above the present one, or far below with no sum yet to say
+// that the present one suits other keys.
+RA_INLINE int is_far(f32x4 max, f32x4 sum) {
+  f32x4 lazy = f32x4_splat(LAZY), below = f32x4_sub(f32x4_splat(-LAZY), max); // above 0 where it is far below
+  f32x4 none = f32x4_where_less(sum, f32x4_splat(FLT_MIN), below, f32x4_splat(0));
+  return f32x4_any_greater(max, lazy) || f32x4_any_greater(none, f32x4_splat(0));
+}
+
+// Pass 2: weights 2^s in place, their sum added to `sum`. `near`: no s is below -127.
+RA_INLINE void weights_of_tile(float *s, uint32_t keys, const int near, float *sum) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 sum0 = f32x4_splat(0), sum1 = sum0;
   RA_ROLLED
   for (uint32_t n = 0; n < keys; n++) {
-    f32x4 w0 = ra_exp2(f32x4_load(s), constants), w1 = ra_exp2(f32x4_load(s + 4), constants);
+    f32x4 s0 = f32x4_load(s), s1 = f32x4_load(s + 4);
+    f32x4 w0 = near ? ra_exp2_near(s0, constants) : ra_exp2(s0, constants);
+    f32x4 w1 = near ? ra_exp2_near(s1, constants) : ra_exp2(s1, constants);
     f32x4_store(s, w0), f32x4_store(s + 4, w1);
     sum0 = f32x4_add(sum0, w0), sum1 = f32x4_add(sum1, w1);
     s += LANES;
@@ -350,26 +378,58 @@ RA_KERNEL void weigh_tile(float *s, uint32_t keys, float *sum) {
   f32x4_store(sum + 4, f32x4_add(f32x4_load(sum + 4), sum1));
 }
 
-// One strip of queries, from i, against keys key0 .. key0 + keys - 1; key0 is a multiple of 4.
+RA_KERNEL void weigh_tile(float *s, uint32_t keys, float *sum) { weights_of_tile(s, keys, 0, sum); }
+
+RA_KERNEL void weigh_narrow_tile(float *s, uint32_t keys, float *sum) { weights_of_tile(s, keys, 1, sum); }
+
+// Keys from key0, panel by panel, that all lanes may see: of 0 .. keys, a multiple of PANEL. Ranges rise along the lanes.
+static uint32_t open_keys(ra_range first, ra_range last, uint32_t key0, uint32_t keys) {
+  if (last.first > key0 || first.end <= key0) return 0;
+  return ra_min_u32((first.end - key0) / PANEL * PANEL, keys);
+}
+
+// s [panels * PANEL][8] and mask likewise, for the queries from i and keys from key0, less the reference; and the maxima.
+static void modified_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t panels, const float *q_strip,
+                          const float *mask, const float *reference, float *s, f32x4 max[2]) {
+  const float *k_panel = e->k_panel + (size_t)key0 * e->D;
+  if (e->cap > 0) {
+    score_tile(k_panel, q_strip, e->D, panels, e->zero, s, max);
+    cap_tile(e, i, key0, PANEL * panels, mask, reference, s, max);
+  } else if (e->bias || e->mask) biased_tile(e, k_panel, q_strip, panels, i, key0, mask, reference, s, max);
+  else score_tile(k_panel, q_strip, e->D, panels, reference, s, max);
+}
+
+// One strip of queries, from i, against keys key0 .. key0 + keys - 1; key0 is a multiple of PANEL.
 RA_KERNEL void forward_tile(const exact *e, uint32_t head, uint32_t strip, uint32_t i, const ra_range *range,
                             uint32_t key0, uint32_t keys, const float *v) {
   float *reference = e->reference + strip * LANES, *sum = e->sum + strip * LANES;
   float *out_t = e->out_t + (size_t)strip * e->Dv * LANES;
-  uint32_t panels = ra_ceil_div(keys, 4);
-  f32x4 max[2];
-  const float *k_panel = e->k_panel + (size_t)key0 * e->D, *q_strip = e->q_strip + (size_t)strip * e->D * LANES;
+  uint32_t whole = ra_ceil_div(keys, PANEL) * PANEL, open = open_keys(range[0], range[LANES - 1], key0, whole);
+  f32x4 max[2] = {f32x4_splat(-INFINITY), f32x4_splat(-INFINITY)};
+  const float *q_strip = e->q_strip + (size_t)strip * e->D * LANES;
+  if (e->narrow) {
+    uint32_t count = ra_min_u32(open, keys);
+    narrow_tile(e->k_panel + (size_t)key0 * e->D, q_strip, e->D, whole / PANEL, reference, e->s);
+    weigh_narrow_tile(e->s, count, sum);
+    if (count < keys) {
+      mask_tile(e->s + count * LANES, whole - count, range, key0 + count, max);
+      weigh_tile(e->s + count * LANES, keys - count, sum);
+    }
+    ra_add_columns(v + key0 * e->v_row, e->v_row, e->Dv, e->s, LANES, keys, out_t, LANES);
+    return;
+  }
   if (e->mask) load_mask(e, head, i, LANES, key0, keys);
-  if (e->cap > 0) {
-    score_tile(k_panel, q_strip, e->D, panels, e->zero, e->s, max);
-    cap_tile(e, i, key0, 4 * panels, reference, e->s, max);
-  } else if (e->bias || e->mask) biased_tile(e, k_panel, q_strip, panels, i, key0, reference, e->s, max);
-  else score_tile(k_panel, q_strip, e->D, panels, reference, e->s, max);
-  // ranges rise along the lanes
-  if (range[0].end < key0 + 4 * panels || range[LANES - 1].first > key0) mask_tile(e->s, 4 * panels, range, key0, max);
-  f32x4 lazy = f32x4_splat(LAZY), tiny = f32x4_splat(FLT_MIN);
-  if (f32x4_any_greater(max[0], lazy) || f32x4_any_greater(max[1], lazy) || f32x4_any_greater(tiny, f32x4_load(sum)) ||
-      f32x4_any_greater(tiny, f32x4_load(sum + 4)))
-    move_reference(e->s, 4 * panels, reference, sum, out_t, e->Dv, max);
+  if (open > 0) modified_tile(e, i, key0, open / PANEL, q_strip, e->mask, reference, e->s, max);
+  if (open < whole) {
+    float *s = e->s + open * LANES;
+    f32x4 rest[2];
+    modified_tile(e, i, key0 + open, (whole - open) / PANEL, q_strip, e->mask ? e->mask + open * LANES : NULL,
+                  reference, s, rest);
+    mask_tile(s, whole - open, range, key0 + open, rest);
+    max[0] = f32x4_max(max[0], rest[0]), max[1] = f32x4_max(max[1], rest[1]);
+  }
+  if (is_far(max[0], f32x4_load(sum)) || is_far(max[1], f32x4_load(sum + 4)))
+    move_reference(e->s, whole, reference, sum, out_t, e->Dv, max);
   weigh_tile(e->s, keys, sum);
   ra_add_columns(v + key0 * e->v_row, e->v_row, e->Dv, e->s, LANES, keys, out_t, LANES);
 }
@@ -403,7 +463,6 @@ RA_KERNEL void forward_block(const exact *e, uint32_t head, const float *q, cons
                              float *lse) {
   const ra_problem *p = e->p;
   uint32_t count = ra_min_u32(QUERY_BLOCK, p->query_length - query0), strips = ra_ceil_div(count, LANES);
-  uint32_t key_tile = e->D > 32 || e->Dv > 32 ? 64 : KEY_TILE_MAX;
   ra_range range[QUERY_BLOCK];
   for (uint32_t i = 0; i < strips * LANES; i++) range[i] = ra_keys_of(p, query0 + ra_min_u32(i, count - 1));
   for (uint32_t i = 0; i < count; i += 32) {
@@ -416,10 +475,10 @@ RA_KERNEL void forward_block(const exact *e, uint32_t head, const float *q, cons
   ra_fill(e->reference, (size_t)strips * LANES, 0);
   ra_fill(e->sum, (size_t)strips * LANES, 0);
   uint32_t end = range[strips * LANES - 1].end;
-  for (uint32_t tile = range[0].first / key_tile * key_tile; tile < end; tile += key_tile)
+  for (uint32_t tile = range[0].first / KEY_TILE * KEY_TILE; tile < end; tile += KEY_TILE)
     for (uint32_t n = 0; n < strips; n++) {
       const ra_range *lanes = range + n * LANES;
-      uint32_t first = lanes[0].first / 4 * 4, last = ra_min_u32(tile + key_tile, lanes[LANES - 1].end);
+      uint32_t first = lanes[0].first / PANEL * PANEL, last = ra_min_u32(tile + KEY_TILE, lanes[LANES - 1].end);
       if (first < tile) first = tile;
       if (first < last) forward_tile(e, head, n, query0 + n * LANES, lanes, first, last - first, v);
     }
@@ -477,10 +536,10 @@ RA_KERNEL void product_tiles(const float *panel, const float *strip, uint32_t co
   RA_ROLLED
   for (uint32_t n = 0; n < panels; n++) {
     ra_tile t;
-    ra_tile_multiply(&t, 4, start0, start1, columns, panel, 4, 1, strip, LANES);
-    ra_tile_store(&t, 4, c, QUERY_CHUNK);
-    panel += (size_t)columns * 4;
-    c += 4 * QUERY_CHUNK;
+    ra_tile_multiply(&t, PANEL, start0, start1, columns, panel, PANEL, 1, strip, LANES);
+    ra_tile_store(&t, PANEL, c, QUERY_CHUNK);
+    panel += (size_t)columns * PANEL;
+    c += PANEL * QUERY_CHUNK;
   }
 }
 
@@ -492,20 +551,20 @@ RA_KERNEL void product_tiles_weighted(const float *panel, const float *strip, ui
   RA_ROLLED
   for (uint32_t n = 0; n < panels; n++) {
     ra_tile t;
-    ra_tile_multiply(&t, 4, start0, start1, columns, panel, 4, 1, strip, LANES);
+    ra_tile_multiply(&t, PANEL, start0, start1, columns, panel, PANEL, 1, strip, LANES);
     RA_UNROLLED
-    for (int r = 0; r < 4; r++) {
+    for (int r = 0; r < PANEL; r++) {
       t.c[r][0] = f32x4_mul(t.c[r][0], f32x4_load(weight + r * QUERY_CHUNK));
       t.c[r][1] = f32x4_mul(t.c[r][1], f32x4_load(weight + r * QUERY_CHUNK + 4));
     }
-    ra_tile_store(&t, 4, c, QUERY_CHUNK);
-    panel += (size_t)columns * 4;
-    weight += 4 * QUERY_CHUNK;
-    c += 4 * QUERY_CHUNK;
+    ra_tile_store(&t, PANEL, c, QUERY_CHUNK);
+    panel += (size_t)columns * PANEL;
+    weight += PANEL * QUERY_CHUNK;
+    c += PANEL * QUERY_CHUNK;
   }
 }
 
-// Weights 2^s in place.
+// Weights 2^s in place. Small ones are there whatever bounds the scores: lse may be that of more keys, or of a sink.
 RA_KERNEL void weigh_block(float *s, uint32_t keys) {
   const ra_exp2_constants *constants = ra_exp2_load();
   RA_ROLLED
@@ -531,7 +590,7 @@ RA_KERNEL void mask_block(const exact *e, float *s, uint32_t keys, uint32_t quer
     }
 }
 
-// C[n][columns] += sum_i a[n][i] * b[i][columns] over the 32 queries of a chunk, for 4 panels keys: dv (a = P, b = dout),
+// C[n][columns] += sum_i a[n][i] * b[i][columns] over the 32 queries of a chunk, for PANEL panels keys: dv (a = P, b = dout),
 // dk (a = dS, b = queries).
 RA_KERNEL void accumulate_rows(const float *a, uint32_t panels, const float *b, size_t columns, float *c) {
   f32x4 zero = f32x4_splat(0);
@@ -540,8 +599,9 @@ RA_KERNEL void accumulate_rows(const float *a, uint32_t panels, const float *b, 
     RA_ROLLED
     for (uint32_t n = 0; n < panels; n++) {
       ra_tile t;
-      ra_tile_multiply(&t, 4, zero, zero, QUERY_CHUNK, a + (size_t)n * 4 * QUERY_CHUNK, 1, QUERY_CHUNK, b + d, columns);
-      ra_tile_add(&t, 4, c + (size_t)n * 4 * columns + d, columns);
+      ra_tile_multiply(&t, PANEL, zero, zero, QUERY_CHUNK, a + (size_t)n * PANEL * QUERY_CHUNK, 1, QUERY_CHUNK, b + d,
+                       columns);
+      ra_tile_add(&t, PANEL, c + (size_t)n * PANEL * columns + d, columns);
     }
   }
 }
@@ -552,11 +612,11 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
   uint32_t last = ra_min_u32(query0 + QUERY_CHUNK, p->query_length) - 1, strip0 = query0 / LANES;
   ra_range of_first = ra_keys_of(p, query0), of_last = ra_keys_of(p, last);
   uint32_t start =
-      of_first.first > key0 ? (of_first.first - key0) / 4 * 4 : 0; // keys of the block before it see nothing
+      of_first.first > key0 ? (of_first.first - key0) / PANEL * PANEL : 0; // keys of the block before it see nothing
   if (of_last.end <= key0 + start || start >= keys) return;
   keys = ra_min_u32(keys, of_last.end - key0) - start;
   key0 += start;
-  uint32_t panels = ra_ceil_div(keys, 4);
+  uint32_t panels = ra_ceil_div(keys, PANEL);
   const float *k_panel = e->k_panel + (size_t)key0 * e->D, *v_panel = e->v_panel + (size_t)key0 * e->Dv;
 
   // in the forward pass this was s = q.k, P = 2^(s - lse)
@@ -569,10 +629,10 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
                    s);
     else product_tiles(k_panel, q_strip, e->D, panels, e->cap > 0 ? e->zero : lse2, s);
   }
-  if (e->cap > 0) cap_block(e, query0, key0, 4 * panels, e->lse2 + query0, e->weight);
-  if (of_first.end < key0 + 4 * panels || of_last.first > key0 || last != query0 + QUERY_CHUNK - 1)
-    mask_block(e, e->weight, 4 * panels, query0, key0);
-  weigh_block(e->weight, 4 * panels);
+  if (e->cap > 0) cap_block(e, query0, key0, PANEL * panels, e->lse2 + query0, e->weight);
+  uint32_t open = last == query0 + QUERY_CHUNK - 1 ? open_keys(of_first, of_last, key0, PANEL * panels) : 0;
+  if (open < PANEL * panels) mask_block(e, e->weight + open * QUERY_CHUNK, PANEL * panels - open, query0, key0 + open);
+  weigh_block(e->weight, PANEL * panels);
 
   // in the forward pass this was out += P v, so now dP = dout v^T and dS = P (dP - delta)
   for (uint32_t n = 0; n < 4; n++)
@@ -582,14 +642,14 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
                   e->dv_block + (size_t)start * e->Dvp);
 
   // in the forward pass this was s = softcap tanh(q.k / softcap) + bias
-  if (e->dbias) add_diagonals(e, query0, key0, 4 * panels, e->ds);
-  for (uint32_t n = 0; e->slope && n < 4 * panels * QUERY_CHUNK; n += 4)
+  if (e->dbias) add_diagonals(e, query0, key0, PANEL * panels, e->ds);
+  for (uint32_t n = 0; e->slope && n < PANEL * panels * QUERY_CHUNK; n += 4)
     f32x4_store(e->ds + n, f32x4_mul(f32x4_load(e->ds + n), f32x4_load(e->slope + n)));
 
   // undoes q.k on both sides
   accumulate_rows(e->ds, panels, e->q_rows + (size_t)query0 * e->Dp, e->Dp, e->dk_block + (size_t)start * e->Dp);
   for (uint32_t n = 0; n < 4; n++)
-    ra_add_columns(e->k_rows + (size_t)key0 * e->Dp, e->Dp, e->Dp, e->ds + n * LANES, QUERY_CHUNK, 4 * panels,
+    ra_add_columns(e->k_rows + (size_t)key0 * e->Dp, e->Dp, e->Dp, e->ds + n * LANES, QUERY_CHUNK, PANEL * panels,
                    e->dq_t + (size_t)(strip0 + n) * e->Dp * LANES, LANES);
 }
 
@@ -650,8 +710,8 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
     size_t q_head = ra_head(p, head, p->heads, Nq, e.D), out_head = ra_head(p, head, p->heads, Nq, e.Dv);
     size_t k_head = ra_head(p, kv, p->kv_heads, Nk, e.D), v_head = ra_head(p, kv, p->kv_heads, Nk, e.Dv);
     if (unit == 0) {
-      ra_rotary_init(&e.state->q_rotary, p, 1, e.q_space);
-      ra_rotary_init(&e.state->k_rotary, p, 0, e.k_space);
+      ra_rotary_init(&e.state->q_rotary, p, 1, NULL, e.q_space);
+      ra_rotary_init(&e.state->k_rotary, p, 0, &e.state->q_rotary, e.k_space);
     }
     if (block == 0) {
       ra_rotary_batch(&e.state->q_rotary, p, 1, batch);
@@ -660,7 +720,7 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
     }
     if (block == 0 && head % group == 0) {
       prepare_keys(&e, x->k + k_head);
-      if (pass == RA_BACKWARD) pack(x->v + v_head, e.v_row, p->key_length, e.Dv, 4, e.v_panel);
+      if (pass == RA_BACKWARD) pack(x->v + v_head, e.v_row, p->key_length, e.Dv, PANEL, e.v_panel);
     }
     if (pass == RA_FORWARD) {
       forward_block(&e, head, x->q + q_head, x->v + v_head, block * QUERY_BLOCK, x->out + out_head, x->lse + head * Nq);
@@ -675,3 +735,23 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
 }
 
 const ra_engine ra_exact_engine = {layout, units, run};
+
+void ra_warm_up(uint32_t calls) {
+  float x[LANES] = {0};
+  f32x4 max[2] = {f32x4_splat(0), f32x4_splat(0)};
+  volatile uint32_t nothing = 0; // nobody is to see that the calls are empty
+  for (uint32_t n = 0; n < calls; n++) {
+    uint32_t none = nothing;
+    pack(x, LANES, none, none, LANES, x);
+    score_tile(x, x, none, none, x, x, max);
+    narrow_tile(x, x, none, none, x, x);
+    move_reference(x, none, x, x, x, none, max);
+    weigh_tile(x, none, x);
+    weigh_narrow_tile(x, none, x);
+    ra_add_columns(x, LANES, none, x, LANES, none, x, LANES);
+    product_tiles(x, x, none, none, x, x);
+    product_tiles_weighted(x, x, none, none, x, x, x);
+    weigh_block(x, none);
+    accumulate_rows(x, none, x, none, x);
+  }
+}

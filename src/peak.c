@@ -21,16 +21,16 @@ static float registers(uint32_t iterations) {
 
 static float tiles(uint32_t iterations) {
   enum { COUNT = 192 };
-  float a[COUNT * 4], b[COUNT * 8], sum = 0;
-  for (int n = 0; n < COUNT * 4; n++) a[n] = 0.25f;
+  float a[COUNT * RA_TILE_ROWS], b[COUNT * 8], sum = 0;
+  for (int n = 0; n < COUNT * RA_TILE_ROWS; n++) a[n] = 0.25f;
   for (int n = 0; n < COUNT * 8; n++) b[n] = 0.5f;
   RA_ROLLED
-  for (uint32_t n = 0; n < iterations; n += COUNT) {
+  for (uint32_t n = 0; n < iterations; n += COUNT * RA_TILE_ROWS / 4) {
     ra_tile t;
-    ra_tile_multiply(&t, 4, f32x4_splat(sum), f32x4_splat(0), COUNT, a, 4, 1, b, 8);
+    ra_tile_multiply(&t, RA_TILE_ROWS, f32x4_splat(sum), f32x4_splat(0), COUNT, a, RA_TILE_ROWS, 1, b, 8);
     f32x4 all = f32x4_splat(0); // every accumulator counts, or the compiler drops its products
     RA_UNROLLED
-    for (int r = 0; r < 4; r++) all = f32x4_add(all, f32x4_add(t.c[r][0], t.c[r][1]));
+    for (int r = 0; r < RA_TILE_ROWS; r++) all = f32x4_add(all, f32x4_add(t.c[r][0], t.c[r][1]));
     sum = f32x4_sum(all) * 1e-9f;
   }
   return sum;

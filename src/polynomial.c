@@ -124,25 +124,6 @@ static polynomial arrange(const ra_problem *p, uint32_t pass, ra_workspace_curso
 static void layout(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) { arrange(p, pass, w); }
 
 // --- Products -----------------------------------------------------------------------------------------------------
-//
-// STEP(R) for R rows at a time: sixes, then what is left.
-
-#define RA_IN_STEPS(r, rows, STEP)                                                                                     \
-  do {                                                                                                                 \
-    uint32_t r = 0;                                                                                                    \
-    RA_ROLLED                                                                                                          \
-    for (; r + 6 <= (rows); r += 6) {                                                                                  \
-      STEP(6);                                                                                                         \
-    }                                                                                                                  \
-    if (r + 4 <= (rows)) {                                                                                             \
-      STEP(4);                                                                                                         \
-      r += 4;                                                                                                          \
-    }                                                                                                                  \
-    RA_ROLLED                                                                                                          \
-    for (; r < (rows); r++) {                                                                                          \
-      STEP(1);                                                                                                         \
-    }                                                                                                                  \
-  } while (0)
 
 // c[r][32] += sum_n a[n][r] * b[n][32]: numerators from state and features, from u and diagonal weights, dx from dA.
 RA_KERNEL void add_columns(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c) {
@@ -580,8 +561,8 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
   uint32_t blocks = n.key_blocks + n.query_blocks, all = units(p, pass);
   if (first == 0) {
     e.state->not_positive = 0;
-    ra_rotary_init(&e.state->q_rotary, p, 1, e.q_space);
-    ra_rotary_init(&e.state->k_rotary, p, 0, e.k_space);
+    ra_rotary_init(&e.state->q_rotary, p, 1, NULL, e.q_space);
+    ra_rotary_init(&e.state->k_rotary, p, 0, &e.state->q_rotary, e.k_space);
   }
   for (uint32_t unit = first; unit < last; unit++) {
     uint32_t kv = unit / n.per_head, at = unit % n.per_head;

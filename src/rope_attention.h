@@ -117,6 +117,9 @@ typedef struct ra_problem {
   const uint8_t *allowed;                 // 0 forbids, or NULL; strides as for mask
   size_t mask_batch, mask_head, mask_row; // strides in elements, 0 where all have the same; keys are contiguous
   const float *sinks;                     // [H], or NULL
+
+  // What the caller knows: no |scale q.k| exceeds it; 0: nothing. Small ones spare the exact engine the search for maxima.
+  float score_bound;
 } ra_problem;
 
 // All contiguous, row-major, shapes as in layout 0. A pointer that the pass does not name may be NULL.
@@ -213,8 +216,13 @@ int RA_API(ra_sample_columns)(const ra_problem *p, const ra_arrays *x, uint32_t 
 // 1 when compiled with relaxed SIMD (fused multiply-add), else 0.
 uint32_t RA_API(ra_relaxed)(void);
 
+// Calls the kernels of the exact engine with nothing to do, `calls` times. Engines that compile a function better once it has
+// run often (V8: 13 MB of code passed, counted by the call) so have the better code before it matters; at 20,000 calls this
+// takes about a millisecond, and the first real call (1,024 tokens, D = 16, forward) 2.1 ms instead of 6.5.
+void RA_API(ra_warm_up)(uint32_t calls);
+
 // Multiply-adds at the rate that benchmarks divide by. kind 0: in registers, iterations * 96 floating-point operations;
-// kind 1: the matrix micro-kernel in L1, 64 operations an iteration, rounded up to a multiple of 192 iterations.
+// kind 1: the matrix micro-kernel in L1, 64 operations an iteration, rounded up to a multiple of 288 iterations.
 float RA_API(ra_peak)(uint32_t kind, uint32_t iterations);
 
 #ifdef __cplusplus

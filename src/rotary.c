@@ -20,7 +20,6 @@ static size_t layout(ra_rotary *r, const ra_problem *p, void *space) {
   r->step = ra_take(&w, half, 2, sizeof(double));
   r->coarse = ra_take_floats(&w, half, 2);
   r->fine = ra_take_floats(&w, half, 2 * RA_ROTARY_BLOCK);
-  r->row = ra_take_floats(&w, half, 2);
   return w.used;
 }
 
@@ -36,7 +35,25 @@ void ra_rotary_batch(ra_rotary *r, const ra_problem *p, int queries, uint32_t ba
   r->first = queries ? p->query_offset : 0;
 }
 
-void ra_rotary_init(ra_rotary *r, const ra_problem *p, int queries, void *space) {
+// step, and as many rows of fine as may be asked for: powers of the turn by theta, in double precision.
+static void fill_tables(ra_rotary *r, const ra_problem *p) {
+  size_t half = r->half, rows = RA_ROTARY_BLOCK;
+  if (!p->query_positions && !p->key_positions && p->query_length < rows && p->key_length < rows)
+    rows = p->query_length > p->key_length ? p->query_length : p->key_length;
+  for (size_t i = 0; i < half; i++) {
+    double theta = r->frequencies[i], c_theta = cos(theta), s_theta = sin(theta), c = 1, s = 0;
+    if (rows == RA_ROTARY_BLOCK)
+      r->step[2 * i] = cos(RA_ROTARY_BLOCK * theta), r->step[2 * i + 1] = sin(RA_ROTARY_BLOCK * theta);
+    for (size_t m = 0; m < rows; m++) {
+      r->fine[2 * half * m + i] = (float)c, r->fine[2 * half * m + half + i] = (float)s;
+      double turned = c * c_theta - s * s_theta;
+      s = s * c_theta + c * s_theta;
+      c = turned;
+    }
+  }
+}
+
+void ra_rotary_init(ra_rotary *r, const ra_problem *p, int queries, const ra_rotary *like, void *space) {
   size_t half = p->rotary_dim / 2;
   layout(r, p, space);
   r->half = (uint32_t)half;
@@ -49,17 +66,14 @@ void ra_rotary_init(ra_rotary *r, const ra_problem *p, int queries, void *space)
   r->factor = p->rotary_factor;
   r->anchor = 0;
   ra_rotary_batch(r, p, queries, 0);
+  for (size_t i = 0; i < half; i++) r->fine[i] = 1, r->fine[half + i] = 0;
   if (r->cos_table) return;
   for (size_t i = 0; i < half; i++) {
-    double theta = r->frequencies[i];
     r->turn[2 * i] = 1, r->turn[2 * i + 1] = 0;
     r->coarse[i] = 1, r->coarse[half + i] = 0;
-    r->step[2 * i] = cos(RA_ROTARY_BLOCK * theta), r->step[2 * i + 1] = sin(RA_ROTARY_BLOCK * theta);
-    for (size_t m = 0; m < RA_ROTARY_BLOCK; m++) {
-      r->fine[2 * half * m + i] = (float)cos((double)m * theta);
-      r->fine[2 * half * m + half + i] = (float)sin((double)m * theta);
-    }
   }
+  if (like) r->step = like->step, r->fine = like->fine;
+  else fill_tables(r, p);
 }
 
 // Moves the anchor: by a rotation when it is one block away, by sin and cos otherwise.
@@ -87,66 +101,47 @@ static size_t table_row(const ra_rotary *r, uint32_t row) {
   return position >= r->table_rows ? r->table_rows - 1 : position > 0 ? (size_t)position : 0;
 }
 
-// cos and sin (times sign) of row anchor + m, both times factor.
-RA_KERNEL void row_angles(const ra_rotary *r, size_t m, float sign, float factor) {
-  size_t half = r->half, i = 0;
-  const float *c1 = r->coarse, *s1 = c1 + half, *c2 = r->fine + 2 * half * m, *s2 = c2 + half;
-  float *c = r->row, *s = c + half;
-  f32x4 factor_c = f32x4_splat(factor), factor_s = f32x4_splat(sign * factor);
-  for (; i + 4 <= half; i += 4) {
-    f32x4 c1_i = f32x4_load(c1 + i), s1_i = f32x4_load(s1 + i), c2_i = f32x4_load(c2 + i), s2_i = f32x4_load(s2 + i);
-    f32x4_store(c + i, f32x4_mul(factor_c, f32x4_sub(f32x4_mul(c1_i, c2_i), f32x4_mul(s1_i, s2_i))));
-    f32x4_store(s + i, f32x4_mul(factor_s, f32x4_add(f32x4_mul(s1_i, c2_i), f32x4_mul(c1_i, s2_i))));
-  }
-  for (; i < half; i++) {
-    c[i] = factor * (c1[i] * c2[i] - s1[i] * s2[i]);
-    s[i] = sign * factor * (s1[i] * c2[i] + c1[i] * s2[i]);
+// cos and sin of four pairs of a row, times factor, sin times sign as well: by the angle-addition theorem.
+RA_INLINE void four_angles(const float *c1, const float *s1, const float *c2, const float *s2, f32x4 factor_c,
+                           f32x4 factor_s, f32x4 *c, f32x4 *s) {
+  f32x4 c1_i = f32x4_load(c1), s1_i = f32x4_load(s1), c2_i = f32x4_load(c2), s2_i = f32x4_load(s2);
+  *c = f32x4_mul(factor_c, f32x4_sub(f32x4_mul(c1_i, c2_i), f32x4_mul(s1_i, s2_i)));
+  *s = f32x4_mul(factor_s, f32x4_add(f32x4_mul(s1_i, c2_i), f32x4_mul(c1_i, s2_i)));
+}
+
+// Turns `rows` rows by the angles of (c1, s1) + (c2, s2), [half] each; c2, s2 go on by a row of fine.
+RA_KERNEL void turn_rows(const float *x, size_t x_row, float *y, size_t y_row, uint32_t rows, size_t half,
+                         int interleaved, const float *c1, const float *s1, const float *c2, float sign, float factor) {
+  f32x4 factor_c = f32x4_splat(factor), factor_s = f32x4_splat(sign * factor), c, s;
+  for (uint32_t n = 0; n < rows; n++, x += x_row, y += y_row, c2 += 2 * half) {
+    const float *s2 = c2 + half;
+    size_t p = 0;
+    for (; p + 4 <= half; p += 4) {
+      four_angles(c1 + p, s1 + p, c2 + p, s2 + p, factor_c, factor_s, &c, &s);
+      size_t first = interleaved ? 2 * p : p, second = interleaved ? 2 * p + 4 : half + p;
+      f32x4 low = f32x4_load(x + first), high = f32x4_load(x + second);
+      f32x4 x1 = interleaved ? f32x4_even(low, high) : low, x2 = interleaved ? f32x4_odd(low, high) : high;
+      f32x4 y1 = f32x4_sub(f32x4_mul(x1, c), f32x4_mul(x2, s)), y2 = f32x4_add(f32x4_mul(x1, s), f32x4_mul(x2, c));
+      f32x4_store(y + first, interleaved ? f32x4_zip_low(y1, y2) : y1);
+      f32x4_store(y + second, interleaved ? f32x4_zip_high(y1, y2) : y2);
+    }
+    for (; p < half; p++) {
+      float c_p = factor * (c1[p] * c2[p] - s1[p] * s2[p]), s_p = sign * factor * (s1[p] * c2[p] + c1[p] * s2[p]);
+      size_t first = interleaved ? 2 * p : p, second = interleaved ? 2 * p + 1 : half + p;
+      float x1 = x[first], x2 = x[second];
+      y[first] = x1 * c_p - x2 * s_p;
+      y[second] = x1 * s_p + x2 * c_p;
+    }
   }
 }
 
-RA_KERNEL void rotate_half_split(const float *x, float *y, const float *c, const float *s, size_t half) {
-  size_t p = 0;
-  for (; p + 4 <= half; p += 4) {
-    f32x4 x1 = f32x4_load(x + p), x2 = f32x4_load(x + half + p), cp = f32x4_load(c + p), sp = f32x4_load(s + p);
-    f32x4_store(y + p, f32x4_sub(f32x4_mul(x1, cp), f32x4_mul(x2, sp)));
-    f32x4_store(y + half + p, f32x4_add(f32x4_mul(x1, sp), f32x4_mul(x2, cp)));
-  }
-  for (; p < half; p++) {
-    float x1 = x[p], x2 = x[half + p];
-    y[p] = x1 * c[p] - x2 * s[p];
-    y[half + p] = x1 * s[p] + x2 * c[p];
-  }
-}
-
-RA_KERNEL void rotate_interleaved(const float *x, float *y, const float *c, const float *s, size_t half) {
-  size_t p = 0;
-  for (; p + 4 <= half; p += 4) {
-    f32x4 low = f32x4_load(x + 2 * p), high = f32x4_load(x + 2 * p + 4);
-    f32x4 x1 = f32x4_even(low, high), x2 = f32x4_odd(low, high), cp = f32x4_load(c + p), sp = f32x4_load(s + p);
-    f32x4 y1 = f32x4_sub(f32x4_mul(x1, cp), f32x4_mul(x2, sp));
-    f32x4 y2 = f32x4_add(f32x4_mul(x1, sp), f32x4_mul(x2, cp));
-    f32x4_store(y + 2 * p, f32x4_zip_low(y1, y2));
-    f32x4_store(y + 2 * p + 4, f32x4_zip_high(y1, y2));
-  }
-  for (; p < half; p++) {
-    float x1 = x[2 * p], x2 = x[2 * p + 1];
-    y[2 * p] = x1 * c[p] - x2 * s[p];
-    y[2 * p + 1] = x1 * s[p] + x2 * c[p];
-  }
-}
-
-// cos and sin (times sign) of a row, both times factor: from the table, or from the anchor, which moves at the first row of
-// a block and where a row is not within a block behind it.
-static void turn_to(ra_rotary *r, uint32_t row, int first, float sign, float factor) {
-  size_t half = r->half;
-  if (r->cos_table) {
-    const float *c = r->cos_table + table_row(r, row) * half, *s = r->sin_table + table_row(r, row) * half;
-    for (size_t i = 0; i < half; i++) r->row[i] = factor * c[i], r->row[half + i] = sign * factor * s[i];
-    return;
-  }
+// Rows row .. row + count - 1, where they follow one another, as one run: sets *m to where the run begins in `fine`, and
+// moves the anchor if need be. It moves at the first row of a block, and where a row is not within a block behind it.
+static uint32_t next_run(ra_rotary *r, uint32_t row, uint32_t count, int first, size_t *m) {
   double position = r->positions ? r->positions[row] : (double)(r->first + row), ahead = position - r->anchor;
   if (first || !(ahead >= 0 && ahead < RA_ROTARY_BLOCK && ahead == floor(ahead))) seek(r, position), ahead = 0;
-  row_angles(r, (size_t)ahead, sign, factor);
+  *m = (size_t)ahead;
+  return r->positions ? 1 : ra_min_u32(count, RA_ROTARY_BLOCK - (uint32_t)ahead);
 }
 
 void ra_rotary_rows(ra_rotary *r, const float *x, size_t x_row, float *y, size_t y_row, uint32_t rows, uint32_t row,
@@ -154,16 +149,20 @@ void ra_rotary_rows(ra_rotary *r, const float *x, size_t x_row, float *y, size_t
   size_t half = r->half, D = r->head_dim;
   float sign = direction == RA_ROTATE ? 1.0f : -1.0f;
   float factor = direction == RA_ROTATE_INVERSE ? scale / r->factor : scale * r->factor;
-  for (uint32_t n = 0; n < rows; n++) {
-    const float *x_n = x + n * x_row;
-    float *y_n = y + n * y_row;
-    if (half > 0) {
-      turn_to(r, row + n, n % RA_ROTARY_BLOCK == 0, sign, factor);
-      if (r->interleaved) rotate_interleaved(x_n, y_n, r->row, r->row + half, half);
-      else rotate_half_split(x_n, y_n, r->row, r->row + half, half);
+  for (uint32_t n = 0, run; half > 0 && n < rows; n += run) {
+    const float *c1 = r->coarse, *s1 = c1 + half, *c2 = r->fine;
+    if (r->cos_table) {
+      c1 = r->cos_table + table_row(r, row + n) * half, s1 = r->sin_table + table_row(r, row + n) * half;
+      run = 1; // and c2, s2 are 1, 0
+    } else {
+      size_t m;
+      run = next_run(r, row + n, rows - n, n % RA_ROTARY_BLOCK == 0, &m);
+      c2 += 2 * half * m;
     }
-    for (size_t d = 2 * half; d < D; d++) y_n[d] = scale * x_n[d];
+    turn_rows(x + n * x_row, x_row, y + n * y_row, y_row, run, half, r->interleaved, c1, s1, c2, sign, factor);
   }
+  for (uint32_t n = 0; 2 * half < D && n < rows; n++)
+    for (size_t d = 2 * half; d < D; d++) y[n * y_row + d] = scale * x[n * x_row + d];
 }
 
 size_t ra_rotate_workspace(const ra_problem *p) { return ra_check(p) == RA_OK ? ra_rotary_bytes(p) : 0; }
@@ -172,7 +171,7 @@ int ra_rotate(const ra_problem *p, float *x, uint32_t inverse, void *workspace) 
   if (ra_check(p) != RA_OK || (inverse && p->rotary_factor == 0)) return RA_ERROR_PROBLEM;
   ra_rotary r;
   size_t D = p->head_dim, row = ra_row(p, p->heads, D);
-  ra_rotary_init(&r, p, 1, workspace);
+  ra_rotary_init(&r, p, 1, NULL, workspace);
   for (uint32_t head = 0; head < p->batch * p->heads; head++) {
     float *x_head = x + ra_head(p, head, p->heads, p->query_length, D);
     ra_rotary_batch(&r, p, 1, head / p->heads);

@@ -29,14 +29,14 @@ typedef struct ra_rotary {
   float *coarse; // [2][half] the same as floats
   double *step;  // [half][2] cos, sin of 32 * theta
   float *fine;   // [32][2][half] cos, sin of r * theta
-  float *row;    // [2][half] cos, sin of the row being rotated
 } ra_rotary;
 
 // Bytes that ra_rotary_init needs, a multiple of 16.
 size_t ra_rotary_bytes(const ra_problem *p);
 
-// Fills *r for the queries, or the keys, of the first batch; `space` stays in use.
-void ra_rotary_init(ra_rotary *r, const ra_problem *p, int queries, void *space);
+// Fills *r for the queries, or the keys, of the first batch; `space` stays in use. `like`, filled before from the same
+// problem, or NULL, shares its tables. Cost O(D), four calls of sin or cos a pair.
+void ra_rotary_init(ra_rotary *r, const ra_problem *p, int queries, const ra_rotary *like, void *space);
 
 // Goes on to the positions of another batch.
 void ra_rotary_batch(ra_rotary *r, const ra_problem *p, int queries, uint32_t batch);

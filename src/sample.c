@@ -114,46 +114,59 @@ static void measure_queries(const sample *e, const float *q, size_t kv_head, ra_
   b->q_norm = norm(largest, b->q_entry, e->D);
 }
 
-static void measure_values(const float *v, size_t v_row, size_t Nk, size_t Dv, ra_bounds *b) {
-  for (size_t d = 0; d < Dv; d += 4) {
-    size_t lanes = Dv - d < 4 ? Dv - d : 4;
-    float low[4], high[4];
-    for (size_t i = 0; i < lanes; i++) low[i] = high[i] = v[d + i];
-    for (size_t j = 0; j < Nk; j++)
-      for (size_t i = 0; i < lanes; i++) {
-        float value = v[j * v_row + d + i];
-        if (!(fabsf(value) <= FLT_MAX)) b->finite = 0;
-        if (value < low[i]) low[i] = value;
-        if (value > high[i]) high[i] = value;
-      }
-    for (size_t i = 0; i < lanes; i++) {
-      float half = high[i] / 2 - low[i] / 2;
-      if (half > b->v_half_range) b->v_half_range = half;
-    }
+// Ranges of 4 `vectors` columns of v [Nk].
+RA_INLINE void measure_columns(const float *v, size_t v_row, size_t Nk, const int vectors, ra_bounds *b) {
+  f32x4 low[4], high[4], nothing = f32x4_splat(0), zero = nothing; // nothing: 0, or NaN once a value was not finite
+  RA_UNROLLED
+  for (int n = 0; n < vectors; n++) low[n] = high[n] = f32x4_load(v + 4 * n);
+  for (size_t j = 0; j < Nk; j++, v += v_row) RA_UNROLLED
+  for (int n = 0; n < vectors; n++) {
+    f32x4 value = f32x4_load(v + 4 * n);
+    nothing = f32x4_madd(value, zero, nothing);
+    low[n] = f32x4_min(value, low[n]), high[n] = f32x4_max(value, high[n]);
+  }
+  if (f32x4_sum(nothing) != 0) b->finite = 0;
+  for (int n = 0; n < vectors; n++) {
+    f32x4 half = f32x4_sub(f32x4_mul(high[n], f32x4_splat(0.5f)), f32x4_mul(low[n], f32x4_splat(0.5f)));
+    float lane[4];
+    f32x4_store(lane, half);
+    for (int i = 0; i < 4; i++)
+      if (lane[i] > b->v_half_range) b->v_half_range = lane[i];
   }
 }
 
-// Rotates the keys, finds and subtracts their mean (float sums of 32 rows, double sums of those).
-static void centre_keys(const sample *e, const float *k) {
-  double sum[RA_MAX_HEAD_DIM] = {0};
-  ra_fill(e->k_rows, e->Nk * e->Dp, 0);
+static void measure_values(const float *v, size_t v_row, size_t Nk, size_t Dv, ra_bounds *b) {
+  size_t d = 0;
+  for (; d + 16 <= Dv; d += 16) measure_columns(v + d, v_row, Nk, 4, b);
+  for (; d + 4 <= Dv; d += 4) measure_columns(v + d, v_row, Nk, 1, b);
+  for (; d < Dv; d++) {
+    float low = v[d], high = low;
+    for (size_t j = 0; j < Nk; j++) {
+      float value = v[j * v_row + d];
+      if (!(fabsf(value) <= FLT_MAX)) b->finite = 0;
+      low = value < low ? value : low, high = value > high ? value : high;
+    }
+    if (high / 2 - low / 2 > b->v_half_range) b->v_half_range = high / 2 - low / 2;
+  }
+}
+
+// Rotates the keys and finds their mean (float sums of 32 rows, double sums of those).
+static void rotate_keys(const sample *e, const float *k) {
+  double sum[RA_MAX_HEAD_DIM + 3] = {0};
+  if (e->Dp != e->D) ra_fill(e->k_rows, e->Nk * e->Dp, 0);
   for (size_t j = 0; j < e->Nk; j += RA_CHUNK) {
     size_t count = e->Nk - j < RA_CHUNK ? e->Nk - j : RA_CHUNK;
     ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->k_rows + j * e->Dp, e->Dp, (uint32_t)count,
                    (uint32_t)j, RA_ROTATE, 1.0f);
-    for (size_t d = 0; d < e->D; d++) {
-      float chunk = 0;
-      for (size_t n = j; n < j + count; n++) chunk += e->k_rows[n * e->Dp + d];
-      sum[d] += chunk;
+    for (size_t d = 0; d < e->Dp; d += 4) {
+      f32x4 chunk = f32x4_splat(0);
+      for (size_t n = j; n < j + count; n++) chunk = f32x4_add(chunk, f32x4_load(e->k_rows + n * e->Dp + d));
+      float lane[4];
+      f32x4_store(lane, chunk);
+      for (size_t i = 0; i < 4; i++) sum[d + i] += lane[i];
     }
   }
-  ra_fill(e->k_mean, e->Dp, 0);
-  for (size_t d = 0; d < e->D; d++) e->k_mean[d] = (float)(sum[d] / (double)e->Nk);
-  for (size_t j = 0; j < e->Nk; j++)
-    for (size_t d = 0; d < e->Dp; d += 4) {
-      float *at = e->k_rows + j * e->Dp + d;
-      f32x4_store(at, f32x4_sub(f32x4_load(at), f32x4_load(e->k_mean + d)));
-    }
+  for (size_t d = 0; d < e->Dp; d++) e->k_mean[d] = (float)(sum[d] / (double)e->Nk);
 }
 
 int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, ra_bounds *bounds, void *workspace) {
@@ -161,18 +174,20 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
   const float *k = x->k + ra_head(p, kv_head, p->kv_heads, e.Nk, e.D);
-  ra_rotary_init(&e.state->q_rotary, p, 1, e.q_space);
-  ra_rotary_init(&e.state->k_rotary, p, 0, e.k_space);
+  ra_rotary_init(&e.state->q_rotary, p, 1, NULL, e.q_space);
+  ra_rotary_init(&e.state->k_rotary, p, 0, &e.state->q_rotary, e.k_space);
   ra_rotary_batch(&e.state->q_rotary, p, 1, kv_head / p->kv_heads);
   ra_rotary_batch(&e.state->k_rotary, p, 0, kv_head / p->kv_heads);
   *bounds = (ra_bounds){.finite = 1};
   measure_queries(&e, x->q, kv_head, bounds);
   if (x->v) measure_values(x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv), e.v_row, e.Nk, e.Dv, bounds);
-  centre_keys(&e, k);
+  rotate_keys(&e, k);
   float largest = 0, largest_centred = 0, centred_entry = 0;
   for (size_t j = 0; j < e.Nk; j++) {
-    float squares = measure_row(k + j * e.k_row, e.D, &bounds->k_entry);
-    float centred = measure_row(e.k_rows + j * e.Dp, e.D, &centred_entry);
+    float *k_j = e.k_rows + j * e.Dp;
+    for (size_t d = 0; d < e.Dp; d += 4) f32x4_store(k_j + d, f32x4_sub(f32x4_load(k_j + d), f32x4_load(e.k_mean + d)));
+    float squares = measure_row(k + j * e.k_row, e.D, &bounds->k_entry),
+          centred = measure_row(k_j, e.D, &centred_entry);
     if (!is_finite(bounds->k_entry, squares)) bounds->finite = 0;
     if (squares > largest) largest = squares;
     if (centred > largest_centred) largest_centred = centred, bounds->k_argmax = (uint32_t)j;

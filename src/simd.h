@@ -67,6 +67,10 @@ RA_INLINE f32x4 f32x4_bits_to_exponent(f32x4 a) { return wasm_i32x4_shl(a, 23); 
 // (a0, b0, a1, b1) and (a2, b2, a3, b3)
 RA_INLINE f32x4 f32x4_zip_low(f32x4 a, f32x4 b) { return wasm_i32x4_shuffle(a, b, 0, 4, 1, 5); }
 RA_INLINE f32x4 f32x4_zip_high(f32x4 a, f32x4 b) { return wasm_i32x4_shuffle(a, b, 2, 6, 3, 7); }
+// (a0, a1) and (a2, a3)
+RA_INLINE void f32x4_store_halves(float *low, float *high, f32x4 a) {
+  wasm_v128_store64_lane(low, a, 0), wasm_v128_store64_lane(high, a, 1);
+}
 // (a0, a2, b0, b2) and (a1, a3, b1, b3)
 RA_INLINE f32x4 f32x4_even(f32x4 a, f32x4 b) { return wasm_i32x4_shuffle(a, b, 0, 2, 4, 6); }
 RA_INLINE f32x4 f32x4_odd(f32x4 a, f32x4 b) { return wasm_i32x4_shuffle(a, b, 1, 3, 5, 7); }
@@ -116,6 +120,10 @@ RA_INLINE f32x4 f32x4_bits_to_exponent(f32x4 a) {
   for (int i = 0; i < 4; i++) bits[i] <<= 23;
   memcpy(a.lane, bits, sizeof bits);
   return a;
+}
+
+RA_INLINE void f32x4_store_halves(float *low, float *high, f32x4 a) {
+  memcpy(low, a.lane, 2 * sizeof *low), memcpy(high, a.lane + 2, 2 * sizeof *high);
 }
 
 #define RA_PICK(c0, c1, c2, c3)                                                                                        \

@@ -47,9 +47,8 @@ RA_INLINE const ra_exp2_constants *ra_exp2_load(void) {
   return table;
 }
 
-// 2^x for x < 128; 0 for x <= -127; NaN for NaN.
-RA_INLINE f32x4 ra_exp2(f32x4 x, const ra_exp2_constants *k) {
-  x = f32x4_max(f32x4_load(k->low), x);
+// 2^x for -127 <= x < 128, or NaN; anything elsewhere.
+RA_INLINE f32x4 ra_exp2_near(f32x4 x, const ra_exp2_constants *k) {
   f32x4 shifted = f32x4_add(x, f32x4_load(k->magic));
   f32x4 f = f32x4_sub(x, f32x4_sub(shifted, f32x4_load(k->magic)));
   f32x4 y = f32x4_madd(f32x4_load(k->c6), f, f32x4_load(k->c5));
@@ -59,6 +58,11 @@ RA_INLINE f32x4 ra_exp2(f32x4 x, const ra_exp2_constants *k) {
   y = f32x4_madd(y, f, f32x4_load(k->c1));
   y = f32x4_madd(y, f, f32x4_load(k->c0));
   return f32x4_mul(y, f32x4_bits_to_exponent(shifted));
+}
+
+// 2^x for x < 128; 0 for x <= -127; NaN for NaN.
+RA_INLINE f32x4 ra_exp2(f32x4 x, const ra_exp2_constants *k) {
+  return ra_exp2_near(f32x4_max(f32x4_load(k->low), x), k);
 }
 
 // tanh x = t / (t + 2) with t = e^2x - 1 = 2^n q(f) + (2^n - 1), q(f) = 2^f - 1 without its constant: nothing cancels near 0.

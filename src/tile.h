@@ -5,9 +5,8 @@
 //   C[r][0..7] = init[0..7] + sum_n A(n, r) * B[n][0..7]        r = 0 .. R-1, n = 0 .. count-1
 //
 // A(n, r) is read as a scalar at a[n * a_step + r * a_row] and spread over the lanes, B as two vectors. R accumulators of
-// two vectors stay in registers: R = 4 (8 accumulators, 3 to 5 more live) and R = 6 (12) run at 0.84-0.93 of the
-// multiply-add peak; larger tiles spill. The sum is over one tile only: callers add tiles to what they have, which makes
-// every sum two-level (error grows with count + tiles instead of count * tiles).
+// two vectors stay in registers. The sum is over one tile only: callers add tiles to what they have, which makes every sum
+// two-level (error grows with count + tiles instead of count * tiles).
 //
 // R, a_row and, where possible, a_step and b_row are constants at the call, so that the inner loop has one bumped
 // pointer for each operand and constant offsets.
@@ -16,6 +15,34 @@
 #define RA_TILE_H
 
 #include "simd.h"
+
+// Rows of the tiles that products are cut into. x86 engines have 15 registers: with fused multiply-adds 12 accumulators, two
+// vectors of B and one of A fit, and 6 rows run at the multiply-add peak where 4 reach 0.93 of it (8 accumulators, just as
+// many as two multiply-adds of latency 4 a cycle need). Without, a product needs a register too: 6 rows spill (0.55 of the
+// peak), 4 reach 0.9.
+#if defined(__wasm_simd128__) && !defined(RA_RELAXED)
+#define RA_TILE_ROWS 4
+#else
+#define RA_TILE_ROWS 6
+#endif
+
+// STEP(R) for R rows from r on: tiles of RA_TILE_ROWS, then of 4 (8 rows are 4 + 4 rather than 6 + 1 + 1), then single rows.
+#define RA_IN_STEPS(r, rows, STEP)                                                                                     \
+  do {                                                                                                                 \
+    uint32_t r = 0;                                                                                                    \
+    RA_ROLLED                                                                                                          \
+    for (; RA_TILE_ROWS > 4 && (rows)-r >= RA_TILE_ROWS && (rows)-r != 8; r += RA_TILE_ROWS) {                         \
+      STEP(RA_TILE_ROWS);                                                                                              \
+    }                                                                                                                  \
+    RA_ROLLED                                                                                                          \
+    for (; r + 4 <= (rows); r += 4) {                                                                                  \
+      STEP(4);                                                                                                         \
+    }                                                                                                                  \
+    RA_ROLLED                                                                                                          \
+    for (; r < (rows); r++) {                                                                                          \
+      STEP(1);                                                                                                         \
+    }                                                                                                                  \
+  } while (0)
 
 // Accumulators, two vectors a row.
 typedef struct ra_tile {

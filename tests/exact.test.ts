@@ -10,7 +10,7 @@ import { add, describeSetting, draw, eachBinary, forwardArgs, inner, lazy, probl
 import type { Problem, Setting } from './support.js';
 import { resultsOf, yardstick } from './yardstick.js';
 
-const sizes = [1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257, 300];
+const sizes = [1, 3, 4, 5, 6, 7, 8, 9, 31, 32, 33, 59, 60, 61, 64, 119, 120, 121, 128, 257, 300];
 const heads = 1;
 
 const lengthSettings: Setting[] = [
@@ -57,7 +57,7 @@ const optionSettings: Setting[] = [
 
 const long = { heads, queryLength: 300, headDim: 8 };
 const maskSettings: Setting[] = [
-  ...[0, 1, 7, 31, 32, 100, 128, 299, 1000].map((left) => ({ shape: long, causal: true, window: [left, -1] as const })),
+  ...[0, 1, 7, 31, 32, 100, 120, 299, 1000].map((left) => ({ shape: long, causal: true, window: [left, -1] as const })),
   ...[0, 3, 127, 128, 129].map((right) => ({ shape: long, window: [-1, right] as const })),
   { shape: long, window: [0, 0] },
   { shape: long, window: [5, 9] },
@@ -173,6 +173,12 @@ const scoreProblems = named([
   ['from 90 to 100, causal', () => scoresBetween(90, 100, true, 22)],
   ['from -100 to -90', () => scoresBetween(-100, -90, false, 23)],
   ['from -100 to -90, causal', () => scoresBetween(-100, -90, true, 24)],
+  // Up to 24 log 2 = 16.64 no maximum is looked for.
+  ...[16, 17].flatMap((high): [string, () => Problem][] => [
+    [`from 0 to ${high}`, () => scoresBetween(0, high, false, 30)],
+    [`from -${high} to 0, causal`, () => scoresBetween(-high, 0, true, 31)],
+    [`from 0 to ${high} beside a sink of 300`, () => ({ ...scoresBetween(0, high, true, 32), sinks: Float32Array.of(300) })],
+  ]),
   ['hundreds apart: one key takes all', () => problem({ shape: square }, 25, (r) => 10 * r.normal())],
   ['hundreds apart, causal', () => problem({ shape: square, causal: true }, 26, (r) => 10 * r.normal())],
   ['rising along the keys, so that the reference of the softmax keeps moving', () => rising(27, 1)],

@@ -10,7 +10,7 @@
 // NaN and infinity in q, k or v: `exact` spreads them to the rows that depend on them, `auto` computes exactly (the report
 // says so), a forced polynomial is a RangeError.
 
-import { certify, scoreRadius } from './certificate.js';
+import { certify, scoreBound, scoreRadius } from './certificate.js';
 import type { Pass } from './cost.js';
 import { Kernel, type Bounds, type Session } from './kernel.js';
 import { loadModule } from './load.js';
@@ -42,7 +42,8 @@ const SAMPLE_ROOM = 0.75;
 const MEASURABLE = 1e8;
 
 /**
- * An instance of the package: loads and compiles the WebAssembly (once per binary and page), and takes its first memory.
+ * An instance of the package: loads and compiles the WebAssembly (once per binary and page), takes its first memory, and warms
+ * up for a few milliseconds so that the first call is not slow.
  *
  * @throws Error where WebAssembly SIMD is missing or the source cannot be loaded; TypeError and RangeError for wrong options.
  */
@@ -59,7 +60,9 @@ export async function createAttention(options: CreateOptions): Promise<Attention
   if (typeof relaxedSimd === 'boolean' && relaxedSimd !== kernel.relaxed) {
     throw new RangeError(`${name}: relaxedSimd is ${relaxedSimd}, the given wasm is the ${simdOf(kernel)} binary`);
   }
-  return new Attention(kernel);
+  const attention = new Attention(kernel);
+  attention.warmUp();
+  return attention;
 }
 
 export class Attention implements RopeAttention {
@@ -75,6 +78,15 @@ export class Attention implements RopeAttention {
 
   get memoryBytes(): number {
     return this.#kernel.memoryBytes;
+  }
+
+  /** Takes both passes of one token once, so that no code is new to the JavaScript engine in the first real call. */
+  warmUp(): void {
+    this.#kernel.warmUp();
+    const one = new Float32Array(2);
+    const args = { q: one, k: one, v: one, shape: { heads: 1, queryLength: 1, headDim: 2 }, method: 'exact' } as const;
+    this.backward({ ...args, dOutput: one });
+    this.forward(args);
   }
 
   forward(args: ForwardArgs): ForwardResult {
@@ -282,6 +294,7 @@ export class Attention implements RopeAttention {
     }
     session.setWorkspace(workspaceOf(session, passes, null));
     session.setEngine(null);
+    session.boundScores(scoreBound(task.problem, plan.bounds));
     yield* this.#run(session, task, passes, null, from, to);
     return { task: { ...task, passes }, coefficients: null, measured: null, miss: null, notes };
   }

@@ -29,6 +29,13 @@ export function scoreRadius(g: Geometry, bounds: Bounds): number {
   return Math.abs(g.scale) * rotated * bounds.k_centred_norm * (1 + (g.headDim + 8) * UNIT);
 }
 
+/** A number that no |scale q.k| of the heads exceeds; Infinity where entries are not finite. */
+export function scoreBound(g: Geometry, bounds: readonly Bounds[]): number {
+  if (!bounds.every(({ finite }) => finite === 1)) return Infinity;
+  const largest = Math.max(...bounds.map(({ q_norm, k_norm }) => q_norm * k_norm));
+  return Math.abs(g.scale) * g.rotaryGain ** 2 * largest * (1 + (g.headDim + 8) * UNIT);
+}
+
 /**
  * Worst case of what float32 adds, in the same units.
  *

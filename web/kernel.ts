@@ -79,6 +79,7 @@ interface Exports {
     workspace: number,
   ): number;
   ra_relaxed(): number;
+  ra_warm_up(calls: number): void;
 }
 
 const EXPORTS = [
@@ -97,6 +98,7 @@ const EXPORTS = [
   'ra_sample_rows',
   'ra_sample_columns',
   'ra_relaxed',
+  'ra_warm_up',
 ]);
 const OK = 0;
 const NOT_POSITIVE = -3;
@@ -104,6 +106,7 @@ const [EXACT, POLYNOMIAL] = [1, 2];
 const SIZE_OVERFLOW = 2 ** 32 - 1;
 const MAX_COEFFICIENTS = 9;
 const EXTREMES = 8;
+const WARM_UP_CALLS = 20_000;
 
 /** Whether a mask is added to scores, or says which ones count. */
 const isAdded = ({ values }: Mask) => values.BYTES_PER_ELEMENT === 4;
@@ -146,6 +149,11 @@ export class Kernel {
   /** Bytes of memory held; 0 after `dispose`. */
   get memoryBytes(): number {
     return this.#arena?.bytes ?? 0;
+  }
+
+  /** Has the engine compile the kernels well before the first call that matters; about a millisecond. */
+  warmUp(): void {
+    this.#exports?.ra_warm_up(WARM_UP_CALLS);
   }
 
   /** Begins a call. A session that is still open ends: a call that was left half done is forgotten here. */
@@ -259,31 +267,7 @@ export class Session {
     if (g.mask && isAdded(g.mask)) arena.writeFloats(at.mask, g.mask.values);
     else if (g.mask) arena.writeBytes(at.mask, g.mask.values);
     if (g.sinks) arena.writeFloats(at.sinks, g.sinks);
-  }
-
-  /** Bytes of memory that the call needs. */
-  get bytes(): number {
-    return this.#arena.needed;
-  }
-
-  /** Bytes that are left below the limit of the memory. */
-  get free(): number {
-    return this.#arena.free;
-  }
-
-  /** Takes the memory back; later uses of this session throw. */
-  close(): void {
-    if (!this.#open) return;
-    this.#open = false;
-    this.#arena.reset();
-  }
-
-  /** Chooses the engine of the calls that follow: null is exact. `coefficients` [heads][degree + 1] belong to a degree. */
-  setEngine(degree: number | null, coefficients?: Float32Array): void {
-    this.#check();
-    const [g, at] = [this.geometry, this.#at];
-    if (coefficients) this.#arena.writeFloats(at.coefficients, coefficients);
-    this.#arena.writeStruct(at.problem, PROBLEM, {
+    arena.writeStruct(at.problem, PROBLEM, {
       batch: g.batch,
       heads: g.heads,
       kv_heads: g.kvHeads,
@@ -297,8 +281,6 @@ export class Session {
       query_offset: g.queryOffset,
       scale: g.scale,
       frequencies: at.frequencies,
-      method: degree === null ? EXACT : POLYNOMIAL,
-      degree: degree ?? 0,
       coefficients: at.coefficients,
       layout: Number(g.layout === 'bnhd'),
       rotary_factor: g.rotaryFactor,
@@ -321,7 +303,43 @@ export class Session {
       mask_head: g.mask?.strides.head ?? 0,
       mask_row: g.mask?.strides.row ?? 0,
       sinks: at.sinks,
+      score_bound: 0,
+    } satisfies Omit<Values<typeof PROBLEM>, 'method' | 'degree'>);
+  }
+
+  /** Bytes of memory that the call needs. */
+  get bytes(): number {
+    return this.#arena.needed;
+  }
+
+  /** Bytes that are left below the limit of the memory. */
+  get free(): number {
+    return this.#arena.free;
+  }
+
+  /** Takes the memory back; later uses of this session throw. */
+  close(): void {
+    if (!this.#open) return;
+    this.#open = false;
+    this.#arena.reset();
+  }
+
+  /** Chooses the engine of the calls that follow: null is exact. `coefficients` [heads][degree + 1] belong to a degree. */
+  setEngine(degree: number | null, coefficients?: Float32Array): void {
+    this.#check();
+    const at = this.#at;
+    if (coefficients) this.#arena.writeFloats(at.coefficients, coefficients);
+    this.#arena.writeStruct(at.problem, PROBLEM, {
+      method: degree === null ? EXACT : POLYNOMIAL,
+      degree: degree ?? 0,
     });
+  }
+
+  /** Tells the exact engine that no |scale q.k| exceeds `bound`; Infinity when nothing is known. */
+  boundScores(bound: number): void {
+    this.#check();
+    const score_bound = Math.fround(bound) < Infinity ? Math.fround(bound * (1 + 2 ** -23)) : 0;
+    this.#arena.writeStruct(this.#at.problem, PROBLEM, { score_bound });
   }
 
   /** Bytes of workspace of a pass by an engine; Infinity beyond 32 bits. Leaves the exact engine set. */

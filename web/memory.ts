@@ -51,6 +51,7 @@ export const PROBLEM = {
   mask_head: 'u32',
   mask_row: 'u32',
   sinks: 'address',
+  score_bound: 'f32',
 } as const satisfies Fields;
 
 /** ra_arrays. */
@@ -83,7 +84,16 @@ export const BOUNDS = {
 
 /** Bytes of a struct. */
 export function sizeOf(fields: Fields): number {
-  return 4 * Object.keys(fields).length;
+  return 4 * namesOf(fields).length;
+}
+
+const names = new WeakMap<Fields, readonly string[]>();
+
+/** The names in order, kept for every struct. */
+function namesOf(fields: Fields): readonly string[] {
+  let known = names.get(fields);
+  if (!known) names.set(fields, (known = Object.keys(fields)));
+  return known;
 }
 
 /** All memory above the module's own data, handed out from the bottom up and taken back as a whole. */
@@ -176,13 +186,15 @@ export class Arena {
     return new Float32Array(this.#memory.buffer, address, count).slice();
   }
 
-  writeStruct<F extends Fields>(address: number, fields: F, values: Values<F>): void {
+  /** Fields that `values` does not have keep what they held. */
+  writeStruct<F extends Fields>(address: number, fields: F, values: Partial<Values<F>>): void {
     const view = new DataView(this.#memory.buffer, address, sizeOf(fields));
-    Object.entries(fields).forEach(([name, kind], n) => {
+    for (const [n, name] of namesOf(fields).entries()) {
       const value = values[name];
-      if (kind === 'f32') view.setFloat32(4 * n, value, true);
+      if (value === undefined) continue;
+      if (fields[name] === 'f32') view.setFloat32(4 * n, value, true);
       else view.setUint32(4 * n, value, true); // modulo 2^32, so right for i32 too
-    });
+    }
   }
 
   readStruct<F extends Fields>(address: number, fields: F): Values<F> {

@@ -224,7 +224,13 @@ static void engines_match_the_oracle(const shape *s) {
   compute(&oracle, 1), compute(&exact, 1000), compute(&sliced, 1);
   compare("exact", s, &exact, &oracle, 4e-6); // fp32 sums of up to 500 terms; measured at most 1.2e-6
   compare("sliced", s, &sliced, &exact, 1e-30);
-  finish(&oracle), finish(&exact), finish(&sliced);
+
+  run bounded = start(s, RA_EXACT, 0); // Cauchy-Schwarz
+  bounded.p.score_bound =
+      fabsf(s->scale) * (float)s->D * s->bound * s->bound * bounded.p.rotary_factor * bounded.p.rotary_factor;
+  compute(&bounded, 2);
+  compare("bounded", s, &bounded, &oracle, 4e-6);
+  finish(&oracle), finish(&exact), finish(&sliced), finish(&bounded);
 }
 
 static void polynomials_match_the_oracle(const shape *s) {
