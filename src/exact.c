@@ -26,7 +26,8 @@ enum {
   LANES = 8,            // queries of a strip
   PANEL = RA_TILE_ROWS, // keys of a panel: 4 or 6, which divide the numbers of keys below
   QUERY_BLOCK = 256,    // queries of a forward unit: their tiles stay in cache while the keys pass by
-  KEY_TILE = 60,        // keys of a forward tile: keys, values and weights stay in L1
+  KEY_TILE = 120,       // keys of a forward tile: keys, values and weights stay in L1, or nearly
+  KEY_TILE_MASK = 240,  // with a mask, whose rows are far apart in memory: longer pieces of them
   KEY_BLOCK = 120,      // keys of a backward unit
   QUERY_CHUNK = 32,     // queries of a backward step
   ROWS = 96,            // rows that are rotated together: whole panels, and whole blocks of rotary.h
@@ -103,7 +104,7 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
     e.out_t = ra_take_floats(w, e.strips, (size_t)e.Dv * LANES);
     e.reference = ra_take_floats(w, e.strips, LANES);
     e.sum = ra_take_floats(w, e.strips, LANES);
-    e.s = ra_take_floats(w, KEY_TILE, LANES);
+    e.s = ra_take_floats(w, KEY_TILE_MASK, LANES);
   } else {
     e.strips = ra_ceil_div(p->query_length, QUERY_CHUNK) * (QUERY_CHUNK / LANES);
     e.q_strip = ra_take_floats(w, e.strips, (size_t)e.D * LANES);
@@ -474,11 +475,11 @@ RA_KERNEL void forward_block(const exact *e, uint32_t head, const float *q, cons
   ra_fill(e->out_t, (size_t)strips * e->Dv * LANES, 0);
   ra_fill(e->reference, (size_t)strips * LANES, 0);
   ra_fill(e->sum, (size_t)strips * LANES, 0);
-  uint32_t end = range[strips * LANES - 1].end;
-  for (uint32_t tile = range[0].first / KEY_TILE * KEY_TILE; tile < end; tile += KEY_TILE)
+  uint32_t end = range[strips * LANES - 1].end, key_tile = e->mask ? KEY_TILE_MASK : KEY_TILE;
+  for (uint32_t tile = range[0].first / key_tile * key_tile; tile < end; tile += key_tile)
     for (uint32_t n = 0; n < strips; n++) {
       const ra_range *lanes = range + n * LANES;
-      uint32_t first = lanes[0].first / PANEL * PANEL, last = ra_min_u32(tile + KEY_TILE, lanes[LANES - 1].end);
+      uint32_t first = lanes[0].first / PANEL * PANEL, last = ra_min_u32(tile + key_tile, lanes[LANES - 1].end);
       if (first < tile) first = tile;
       if (first < last) forward_tile(e, head, n, query0 + n * LANES, lanes, first, last - first, v);
     }
