@@ -42,8 +42,7 @@ static void fill_tables(ra_rotary *r, const ra_problem *p) {
     rows = p->query_length > p->key_length ? p->query_length : p->key_length;
   for (size_t i = 0; i < half; i++) {
     double theta = r->frequencies[i], c_theta = cos(theta), s_theta = sin(theta), c = 1, s = 0;
-    if (rows == RA_ROTARY_BLOCK)
-      r->step[2 * i] = cos(RA_ROTARY_BLOCK * theta), r->step[2 * i + 1] = sin(RA_ROTARY_BLOCK * theta);
+    r->step[2 * i] = cos(RA_ROTARY_BLOCK * theta), r->step[2 * i + 1] = sin(RA_ROTARY_BLOCK * theta);
     for (size_t m = 0; m < rows; m++) {
       r->fine[2 * half * m + i] = (float)c, r->fine[2 * half * m + half + i] = (float)s;
       double turned = c * c_theta - s * s_theta;

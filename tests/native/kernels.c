@@ -190,6 +190,8 @@ int main(void) {
   rotation_is_accurate(16, 0, 0, 70);
   rotation_is_accurate(16, 1, 1000000, 33);
   rotation_is_accurate(6, 0, -40, 65);
+  rotation_is_accurate(16, 0, 32, 1); // a table of one row, one block from where the anchor begins
+  rotation_is_accurate(16, 1, -32, 5);
   rotation_is_accurate(2, 1, 7, 1);
   transposes_any_size();
   products_match_loops();
