@@ -52,6 +52,7 @@ typedef struct polynomial {
   const ra_problem *p;
   polynomial_state *state;
   ra_features f;
+  size_t rank;
   uint32_t D, Dv, Dp, Dvp; // Dp, Dvp: padded to 8
   uint32_t columns, row;   // columns of u, h and the state: Dvp values, then one; length of their rows, a multiple of 4
   size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays; dq, dk, dv, dout alike
@@ -74,6 +75,8 @@ typedef struct polynomial {
   float *d_rows;          // [32][max(Dp, Dvp)]
 } polynomial;
 
+enum { STREAM = RA_BACKWARD + 1 }; // a pass whose sums are not in the workspace
+
 static polynomial arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) {
   polynomial e = {.p = p, .D = p->head_dim, .Dv = p->value_dim};
   size_t rank = ra_rank(p->head_dim, p->degree);
@@ -81,6 +84,7 @@ static polynomial arrange(const ra_problem *p, uint32_t pass, ra_workspace_curso
     w->overflow = 1;
     return e;
   }
+  e.rank = rank;
   e.Dp = (e.D + 7) / 8 * 8;
   e.Dvp = (e.Dv + 7) / 8 * 8;
   e.columns = e.Dvp + 1;
@@ -96,7 +100,7 @@ static polynomial arrange(const ra_problem *p, uint32_t pass, ra_workspace_curso
   e.k_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
   e.weights = ra_take_floats(w, rank, 1);
   e.run = ra_take(w, rank, 1, 1);
-  e.z = ra_take_floats(w, rank, e.row);
+  if (pass != STREAM) e.z = ra_take_floats(w, rank, e.row);
   e.k_mean = ra_take_floats(w, 1, e.Dp);
   e.v_mean = ra_take_floats(w, 1, e.Dvp);
   e.lower = ra_take_floats(w, lower, CHUNK);
@@ -284,17 +288,11 @@ RA_KERNEL void append_keys(const polynomial *e, const float *k, const float *v, 
   }
 }
 
-// a[n][i] = exp(x_i.y_n) for keys j .. j + keys - 1 that query i + .. may see, 0 elsewhere; columns past the chunk's
-// queries mean nothing.
-RA_KERNEL void diagonal_weights(const polynomial *e, uint32_t i, uint32_t j, uint32_t keys) {
+// a[n][i] = exp(x_i.y_n) for keys n < bound[i] of y_rows [keys][Dp], 0 elsewhere.
+RA_KERNEL void exponentials(const polynomial *e, const float *y_rows, uint32_t keys, const float *bound) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0);
-  float bound[CHUNK];
-  for (uint32_t n = 0; n < CHUNK; n++) {
-    uint32_t limit = ra_key_limit(e->p, i + n);
-    bound[n] = limit <= j ? 0.0f : (float)ra_min_u32(limit - j, keys);
-  }
-  set_rows(e->y_rows, e->Dp, keys, e->x_t, e->D, e->a);
+  set_rows(y_rows, e->Dp, keys, e->x_t, e->D, e->a);
   for (uint32_t n = 0; n < keys; n++)
     for (uint32_t c = 0; c < CHUNK; c += 4) {
       float *at = e->a + n * CHUNK + c;
@@ -302,6 +300,17 @@ RA_KERNEL void diagonal_weights(const polynomial *e, uint32_t i, uint32_t j, uin
       f32x4 weight = ra_exp2(exponent, constants);
       f32x4_store(at, f32x4_where_less(f32x4_splat((float)n), f32x4_load(bound + c), weight, zero));
     }
+}
+
+// a of the keys j .. j + keys - 1 beside the queries from i, which see those that are allowed; columns past the chunk's
+// queries mean nothing.
+static void diagonal_weights(const polynomial *e, uint32_t i, uint32_t j, uint32_t keys) {
+  float bound[CHUNK];
+  for (uint32_t n = 0; n < CHUNK; n++) {
+    uint32_t limit = ra_key_limit(e->p, i + n);
+    bound[n] = limit <= j ? 0.0f : (float)ra_min_u32(limit - j, keys);
+  }
+  exponentials(e, e->y_rows, keys, bound);
 }
 
 // The row constants x_i.mean that centring took off the scores.
@@ -356,19 +365,9 @@ static void prepare_head(const polynomial *e, uint32_t kv, const float *k, const
 
 // --- Forward ------------------------------------------------------------------------------------------------------
 
-RA_KERNEL void forward_chunk(const polynomial *e, const float *q, const float *k, const float *v, uint32_t i,
-                             uint32_t count, float *out, float *lse) {
-  const ra_problem *p = e->p;
-  uint32_t before = ra_state_keys(p, i), end = ra_key_limit(p, i + count - 1);
+// sum_t of queries i .. i + count - 1 becomes their rows of out and lse. Those from `seeing` on have seen a key.
+RA_KERNEL void finish_chunk(const polynomial *e, uint32_t i, uint32_t count, uint32_t seeing, float *out, float *lse) {
   float shift[CHUNK], inverse[CHUNK];
-  ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
-  load_queries(e, q, i, count, before > 0);
-  if (before > 0) read_state(e, e->x_t);
-  if (end > before) {
-    load_keys(e, k, v, before, end - before, 0);
-    diagonal_weights(e, i, before, end - before);
-    add_columns(e->u_rows, e->row, e->columns, e->a, end - before, e->sum_t);
-  }
   row_shifts(e, shift);
   const float *denominator = e->sum_t + (size_t)e->Dvp * CHUNK;
   for (uint32_t n = 0; n < CHUNK; n++) {
@@ -377,7 +376,7 @@ RA_KERNEL void forward_chunk(const polynomial *e, const float *q, const float *k
     inverse[n] = good ? 1 / sum : 0;
     if (n >= count) continue;
     lse[i + n] = good ? (float)(log((double)sum) + shift[n]) : -INFINITY;
-    if (!good && ra_key_limit(p, i + n) > 0) e->state->not_positive++;
+    if (!good && n >= seeing) e->state->not_positive++;
   }
   for (uint32_t d = 0; d < e->Dv; d++) {
     f32x4 mean = f32x4_load_splat(e->v_mean + d);
@@ -388,6 +387,22 @@ RA_KERNEL void forward_chunk(const polynomial *e, const float *q, const float *k
     }
   }
   ra_transpose(e->sum_t, CHUNK, e->Dv, count, out + i * e->out_row, e->out_row);
+}
+
+RA_KERNEL void forward_chunk(const polynomial *e, const float *q, const float *k, const float *v, uint32_t i,
+                             uint32_t count, float *out, float *lse) {
+  const ra_problem *p = e->p;
+  uint32_t before = ra_state_keys(p, i), end = ra_key_limit(p, i + count - 1), seeing = 0;
+  ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
+  load_queries(e, q, i, count, before > 0);
+  if (before > 0) read_state(e, e->x_t);
+  if (end > before) {
+    load_keys(e, k, v, before, end - before, 0);
+    diagonal_weights(e, i, before, end - before);
+    add_columns(e->u_rows, e->row, e->columns, e->a, end - before, e->sum_t);
+  }
+  while (seeing < count && ra_key_limit(p, i + seeing) == 0) seeing++;
+  finish_chunk(e, i, count, seeing, out, lse);
 }
 
 // --- Backward -----------------------------------------------------------------------------------------------------
@@ -591,3 +606,162 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
 }
 
 const ra_engine ra_polynomial_engine = {layout, units, run};
+
+// --- A state of its own -------------------------------------------------------------------------------------------
+
+// How a state begins. The waiting keys of all heads follow, then the sums of all heads.
+typedef struct stream {
+  uint32_t joined;  // 1 when some chunk is in the sums
+  uint32_t waiting; // keys beside them, below 32
+  uint32_t unused[2];
+} stream;
+
+// One head's part of a state.
+typedef struct stream_head {
+  float *y_rows; // [32][Dp] waiting keys, rotated
+  float *u_rows; // [32][row]
+  float *z;      // [rank][row]
+} stream_head;
+
+static int is_stream(const ra_problem *p) {
+  return ra_check(p) == RA_OK && p->method == RA_POLYNOMIAL && !p->causal && p->query_length == p->key_length &&
+         !p->key_positions;
+}
+
+// The layout of a state: sets head kv unless `head` is NULL. Without sums when not `whole`.
+static void lay_out_stream(const polynomial *e, uint32_t whole, ra_workspace_cursor *w, uint32_t kv,
+                           stream_head *head) {
+  uint32_t heads = e->p->batch * e->p->kv_heads;
+  size_t y = (size_t)CHUNK * e->Dp, u = (size_t)CHUNK * e->row, z = e->rank * e->row;
+  ra_take(w, 1, 1, sizeof(stream));
+  float *waiting = ra_take_floats(w, heads, y + u);
+  if (head) head->y_rows = waiting + kv * (y + u), head->u_rows = head->y_rows + y;
+  if (!whole) return;
+  if (e->rank > UINT32_MAX / e->row) w->overflow = 1;
+  float *sums = ra_take_floats(w, heads, z);
+  if (head) head->z = sums + kv * z;
+}
+
+size_t ra_state_bytes(const ra_problem *p, uint32_t whole) {
+  if (!is_stream(p)) return 0;
+  ra_workspace_cursor sizes = {NULL, 0, 0}, w = {NULL, 0, 0};
+  polynomial e = arrange(p, STREAM, &sizes);
+  if (sizes.overflow) return RA_SIZE_OVERFLOW;
+  lay_out_stream(&e, whole, &w, 0, NULL);
+  return w.overflow ? RA_SIZE_OVERFLOW : w.used;
+}
+
+size_t ra_state_workspace(const ra_problem *p) {
+  if (!is_stream(p)) return 0;
+  ra_workspace_cursor w = {NULL, 0, 0};
+  layout(p, STREAM, &w);
+  return w.overflow ? RA_SIZE_OVERFLOW : w.used;
+}
+
+// The workspace of a call. Nothing is centred: the means are 0.
+static polynomial open_stream(const ra_problem *p, void *workspace) {
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  polynomial e = arrange(p, STREAM, &cursor);
+  e.state->not_positive = 0;
+  ra_fill(e.k_mean, e.Dp, 0), ra_fill(e.v_mean, e.Dvp, 0);
+  ra_rotary_init(&e.state->q_rotary, p, 1, NULL, e.q_space);
+  return e;
+}
+
+static stream_head head_of_stream(const polynomial *e, void *state, uint32_t kv) {
+  ra_workspace_cursor w = {state, 0, 0};
+  stream_head head;
+  lay_out_stream(e, 1, &w, kv, &head);
+  return head;
+}
+
+// Turns to one head of a state: its sums become those of *e.
+static stream_head open_stream_head(polynomial *e, void *state, uint32_t kv) {
+  stream_head head = head_of_stream(e, state, kv);
+  e->z = head.z;
+  ra_features_weights(&e->f, e->p->coefficients + (size_t)kv * (e->f.degree + 1), e->weights, e->run);
+  ra_rotary_batch(&e->state->q_rotary, e->p, 1, kv / e->p->kv_heads);
+  return head;
+}
+
+// The waiting keys are a chunk: it joins the sums.
+static void join_chunk(const polynomial *e, const stream_head *head) {
+  float live[CHUNK];
+  ra_transpose(head->y_rows, e->Dp, CHUNK, e->Dp, e->y_t, CHUNK);
+  live_tokens(CHUNK, live);
+  ra_features_lower(&e->f, e->y_t, live, e->lower);
+  update_state(e, e->y_t, head->u_rows);
+}
+
+int ra_state_append(const ra_problem *p, const ra_arrays *x, void *state, void *workspace) {
+  if (!is_stream(p)) return RA_ERROR_PROBLEM;
+  polynomial e = open_stream(p, workspace);
+  stream *s = state;
+  for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
+    stream_head head = open_stream_head(&e, state, kv);
+    const float *k = x->k + ra_head(p, kv, p->kv_heads, p->key_length, e.D);
+    const float *v = x->v + ra_head(p, kv, p->kv_heads, p->key_length, e.Dv);
+    for (uint32_t j = 0, waiting = s->waiting, count; j < p->key_length; j += count) {
+      count = ra_min_u32(CHUNK - waiting, p->key_length - j);
+      ra_rotary_rows(&e.state->q_rotary, k + j * e.k_row, e.k_row, head.y_rows + waiting * e.Dp, e.Dp, count, j,
+                     RA_ROTATE, 1.0f);
+      for (uint32_t n = 0; n < count; n++) {
+        float *u = head.u_rows + (waiting + n) * e.row;
+        memcpy(u, v + (j + n) * e.v_row, e.Dv * sizeof *u);
+        u[e.Dvp] = 1;
+      }
+      waiting += count;
+      if (waiting == CHUNK) join_chunk(&e, &head), waiting = 0;
+    }
+  }
+  if (s->waiting + p->key_length >= CHUNK) s->joined = 1;
+  s->waiting = (s->waiting + p->key_length) % CHUNK;
+  return RA_OK;
+}
+
+int ra_state_attend(const ra_problem *p, const ra_arrays *x, const void *state, void *workspace) {
+  if (!is_stream(p)) return RA_ERROR_PROBLEM;
+  polynomial e = open_stream(p, workspace);
+  const stream *s = state;
+  uint32_t group = ra_group(p);
+  float bound[CHUNK];
+  ra_fill(bound, CHUNK, (float)s->waiting);
+  for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
+    stream_head own = open_stream_head(&e, (void *)(uintptr_t)state, kv); // only read
+    for (uint32_t head = kv * group; head < (kv + 1) * group; head++) {
+      heads at = heads_of(&e, head);
+      for (uint32_t i = 0; i < p->query_length; i += CHUNK) {
+        uint32_t count = ra_min_u32(CHUNK, p->query_length - i);
+        ra_fill(e.sum_t, (size_t)e.columns * CHUNK, 0);
+        load_queries(&e, x->q + at.q, i, count, s->joined != 0);
+        if (s->joined) read_state(&e, e.x_t);
+        if (s->waiting > 0) {
+          exponentials(&e, own.y_rows, s->waiting, bound);
+          add_columns(own.u_rows, e.row, e.columns, e.a, s->waiting, e.sum_t);
+        }
+        finish_chunk(&e, i, count, s->joined || s->waiting > 0 ? 0 : count, x->out + at.out, x->lse + at.lse);
+      }
+    }
+  }
+  return e.state->not_positive > 0 ? RA_NOT_POSITIVE : RA_OK;
+}
+
+int ra_state_merge(const ra_problem *p, void *state, const void *other, void *workspace) {
+  if (!is_stream(p)) return RA_ERROR_PROBLEM;
+  polynomial e = open_stream(p, workspace);
+  stream *s = state;
+  const stream *t = other;
+  for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
+    stream_head head = open_stream_head(&e, state, kv), added = head_of_stream(&e, (void *)(uintptr_t)other, kv);
+    for (size_t n = 0; n < (size_t)e.f.rank * e.row; n += 4)
+      f32x4_store(head.z + n, f32x4_add(f32x4_load(head.z + n), f32x4_load(added.z + n)));
+    for (uint32_t n = 0, waiting = s->waiting; n < t->waiting; n++) {
+      memcpy(head.y_rows + waiting * e.Dp, added.y_rows + n * e.Dp, e.Dp * sizeof *head.y_rows);
+      memcpy(head.u_rows + waiting * e.row, added.u_rows + n * e.row, e.row * sizeof *head.u_rows);
+      if (++waiting == CHUNK) join_chunk(&e, &head), waiting = 0;
+    }
+  }
+  s->joined |= t->joined | (s->waiting + t->waiting >= CHUNK);
+  s->waiting = (s->waiting + t->waiting) % CHUNK;
+  return RA_OK;
+}

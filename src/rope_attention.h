@@ -157,6 +157,30 @@ int RA_API(ra_run)(const ra_problem *p, const ra_arrays *x, uint32_t pass, void 
 // Features of the polynomial engine: C(D + g, g); RA_SIZE_OVERFLOW when that does not fit size_t.
 size_t RA_API(ra_rank)(uint32_t head_dim, uint32_t degree);
 
+// --- A state of its own: sequences that arrive piece by piece ------------------------------------------------------------
+//
+// The sums of the polynomial engine over the keys so far, constant in size however many there are: for each key/value head
+// rank x (Dv + 1) numbers, and up to 31 keys that wait until a chunk of 32 is full and are attended with exp itself. Two
+// states of the same problem add up to the state of both sequences.
+//
+// The problem describes tokens on their way: query_length = key_length of them, the first at position query_offset (or at
+// query_positions), method RA_POLYNOMIAL, causal 0. Coefficients are those of p(s) for s = scale (R q).(R k) itself: nothing is
+// centred. All calls on a state need the same batch, heads, sizes, degree and coefficients.
+
+// Bytes of a state (whole = 1), or of its beginning, which is all that an append reads and writes that fills no chunk
+// (whole = 0); of the workspace of a call; as ra_workspace. A state begins as zeros.
+size_t RA_API(ra_state_bytes)(const ra_problem *p, uint32_t whole);
+size_t RA_API(ra_state_workspace)(const ra_problem *p);
+
+// The keys x->k and values x->v join. O(Nk rank Dv).
+int RA_API(ra_state_append)(const ra_problem *p, const ra_arrays *x, void *state, void *workspace);
+
+// The queries x->q attend to all keys in the state: overwrites x->out, x->lse. O(Nq rank Dv). RA_NOT_POSITIVE as ra_run.
+int RA_API(ra_state_attend)(const ra_problem *p, const ra_arrays *x, const void *state, void *workspace);
+
+// The keys of `other` join.
+int RA_API(ra_state_merge)(const ra_problem *p, void *state, const void *other, void *workspace);
+
 // --- Rotation alone -----------------------------------------------------------------------------------------------
 
 // Rotates all of x in place; it has the shape, layout and positions of q. inverse: 0 rotates by +angle, 1 undoes that.

@@ -9,16 +9,19 @@ import * as rope from '../dist/index.js';
 const readme = readFileSync(new URL('../README.md', import.meta.url), 'utf8');
 
 describe('README', () => {
-  it('has an example of at most ten lines that runs and prints what it says', async () => {
-    const [, example] = /```js\n([\s\S]*?)```/.exec(readme)!;
+  it('has an example of at most ten lines that runs and prints what it says, and one that goes on from there', async () => {
+    const [[, example], [, streaming]] = [...readme.matchAll(/```js\n([\s\S]*?)```/g)];
     const lines = example.trim().split('\n').filter((line) => line !== '');
     expect(lines.length).toBeLessThanOrEqual(10);
-    const body = example.replace("import { createRopeAttention } from 'rope-attention';", '');
+    const body = (example + streaming).replace("import { createRopeAttention } from 'rope-attention';", '');
     const log = jest.fn();
     const AsyncFunction = (async () => {}).constructor as new (...args: string[]) => (...args: unknown[]) => Promise<void>;
     await new AsyncFunction('createRopeAttention', 'console', body)(rope.createRopeAttention, { log });
     const heads = (n: number) => n * 512 * 64;
-    expect(log.mock.calls).toEqual([[expect.stringMatching(/^(exact|polynomial)/), heads(8), heads(8), heads(2), heads(2)]]);
+    expect(log.mock.calls).toEqual([
+      [expect.stringMatching(/^(exact|polynomial)/), heads(8), heads(8), heads(2), heads(2)],
+      [2, expect.any(Number), expect.any(Number), 8 * 16, expect.any(Number)],
+    ]);
   });
 
   it('names functions that exist', async () => {

@@ -27,7 +27,9 @@ import {
 } from './planner.js';
 import type { Measured } from './sampling.js';
 import { unsampledOnly } from './scores.js';
+import { StreamingState } from './streaming.js';
 import { rank } from './theory.js';
+import type { AttentionState, StateOptions } from './types.js';
 import type { BackwardArgs, BackwardResult, CreateOptions, ForwardArgs, ForwardResult, PlanArgs } from './types.js';
 import type { Report, RopeAttention, RotateArgs } from './types.js';
 import { readCall, readCreate, readRotate, type Call } from './validate.js';
@@ -103,6 +105,10 @@ export class Attention implements RopeAttention {
 
   plan(args: PlanArgs): Report {
     return drain(this.planSteps(args));
+  }
+
+  createState(options: StateOptions): AttentionState {
+    return new StreamingState(this.#kernel, options);
   }
 
   dispose(): void {

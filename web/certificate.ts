@@ -53,7 +53,7 @@ export function roundingBound(
   coefficients: ArrayLike<number>,
   radius: number,
   t: number,
-  bounds: Bounds,
+  bounds: Pick<Bounds, 'q_norm' | 'k_norm'>,
   valueRatio: number,
 ): number {
   const degree = coefficients.length - 1;

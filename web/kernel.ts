@@ -78,6 +78,11 @@ interface Exports {
     dv: number,
     workspace: number,
   ): number;
+  ra_state_bytes(problem: number, whole: number): number;
+  ra_state_workspace(problem: number): number;
+  ra_state_append(problem: number, arrays: number, state: number, workspace: number): number;
+  ra_state_attend(problem: number, arrays: number, state: number, workspace: number): number;
+  ra_state_merge(problem: number, state: number, other: number, workspace: number): number;
   ra_relaxed(): number;
   ra_warm_up(calls: number): void;
 }
@@ -97,6 +102,11 @@ const EXPORTS = [
   'ra_sample_scores',
   'ra_sample_rows',
   'ra_sample_columns',
+  'ra_state_bytes',
+  'ra_state_workspace',
+  'ra_state_append',
+  'ra_state_attend',
+  'ra_state_merge',
   'ra_relaxed',
   'ra_warm_up',
 ]);
@@ -535,6 +545,65 @@ export class Session {
       dk: this.#arena.readFloats(at.dk, keys.length * headDim),
       dv: this.#arena.readFloats(at.dv, keys.length * valueDim),
     };
+  }
+
+  /**
+   * Bytes of a streaming state, or of its beginning, which is all that an append touches that fills no chunk; Infinity beyond
+   * 32 bits. The engine of these calls is a polynomial, set before.
+   */
+  stateBytes(whole: boolean): number {
+    this.#check();
+    return this.#size(this.#exports.ra_state_bytes(this.#at.problem, Number(whole)), 'ra_state_bytes');
+  }
+
+  /** Keys and values join the state, or the beginning of one. */
+  appendToState(state: Float32Array, k: Float32Array, v: Float32Array): void {
+    const { ra_state_append } = this.#exports;
+    const [k_at, v_at] = [this.#arena.reserve(4 * k.length), this.#arena.reserve(4 * v.length)];
+    const [at, workspace] = this.#stateAt(state);
+    this.#arena.writeFloats(k_at, k);
+    this.#arena.writeFloats(v_at, v);
+    this.#arena.writeStruct(this.#at.arrays, ARRAYS, { k: k_at, v: v_at });
+    this.#expect(ra_state_append(this.#at.problem, this.#at.arrays, at, workspace), 'ra_state_append');
+    state.set(this.#arena.readFloats(at, state.length));
+  }
+
+  /** Attention of the queries to all keys of the state; `positive`: no row's weights failed to add up to a positive number. */
+  attendToState(state: Float32Array, q: Float32Array): { output: Float32Array; lse: Float32Array; positive: boolean } {
+    const { ra_state_attend } = this.#exports;
+    const size = sizesOf(this.#name, this.geometry);
+    const [q_at, out, lse] = [q.length, size.output, size.lse].map((values) => this.#arena.reserve(4 * values));
+    const [at, workspace] = this.#stateAt(state);
+    this.#arena.writeFloats(q_at, q);
+    this.#arena.writeStruct(this.#at.arrays, ARRAYS, { q: q_at, out, lse });
+    const code = ra_state_attend(this.#at.problem, this.#at.arrays, at, workspace);
+    if (code !== NOT_POSITIVE) this.#expect(code, 'ra_state_attend');
+    return {
+      output: this.#arena.readFloats(out, size.output),
+      lse: this.#arena.readFloats(lse, size.lse),
+      positive: code === OK,
+    };
+  }
+
+  /** The keys of `other` join `state`. */
+  mergeStates(state: Float32Array, other: Float32Array): void {
+    const other_at = this.#arena.reserve(4 * other.length);
+    const [at, workspace] = this.#stateAt(state);
+    this.#arena.writeFloats(other_at, other);
+    this.#expect(this.#exports.ra_state_merge(this.#at.problem, at, other_at, workspace), 'ra_state_merge');
+    state.set(this.#arena.readFloats(at, state.length));
+  }
+
+  /** Copies a state in, beside what is reserved, and makes room to work on it. */
+  #stateAt(state: Float32Array): [state: number, workspace: number] {
+    this.#check();
+    const at = this.#arena.reserve(4 * state.length);
+    const workspace = this.#arena.reserve(
+      this.#size(this.#exports.ra_state_workspace(this.#at.problem), 'ra_state_workspace'),
+    );
+    this.#arena.commit(this.#name);
+    this.#arena.writeFloats(at, state);
+    return [at, workspace];
   }
 
   /** Rotates all rows of x, which has the shape and the layout of q. */

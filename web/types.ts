@@ -274,6 +274,70 @@ export interface BackwardResult {
   report: Report;
 }
 
+/** What a streaming state is for. Everything is fixed for its life. */
+export interface StateOptions {
+  /** As in `Shape`, without lengths. */
+  shape: Omit<Shape, 'queryLength' | 'keyLength'>;
+  /** Without `queryPositions` and `keyPositions`: `append` and `attend` take a position. Default `{}`. */
+  rotary?: false | Rotary;
+  /** Default 1/sqrt(headDim). */
+  scale?: number;
+  /** Of all arrays. Default 'bhnd'. */
+  layout?: Layout;
+  /** The largest |score| that the polynomial is made for, above 0: |scale| |q| |k| of no pair may exceed it. */
+  scoreBound: number;
+  /**
+   * Of the output, in units of max |v| over all keys: the proved error of the polynomial, which decides the degree; the bound in
+   * the reports has float32 rounding as well. Default 1e-3, at least 1e-6.
+   */
+  tolerance?: number;
+  /** 0 to 8, instead of the least that keeps the tolerance. */
+  degree?: number;
+  /** Queries whose scores may exceed `scoreBound`: 'error' (default) throws a RangeError, 'report' attends as well as it goes. */
+  onMiss?: 'error' | 'report';
+  /** What `serialize` gave, of a state with the same options; the new state has its keys. */
+  from?: Uint8Array;
+}
+
+/** Tokens for a state, n of them. */
+export interface AppendArgs {
+  /** [batch, kvHeads, n, headDim]; finite. */
+  k: Float32Array;
+  /** [batch, kvHeads, n, valueDim]; finite. */
+  v: Float32Array;
+  /** Of the first token, for the rotation. Default: the number of keys so far. */
+  position?: number;
+}
+
+export interface AttendArgs {
+  /** [batch, heads, n, headDim]; finite. */
+  q: Float32Array;
+  /** Of the first query, for the rotation. Default: the queries are those of the last n keys. */
+  position?: number;
+}
+
+/**
+ * The polynomial engine's summary of a sequence: rank x (valueDim + 1) numbers for each key/value head, however long the
+ * sequence is. Tokens come one at a time or in any pieces; queries attend to all keys that have come.
+ */
+export interface AttentionState {
+  /** Keys so far. */
+  readonly length: number;
+  /** Degree of the polynomial, and its features per row, C(D + degree, degree). */
+  readonly degree: number;
+  readonly rank: number;
+  /** Bytes of the state; they do not grow. */
+  readonly bytes: number;
+  /** O(n rank valueDim) for each key/value head. @throws RangeError for values that are not finite: they would stay for ever. */
+  append(args: AppendArgs): void;
+  /** O(n rank valueDim) for each head. `report.errorBound` is in units of max |v|. @throws RangeError, see `onMiss`. */
+  attend(args: AttendArgs): ForwardResult;
+  /** The keys of another state with the same options, from any instance, join; that one stays as it is. */
+  merge(other: AttentionState): void;
+  /** A copy of everything but the options, for `createState({ ..., from })`, here or on another machine. */
+  serialize(): Uint8Array;
+}
+
 /** Where the WebAssembly comes from when not from the package itself. */
 export type WasmSource = string | URL | ArrayBuffer | ArrayBufferView | Response | WebAssembly.Module;
 
@@ -296,6 +360,8 @@ export interface RopeAttention {
   backward(args: BackwardArgs): BackwardResult;
   rotate(args: RotateArgs): Float32Array;
   plan(args: PlanArgs): Report;
+  /** An empty state, or that of `from`, which works with the memory of this instance. */
+  createState(options: StateOptions): AttentionState;
   /** Frees the memory; every later call throws an Error that says so. May be called again. */
   dispose(): void;
 }

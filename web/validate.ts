@@ -206,7 +206,8 @@ function readProblem(name: string, given: Given): Problem {
   };
 }
 
-function readGeometry(name: string, given: Given): Geometry {
+/** What is not in `given` has its default. */
+export function readGeometry(name: string, given: Given): Geometry {
   const shape = readShape(name, given['shape']);
   const queryOffset =
     given['queryOffset'] === undefined
