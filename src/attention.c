@@ -3,6 +3,7 @@
 // The contract of rope_attention.h: checks the problem, then hands it to the engine that it names.
 
 #include "engines.h"
+#include "monomials.h"
 
 #include <float.h>
 #include <math.h>
@@ -37,8 +38,8 @@ int ra_check(const ra_problem *p) {
   int masks = p->window_left >= -1 && p->window_right >= -1 && (!p->segments || p->segment_count >= 1) &&
               p->softcap >= 0 && p->softcap <= FLT_MAX && p->score_bound >= 0 &&
               (!p->bias || p->bias_heads == 1 || p->bias_heads == p->heads);
-  int causal_only = !ra_is_modified(p) && !p->sinks && p->window_left < 0 && p->window_right < 0 && !p->segments;
-  int known = p->method != RA_POLYNOMIAL || causal_only;
+  int plain = !ra_is_modified(p) && !p->sinks && p->window_left < 0 && p->window_right < 0;
+  int known = p->method != RA_POLYNOMIAL || plain;
   // units are counted in 32 bits
   uint64_t blocks = (uint64_t)p->query_length / 32 + p->key_length / 32 + 4;
   int units = sizes && (uint64_t)p->batch * p->heads <= UINT32_MAX / 4 / blocks;
@@ -71,6 +72,31 @@ ra_range ra_keys_of(const ra_problem *p, uint32_t i) {
   if (first > p->key_length) first = p->key_length;
   if (end < first) end = first;
   return (ra_range){(uint32_t)first, (uint32_t)end};
+}
+
+uint32_t ra_chunk_start(const ra_problem *p, uint32_t i) {
+  uint32_t start = i / RA_CHUNK * RA_CHUNK;
+  if (!p->segments) return start;
+  int64_t first, end, position = (int64_t)i + p->query_offset;
+  segment_of(p, position, &first, &end);
+  // positions before 0 belong to the first segment
+  return first <= position && first - p->query_offset > start ? (uint32_t)(first - p->query_offset) : start;
+}
+
+uint32_t ra_chunk_end(const ra_problem *p, uint32_t i) {
+  uint64_t end = (uint64_t)i / RA_CHUNK * RA_CHUNK + RA_CHUNK;
+  if (end > p->query_length) end = p->query_length;
+  if (!p->segments) return (uint32_t)end;
+  int64_t first, segment_end;
+  segment_of(p, (int64_t)i + p->query_offset, &first, &segment_end);
+  return segment_end < (int64_t)end + p->query_offset ? (uint32_t)(segment_end - p->query_offset) : (uint32_t)end;
+}
+
+ra_range ra_state_keys(const ra_problem *p, uint32_t i) {
+  ra_range keys = ra_keys_of(p, i);
+  int64_t position = (int64_t)i + p->query_offset;
+  if (p->causal && position < keys.end) keys.end = position > keys.first ? (uint32_t)position : keys.first;
+  return keys;
 }
 
 uint32_t ra_query_start(const ra_problem *p, uint32_t j) {
@@ -109,6 +135,11 @@ int ra_run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *workspa
   if (ra_check(p) != RA_OK || pass > RA_BACKWARD) return RA_ERROR_PROBLEM;
   if (first > last || last > engine_of(p)->units(p, pass)) return RA_ERROR_UNITS;
   return engine_of(p)->run(p, x, pass, workspace, first, last);
+}
+
+void ra_warm_up(uint32_t calls) {
+  ra_exact_warm_up(calls);
+  ra_polynomial_warm_up(calls);
 }
 
 uint32_t ra_relaxed(void) {

@@ -17,6 +17,10 @@ typedef struct ra_engine {
 
 extern const ra_engine ra_naive_engine, ra_exact_engine, ra_polynomial_engine;
 
+// Parts of ra_warm_up.
+void ra_exact_warm_up(uint32_t calls);
+void ra_polynomial_warm_up(uint32_t calls);
+
 // RA_OK or RA_ERROR_PROBLEM.
 int ra_check(const ra_problem *p);
 
@@ -41,13 +45,13 @@ uint32_t ra_query_end(const ra_problem *p, uint32_t j);
 // Scores are more than a product of queries and keys.
 static inline int ra_is_modified(const ra_problem *p) { return p->softcap > 0 || p->bias || p->mask || p->allowed; }
 
-// Keys that the polynomial engine takes through its state for a chunk of queries that begins at i: all when not causal,
-// else those at positions before the chunk's first query. The chunk's other keys are done exactly.
-static inline uint32_t ra_state_keys(const ra_problem *p, uint32_t i) {
-  if (!p->causal) return p->key_length;
-  int64_t keys = (int64_t)i + p->query_offset;
-  return keys <= 0 ? 0 : keys < p->key_length ? (uint32_t)keys : p->key_length;
-}
+// Chunks of the polynomial engine: up to 32 queries of one segment. Where the one that query i is in begins, and ends.
+uint32_t ra_chunk_start(const ra_problem *p, uint32_t i);
+uint32_t ra_chunk_end(const ra_problem *p, uint32_t i);
+
+// Keys that the polynomial engine takes through its state for a chunk of queries that begins at i: all of its segment when not
+// causal, else those of them at positions before the chunk's first query. The chunk's other keys are done exactly.
+ra_range ra_state_keys(const ra_problem *p, uint32_t i);
 
 // Where rows are: floats from one token to the next, and to the first token of a head (flat: batch * heads + head).
 static inline size_t ra_row(const ra_problem *p, uint32_t heads, size_t width) {

@@ -737,7 +737,7 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
 
 const ra_engine ra_exact_engine = {layout, units, run};
 
-void ra_warm_up(uint32_t calls) {
+void ra_exact_warm_up(uint32_t calls) {
   float x[LANES] = {0};
   f32x4 max[2] = {f32x4_splat(0), f32x4_splat(0)};
   volatile uint32_t nothing = 0; // nobody is to see that the calls are empty

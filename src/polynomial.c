@@ -44,7 +44,7 @@ enum {
 // What stays between calls.
 typedef struct polynomial_state {
   ra_rotary q_rotary, k_rotary;
-  uint32_t edge;         // keys 0 .. edge-1 are in Z (forward sweep); keys edge .. are done (backward sweep)
+  uint32_t first, edge;  // keys first .. edge-1 are in Z (forward sweep); keys edge .. are done (backward sweep)
   uint32_t not_positive; // rows whose denominator was not positive and finite
 } polynomial_state;
 
@@ -278,10 +278,17 @@ RA_KERNEL void load_keys(const polynomial *e, const float *k, const float *v, ui
   if (features) ra_features_lower(&e->f, e->y_t, live, e->lower);
 }
 
-// Keys before `end` join the state, those that have not yet.
-RA_KERNEL void append_keys(const polynomial *e, const float *k, const float *v, uint32_t end) {
-  while (e->state->edge < end) {
-    uint32_t count = ra_min_u32(CHUNK, end - e->state->edge);
+static void clear_state(const polynomial *e) { ra_fill(e->z, (size_t)e->f.rank * e->row, 0); }
+
+// The state becomes that of these keys: those that are not in it join; it begins anew where another segment does.
+RA_KERNEL void append_keys(const polynomial *e, const float *k, const float *v, ra_range keys) {
+  if (keys.first >= keys.end) return;
+  if (e->state->first != keys.first) {
+    clear_state(e);
+    e->state->first = e->state->edge = keys.first;
+  }
+  while (e->state->edge < keys.end) {
+    uint32_t count = ra_min_u32(CHUNK, keys.end - e->state->edge);
     load_keys(e, k, v, e->state->edge, count, 1);
     update_state(e, e->y_t, e->u_rows);
     e->state->edge += count;
@@ -354,13 +361,11 @@ RA_KERNEL void take_means(const polynomial *e, const float *k, const float *v) {
   for (uint32_t d = 0; d < e->Dv; d++) e->v_mean[d] = (float)(v_sum[d] / Nk);
 }
 
-static void clear_state(const polynomial *e) { ra_fill(e->z, (size_t)e->f.rank * e->row, 0); }
-
 static void prepare_head(const polynomial *e, uint32_t kv, const float *k, const float *v) {
   ra_features_weights(&e->f, e->p->coefficients + (size_t)kv * (e->f.degree + 1), e->weights, e->run);
   take_means(e, k, v);
   clear_state(e);
-  e->state->edge = 0;
+  e->state->first = e->state->edge = 0;
 }
 
 // --- Forward ------------------------------------------------------------------------------------------------------
@@ -392,16 +397,17 @@ RA_KERNEL void finish_chunk(const polynomial *e, uint32_t i, uint32_t count, uin
 RA_KERNEL void forward_chunk(const polynomial *e, const float *q, const float *k, const float *v, uint32_t i,
                              uint32_t count, float *out, float *lse) {
   const ra_problem *p = e->p;
-  uint32_t before = ra_state_keys(p, i), end = ra_key_limit(p, i + count - 1), seeing = 0;
+  ra_range state = ra_state_keys(p, i);
+  uint32_t end = ra_key_limit(p, i + count - 1), seeing = 0;
   ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
-  load_queries(e, q, i, count, before > 0);
-  if (before > 0) read_state(e, e->x_t);
-  if (end > before) {
-    load_keys(e, k, v, before, end - before, 0);
-    diagonal_weights(e, i, before, end - before);
-    add_columns(e->u_rows, e->row, e->columns, e->a, end - before, e->sum_t);
+  load_queries(e, q, i, count, state.end > state.first);
+  if (state.end > state.first) read_state(e, e->x_t);
+  if (end > state.end) {
+    load_keys(e, k, v, state.end, end - state.end, 0);
+    diagonal_weights(e, i, state.end, end - state.end);
+    add_columns(e->u_rows, e->row, e->columns, e->a, end - state.end, e->sum_t);
   }
-  while (seeing < count && ra_key_limit(p, i + seeing) == 0) seeing++;
+  while (seeing < count && ra_keys_of(p, i + seeing).first >= ra_keys_of(p, i + seeing).end) seeing++;
   finish_chunk(e, i, count, seeing, out, lse);
 }
 
@@ -452,13 +458,14 @@ static heads heads_of(const polynomial *e, size_t head) {
 RA_KERNEL void backward_queries(const polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
   const ra_problem *p = e->p;
   heads at = heads_of(e, head);
-  uint32_t before = ra_state_keys(p, i), end = ra_key_limit(p, i + count - 1);
-  load_queries(e, x->q + at.q, i, count, before > 0);
+  ra_range state = ra_state_keys(p, i);
+  uint32_t before = state.end, end = ra_key_limit(p, i + count - 1);
+  load_queries(e, x->q + at.q, i, count, before > state.first);
   load_gradients(e, x->out + at.out, x->lse + at.lse, x->dout + at.out, i, count);
   ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
 
   // in the forward pass this was sum = phi(x) Z
-  if (before > 0) read_state_backward(e, e->x_t, e->h_t);
+  if (before > state.first) read_state_backward(e, e->x_t, e->h_t);
 
   // in the forward pass this was sum += A u, A = exp(x.y)
   if (end > before) {
@@ -523,16 +530,17 @@ RA_KERNEL void finish_keys(const polynomial *e, float *dk) {
 
 // --- Units --------------------------------------------------------------------------------------------------------
 //
-// Per key/value head. Forward: blocks of 256 keys that every query sees through the state (all keys when not causal),
-// then blocks of 256 queries of all heads of the group. Backward: the same, then the query blocks again from the last to
-// the first, then the key blocks from the last to the first.
+// Per key/value head. Forward: blocks of 256 keys that every query sees through the state (all keys when not causal), then
+// blocks of 256 queries of all heads of the group. Backward: the same, then the query blocks again from the last to the first,
+// then the key blocks from the last to the first. With segments there are no such keys: a query block brings its own.
 
 typedef struct plan {
   uint32_t key_blocks, query_blocks, per_head;
 } plan;
 
 static plan plan_units(const ra_problem *p, uint32_t pass) {
-  plan n = {ra_ceil_div(ra_state_keys(p, 0), UNIT), ra_ceil_div(p->query_length, UNIT), 0};
+  uint32_t keys = p->segments ? 0 : ra_state_keys(p, 0).end;
+  plan n = {ra_ceil_div(keys, UNIT), ra_ceil_div(p->query_length, UNIT), 0};
   n.per_head = (n.key_blocks + n.query_blocks) * (pass == RA_FORWARD ? 1 : 2);
   return n;
 }
@@ -545,8 +553,8 @@ static void forward_queries(const polynomial *e, const ra_arrays *x, size_t kv, 
   const ra_problem *p = e->p;
   size_t group = ra_group(p);
   heads of_keys = heads_of(e, kv * group);
-  for (uint32_t i = block * UNIT; i < ra_min_u32(block * UNIT + UNIT, p->query_length); i += CHUNK) {
-    uint32_t count = ra_min_u32(CHUNK, p->query_length - i);
+  for (uint32_t i = block * UNIT, count; i < ra_min_u32(block * UNIT + UNIT, p->query_length); i += count) {
+    count = ra_chunk_end(p, i) - i;
     append_keys(e, x->k + of_keys.k, x->v + of_keys.v, ra_state_keys(p, i));
     for (size_t head = kv * group; head < (kv + 1) * group; head++) {
       heads at = heads_of(e, head);
@@ -560,13 +568,20 @@ static void forward_queries(const polynomial *e, const ra_arrays *x, size_t kv, 
 static void sweep_back(const polynomial *e, const ra_arrays *x, size_t kv, uint32_t block) {
   const ra_problem *p = e->p;
   size_t group = ra_group(p);
-  uint32_t end = ra_min_u32(block * UNIT + UNIT, p->query_length), chunks = ra_ceil_div(end - block * UNIT, CHUNK);
-  while (chunks-- > 0) {
-    uint32_t i = block * UNIT + chunks * CHUNK, count = ra_min_u32(CHUNK, end - i), before = ra_state_keys(p, i);
-    if (before < e->state->edge) retire_keys(e, x, kv, before);
-    if (before == 0) continue;
-    for (size_t head = kv * group; head < (kv + 1) * group; head++) append_queries(e, x, head, i, count);
+  uint32_t start = block * UNIT, i, end = ra_min_u32(start + UNIT, p->query_length);
+  for (; end > start; end = i) {
+    i = ra_chunk_start(p, end - 1);
+    ra_range keys = ra_state_keys(p, i);
+    if (keys.first == e->state->first) retire_keys(e, x, kv, keys.end);
+    if (keys.first >= keys.end) continue;
+    if (keys.first != e->state->first) { // another segment
+      retire_keys(e, x, kv, e->state->first);
+      clear_state(e);
+      e->state->first = keys.first, e->state->edge = keys.end;
+    }
+    for (size_t head = kv * group; head < (kv + 1) * group; head++) append_queries(e, x, head, i, end - i);
   }
+  if (p->segments && block == 0) retire_keys(e, x, kv, e->state->first);
 }
 
 static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *workspace, uint32_t first, uint32_t last) {
@@ -592,11 +607,13 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
       }
     }
     if (at == blocks) { // keys that no query saw through the state are done
+      ra_range keys = ra_state_keys(p, ra_chunk_start(p, p->query_length - 1));
       clear_state(&e);
-      e.state->edge = ra_state_keys(p, (p->query_length - 1) / CHUNK * CHUNK);
+      e.state->first = keys.first, e.state->edge = keys.end;
     }
     if (at < n.key_blocks)
-      append_keys(&e, x->k + of_keys.k, x->v + of_keys.v, ra_min_u32((at + 1) * UNIT, ra_state_keys(p, 0)));
+      append_keys(&e, x->k + of_keys.k, x->v + of_keys.v,
+                  (ra_range){0, ra_min_u32((at + 1) * UNIT, ra_state_keys(p, 0).end)});
     else if (at < blocks) forward_queries(&e, x, kv, at - n.key_blocks, pass);
     else if (at < blocks + n.query_blocks) sweep_back(&e, x, kv, blocks + n.query_blocks - 1 - at);
     else retire_keys(&e, x, kv, (n.per_head - 1 - at) * UNIT);
@@ -625,7 +642,7 @@ typedef struct stream_head {
 
 static int is_stream(const ra_problem *p) {
   return ra_check(p) == RA_OK && p->method == RA_POLYNOMIAL && !p->causal && p->query_length == p->key_length &&
-         !p->key_positions;
+         !p->key_positions && !p->segments;
 }
 
 // The layout of a state: sets head kv unless `head` is NULL. Without sums when not `whole`.
@@ -764,4 +781,18 @@ int ra_state_merge(const ra_problem *p, void *state, const void *other, void *wo
   s->joined |= t->joined | (s->waiting + t->waiting >= CHUNK);
   s->waiting = (s->waiting + t->waiting) % CHUNK;
   return RA_OK;
+}
+
+// --- Before the first call ----------------------------------------------------------------------------------------
+
+void ra_polynomial_warm_up(uint32_t calls) {
+  float x[CHUNK] = {0};
+  volatile uint32_t nothing = 0; // nobody is to see that the calls are empty
+  for (uint32_t n = 0; n < calls; n++) {
+    uint32_t none = nothing;
+    add_columns(x, none, none, x, none, x);
+    set_rows(x, none, none, x, none, x);
+    set_products(x, none, x, none, none, x);
+    add_to_state(x, x, none, x, none, none, x);
+  }
 }

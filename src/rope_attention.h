@@ -104,8 +104,9 @@ typedef struct ra_problem {
       *sin_table;      // [table_rows][rotary_dim/2] instead of frequencies, or NULL; positions are rows then
   uint32_t table_rows; // positions past the end take the last row
 
-  // Masks that give each query, i at position i + query_offset, a range of keys. All engines but the polynomial one.
-  int32_t window_left, window_right; // -1: unbounded; else key j is allowed when -right <= i + query_offset - j <= left
+  // Masks that give each query, i at position i + query_offset, a range of keys.
+  int32_t window_left, window_right; // not the polynomial engine; -1: unbounded; else key j is allowed when
+                                     // -right <= i + query_offset - j <= left
   const uint32_t *segments;          // [segment_count] ascending first positions, or NULL: no attention across segments
   uint32_t segment_count;
 
@@ -240,7 +241,7 @@ int RA_API(ra_sample_columns)(const ra_problem *p, const ra_arrays *x, uint32_t 
 // 1 when compiled with relaxed SIMD (fused multiply-add), else 0.
 uint32_t RA_API(ra_relaxed)(void);
 
-// Calls the kernels of the exact engine with nothing to do, `calls` times. Engines that compile a function better once it has
+// Calls the kernels with nothing to do, `calls` times. Engines that compile a function better once it has
 // run often (V8: 13 MB of code passed, counted by the call) so have the better code before it matters; at 20,000 calls this
 // takes about a millisecond, and the first real call (1,024 tokens, D = 16, forward) 2.1 ms instead of 6.5.
 void RA_API(ra_warm_up)(uint32_t calls);

@@ -239,19 +239,20 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
 typedef struct lanes {
   uint32_t i[LANES], before[LANES]; // before: keys that the polynomial engine takes through its state
   ra_range keys[LANES];
-  size_t head[LANES]; // flat head in [B][H]
-  uint32_t end;       // the largest end of a range
+  size_t head[LANES];  // flat head in [B][H]
+  uint32_t first, end; // all keys are within: first is a multiple of TILE
 } lanes;
 
 static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count) {
-  lanes l = {.end = 0};
+  lanes l = {.first = UINT32_MAX, .end = 0};
   for (uint32_t n = 0; n < LANES; n++) {
     uint32_t row = rows[n < count ? n : count - 1];
     l.i[n] = row % e->p->query_length;
     l.head[n] = kv_head * e->group + row / e->p->query_length;
     l.keys[n] = ra_keys_of(e->p, l.i[n]);
-    l.before[n] = ra_state_keys(e->p, l.i[n] / RA_CHUNK * RA_CHUNK);
+    l.before[n] = ra_state_keys(e->p, ra_chunk_start(e->p, l.i[n])).end;
     if (l.keys[n].end > l.end) l.end = l.keys[n].end;
+    if (l.keys[n].first / TILE * TILE < l.first) l.first = l.keys[n].first / TILE * TILE;
     const float *q_n = x->q + ra_head(e->p, l.head[n], e->p->heads, e->Nq, e->D) + l.i[n] * e->q_row;
     ra_rotary_rows(&e->state->q_rotary, q_n, e->D, e->rows + n * e->Dp, e->Dp, 1, l.i[n], RA_ROTATE, e->p->scale);
   }
@@ -266,7 +267,7 @@ uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
   sample e = arrange(p, &cursor);
   lanes l = load_lanes(&e, x, kv_head, rows, count);
   uint32_t written = 0;
-  for (uint64_t j = 0; j < l.end; j += stride) {
+  for (uint64_t j = ((uint64_t)l.first + stride - 1) / stride * stride; j < l.end; j += stride) {
     float s[LANES];
     ra_set_rows(e.k_rows + j * e.Dp, e.Dp, 1, e.strip, LANES, (uint32_t)e.D, s, LANES);
     for (uint32_t n = 0; n < count; n++)
@@ -323,7 +324,9 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   double sum[LANES] = {0};
 
   // pass 1: scores, and for exp their maximum
-  ra_set_rows(e.k_rows, e.Dp, l.end, e.strip, LANES, (uint32_t)e.D, e.s, LANES);
+  if (l.first < l.end)
+    ra_set_rows(e.k_rows + (size_t)l.first * e.Dp, e.Dp, l.end - l.first, e.strip, LANES, (uint32_t)e.D,
+                e.s + (size_t)l.first * LANES, LANES);
   for (int i = 0; i < LANES && !coefficients; i++) {
     w.reference[i] = l.keys[i].first < l.keys[i].end ? e.s[(size_t)l.keys[i].first * LANES + i] : 0;
     for (uint32_t j = l.keys[i].first; j < l.keys[i].end; j++)
@@ -332,7 +335,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
 
   // pass 2: weights, their sums, weighted values
   ra_fill(e.sum_t, e.Dv * LANES, 0);
-  for (uint32_t j = 0; j < l.end; j += TILE) {
+  for (uint32_t j = l.first; j < l.end; j += TILE) {
     uint32_t keys = ra_min_u32(TILE, l.end - j);
     float tile[LANES] = {0};
     weigh(&l, &w, e.s + (size_t)j * LANES, j, keys, 0, e.weight);
@@ -344,7 +347,8 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   int status = RA_OK;
   for (uint32_t n = 0; n < count; n++) {
     double shift = 0, inverse = sum[n] > 0 ? 1 / sum[n] : 0;
-    if (coefficients && l.keys[n].end > 0 && !(sum[n] > 0 && sum[n] <= (double)FLT_MAX)) status = RA_NOT_POSITIVE;
+    if (coefficients && l.keys[n].end > l.keys[n].first && !(sum[n] > 0 && sum[n] <= (double)FLT_MAX))
+      status = RA_NOT_POSITIVE;
     for (size_t d = 0; d < e.D; d++) shift += (double)e.rows[n * e.Dp + d] * e.k_mean[d];
     lse[n] = sum[n] > 0 ? (float)(log(sum[n]) + w.reference[n] + shift) : -INFINITY;
     for (size_t d = 0; d < e.Dv; d++) out[n * e.Dv + d] = (float)(e.sum_t[d * LANES + n] * inverse);
@@ -362,7 +366,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
     delta[n] = (float)dot;
     inverse[n] = sum[n] > 0 ? (float)(1 / sum[n]) : 0;
   }
-  for (uint32_t j = 0; j < l.end; j += TILE) {
+  for (uint32_t j = l.first; j < l.end; j += TILE) {
     uint32_t keys = ra_min_u32(TILE, l.end - j);
     weigh(&l, &w, e.s + (size_t)j * LANES, j, keys, 1, e.weight);
     ra_set_rows(v + j * e.v_row, e.v_row, keys, e.v_strip, LANES, (uint32_t)e.Dv, e.ds, LANES);

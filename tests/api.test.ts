@@ -175,7 +175,6 @@ const COMMON: Case[] = [
   [{ segments: [0, 4, 3] }, RangeError, '@: segments[2] must be at least the one before, 4, got 3'],
   [{ segments: [0, '4'] }, TypeError, "@: segments[1] must be a number, got '4'"],
   [{ segments: [0, -4] }, RangeError, '@: segments[1] must be an integer from 0 to 4294967295, got -4'],
-  [{ segments: [0, 3], method: 'polynomial' }, RangeError, "@: method 'polynomial' has no segments; 'auto' and 'exact'"],
   [{ softcap: '1' }, TypeError, "@: softcap must be a number, got '1'"],
   [{ softcap: 0 }, RangeError, '@: softcap must be positive, from 1e-30 to 1e+30, got 0'],
   [{ softcap: Infinity }, RangeError, '@: softcap must be positive, from 1e-30 to 1e+30, got Infinity'],

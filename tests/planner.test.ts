@@ -219,6 +219,25 @@ describe('the choice', () => {
     expect(attention.backward({ ...given, output: output.map((x) => 1.01 * x) }).report.reason).toContain('computed again');
   });
 
+  test.each([false, true])('packed sequences keep the tolerance, causal %p', (causal) => {
+    const shape = { heads: 1, queryLength: 4096, headDim: 8 };
+    const segments = [0, 700, 750, 2000, 4000];
+    const args = problem({ shape, segments, causal }, 16, uniform(0.5));
+    const exact = attention.forward({ ...withoutGradient(args), method: 'exact' });
+    const { output, report } = attention.forward(withoutGradient(args));
+    expect(report.method).toBe('polynomial');
+    const columns = Array.from({ length: 8 }, (_, d) => args.v.filter((_, n) => n % 8 === d));
+    const halfRange = Math.max(...columns.map((column) => (Math.max(...column) - Math.min(...column)) / 2));
+    expect(maxDifference(output, exact.output) / halfRange).toBeLessThan(1e-3);
+    const tolerance = 2e-2;
+    const gradients = attention.backward({ ...args, tolerance });
+    const expected = attention.backward({ ...args, method: 'exact' });
+    expect(gradients.report.method).toBe('polynomial');
+    for (const name of ['dq', 'dk', 'dv'] as const) {
+      expect(relativeFrobenius(gradients[name], expected[name])).toBeLessThan(tolerance);
+    }
+  });
+
   test('large entries are exact, and the reason names the best degree', () => {
     const args = withoutGradient(problem({ shape: SHAPE }, 3, uniform(4)));
     const { report } = attention.forward(args);
@@ -247,8 +266,7 @@ describe('the choice', () => {
 
   test.each([
     [{ window: [100, -1] as const }, 'exact: no polynomial has window'],
-    [{ segments: [0, 700] }, 'exact: no polynomial has segments'],
-    [{ segments: [0, 700], window: [100, 100] as const }, 'exact: no polynomial has window or segments'],
+    [{ segments: [0, 700], window: [100, 100] as const }, 'exact: no polynomial has window'],
     [{ softcap: 3 }, 'exact: no polynomial has softcap'],
     [{ bias: new Float32Array(4095) }, 'exact: no polynomial has bias'],
     [{ mask: new Uint8Array(2048).fill(1), maskShape: [1, 1, 1, 2048] as const }, 'exact: no polynomial has mask'],

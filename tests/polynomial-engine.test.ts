@@ -74,6 +74,15 @@ const optionCases: Case[] = [
   { shape, scale: 0 },
   { shape, scale: -0.5 },
   { shape, scale: 0.8, causal: true },
+  { shape, segments: [0] },
+  ...[false, true].flatMap((causal) => [
+    { shape, segments: [0, 20], causal },
+    { shape, segments: [0, 32, 64], causal },
+    { shape, segments: Array.from({ length: 70 }, (_, n) => n), causal },
+    { shape: { ...shape, queryLength: 600 }, segments: [0, 5, 5, 37, 300, 520, 590, 900], causal },
+    { shape: { ...shape, batch: 2, heads: 4, kvHeads: 2, keyLength: 150 }, segments: [0, 31, 100], causal, queryOffset: 60 },
+    { shape: { ...shape, keyLength: 40 }, segments: [0, 10, 38, 60], causal, queryOffset: -20 },
+  ]),
 ].map((setting) => ({ setting, degree: 3 }));
 
 const slopes = (

@@ -3,7 +3,7 @@
 // What the polynomial engine computes, in float64 and without features: every weight a_ij written out.
 //
 //   x_i = scale R q_i,  y_j = R k_j - mean of R k,  s_ij = x_i . y_j
-//   a_ij = p(s_ij)        all pairs; when causal, keys before the block of 32 queries that i is in
+//   a_ij = p(s_ij)        all pairs of a segment; when causal, keys before the block of 32 queries, cut at segments, that i is in
 //        = exp(s_ij)      when causal, the other keys that i may see
 //   den_i = sum_j a_ij,   out_i = sum_j a_ij v_j / den_i,   lse_i = log den_i + x_i . mean
 //
@@ -32,7 +32,7 @@ export interface ModelResult extends ByResult<Float64Array> {
 /** @param coefficients for each key/value head, [batch * kvHeads][degree + 1]. */
 export function polynomialModel(args: ModelArgs, coefficients: readonly ArrayLike<number>[]): ModelResult {
   const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim } = fullShape(args.shape);
-  const { rotary = {}, scale = 1 / Math.sqrt(headDim), causal = false, queryOffset = 0 } = args;
+  const { rotary = {}, scale = 1 / Math.sqrt(headDim), causal = false, queryOffset = 0, segments = [0] } = args;
   const keyShape = { batch, heads: kvHeads, queryLength: keyLength, headDim };
   const q = reference.rotate({ x: args.q, shape: args.shape, rotary, queryOffset });
   const k = reference.rotate({ x: args.k, shape: keyShape, rotary });
@@ -77,12 +77,17 @@ export function polynomialModel(args: ModelArgs, coefficients: readonly ArrayLik
     const head = Math.floor(r / queryLength);
     const keyHead = Math.floor(head / heads) * kvHeads + Math.floor(((head % heads) * kvHeads) / heads);
     const clamp = (n: number) => Math.min(Math.max(n, 0), keyLength);
-    const seen = causal ? clamp(i + queryOffset + 1) : keyLength;
-    const byPolynomial = causal ? clamp(BLOCK * Math.floor(i / BLOCK) + queryOffset) : keyLength;
-    if (seen === 0) continue;
+    const position = i + queryOffset;
+    const segment = Math.max(Array.from(segments).filter((start) => start <= position).length, 1);
+    const [start, end] = [segments[segment - 1], segments[segment] ?? Infinity];
+    const [first, seen] = [clamp(start), Math.min(clamp(end), causal ? clamp(position + 1) : keyLength)];
+    const block = Math.max(BLOCK * Math.floor(i / BLOCK), start <= position ? start - queryOffset : 0);
+    const byPolynomial = causal ? clamp(block + queryOffset) : seen;
+    if (seen <= first) continue;
 
     // a, da/ds, and the sums of magnitudes of the terms of either
-    const weights = Array.from({ length: seen }, (_, j) => {
+    const weights = Array.from({ length: seen - first }, (_, n) => {
+      const j = first + n;
       const [x_r, y_j] = [row(x, r, headDim), row(y, keyHead * keyLength + j, headDim)];
       const [s, size] = [dot(x_r, y_j), absDot(x_r, y_j)];
       if (j < byPolynomial) return polynomialWeight(coefficients[keyHead], s, size);
@@ -93,23 +98,23 @@ export function polynomialModel(args: ModelArgs, coefficients: readonly ArrayLik
     const sizeDen = weights.reduce((sum, { sizeA }) => sum + sizeA, 0) / den;
     const [x_r, dout_r, out_r] = [row(x, r, headDim), row(dout, r, valueDim), row(result.output, r, valueDim)];
     const shift = dot(x_r, means[keyHead]);
-    weights.forEach(({ a }, j) => accumulate(out_r, a / den, row(v, keyHead * keyLength + j, valueDim)));
+    weights.forEach(({ a }, n) => accumulate(out_r, a / den, row(v, keyHead * keyLength + first + n, valueDim)));
     result.lse[r] = Math.log(den) + shift;
     terms.lse[r] = sizeDen + Math.abs(result.lse[r]) + absDot(x_r, means[keyHead]);
 
     const delta = dot(dout_r, out_r);
-    const sizeDP = (j: number) => absDot(dout_r, row(v, keyHead * keyLength + j, valueDim));
-    const sizeDelta = weights.reduce((sum, { sizeA }, j) => sum + (sizeA / den) * sizeDP(j), 0);
+    const sizeDP = (n: number) => absDot(dout_r, row(v, keyHead * keyLength + first + n, valueDim));
+    const sizeDelta = weights.reduce((sum, { sizeA }, n) => sum + (sizeA / den) * sizeDP(n), 0);
     const sizeLse = 1 + terms.lse[r]; // exp(-lse) divides in the backward pass
-    weights.forEach(({ a, slope, sizeA, sizeSlope }, j) => {
-      const at = keyHead * keyLength + j;
+    weights.forEach(({ a, slope, sizeA, sizeSlope }, n) => {
+      const at = keyHead * keyLength + first + n;
       const [y_j, v_j] = [row(y, at, headDim), row(v, at, valueDim)];
       const g = ((dot(dout_r, v_j) - delta) / den) * slope;
       accumulate(row(result.dv, at, valueDim), a / den, dout_r);
       accumulate(row(result.dq, r, headDim), g, y_j);
       accumulate(row(result.dk, at, headDim), g, x_r);
 
-      const sizeG = ((sizeDP(j) + sizeDelta) / den) * sizeSlope * sizeLse;
+      const sizeG = ((sizeDP(n) + sizeDelta) / den) * sizeSlope * sizeLse;
       accumulateAbs(row(terms.output, r, valueDim), sizeA / den, v_j);
       accumulateAbs(row(terms.dv, at, valueDim), (sizeA * sizeLse) / den, dout_r);
       accumulateAbs(row(terms.dq, r, headDim), scale * sizeG, y_j);

@@ -15,6 +15,8 @@ export const CHUNK = 32;
 export const SAMPLE_ROWS = 8;
 export const SAMPLE_HEADS = 4;
 export const CHECK_ROWS = 32;
+/** Segments that are looked at for their own sake: rows that see few keys, so next to nothing. */
+export const LOOKED_SEGMENTS = 4;
 /** Scores that a head's polynomial is fitted to, about. */
 export const SAMPLE_SCORES = 2048;
 

@@ -6,11 +6,11 @@
 // Rows are drawn by a generator seeded with the call's seed and the head, so a call repeated gives the same choice, and
 // `backward` finds the polynomials of its `forward`. Only rows that may see a key are drawn.
 
-import { CHECK_ROWS, CHUNK, SAMPLE_HEADS, SAMPLE_ROWS, SAMPLE_SCORES, type Pass } from './cost.js';
+import { CHECK_ROWS, CHUNK, LOOKED_SEGMENTS, SAMPLE_HEADS, SAMPLE_ROWS, SAMPLE_SCORES, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
 import type { Bounds, Rows, Session } from './kernel.js';
 import { evaluate, fitToScores } from './polynomial.js';
-import { seeingQueries } from './scores.js';
+import { seeingQueries, segmentsOf } from './scores.js';
 
 /** Sampled errors. */
 export interface Measured {
@@ -24,7 +24,7 @@ export interface Measured {
 const ROUNDING = 2 ** -18;
 
 /** Streams of random numbers, so that different questions get different rows. */
-const [PILOT, CHECK, HEADS, HARD] = [1, 2, 3, 4];
+const [PILOT, CHECK, HEADS, HARD, SEGMENTS] = [1, 2, 3, 4, 5];
 
 /** Bounds of all key/value heads, one after the other; yields 0 in between, so that a caller can pause. */
 export function* survey(session: Session): Generator<number, Bounds[]> {
@@ -228,9 +228,33 @@ export class Sampler {
         rows.add(first + Math.floor(later * (queryLength / later) ** next())); // uniform in the logarithm
       }
     }
+    for (const row of this.#segmentRows(head)) rows.add(row);
     const sorted = [...rows].sort((a, b) => (a % queryLength) - (b % queryLength));
     this.#hard.set(head, sorted);
     return sorted;
+  }
+
+  /**
+   * Packed sequences begin anew: rows that see few keys through the polynomial. When causal, the second chunk of a few of them;
+   * else a chunk of rows of the shortest.
+   */
+  #segmentRows(head: number): number[] {
+    const g = this.#session.geometry;
+    if (g.segments.length === 1) return [];
+    const next = random(this.#seed, head, SEGMENTS);
+    const first = Math.floor(next() * (this.#session.rowsOfHead / g.queryLength)) * g.queryLength;
+    const rows = (start: number, end: number) =>
+      Array.from({ length: Math.min(CHUNK, end - start) }, (_, n) => first + start + n);
+    const segments = segmentsOf(g);
+    if (!g.causal) {
+      const shortest = segments.sort((a, b) => a.keys - b.keys).slice(0, LOOKED_SEGMENTS);
+      return shortest.flatMap(({ from, to }) => rows(from, to));
+    }
+    const second = segments
+      .map(({ from, to }) => ({ start: (Math.floor(from / CHUNK) + 1) * CHUNK, to }))
+      .filter(({ start, to }) => start < to);
+    const chosen = draw(Math.min(LOOKED_SEGMENTS, second.length), second.length, [], next);
+    return chosen.flatMap((n) => rows(second[n].start, second[n].to));
   }
 
   /** Rows of a head, the one of the largest query first, else none of `taken` as long as there are others. */

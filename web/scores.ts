@@ -50,12 +50,7 @@ export function readScores(name: string, given: Given, sizes: Sizes): Scores {
 
 /** Names of the options in use that only the exact engine knows. */
 export function exactOnly(scores: Scores): string[] {
-  const used = {
-    window: scores.window.some((side) => side >= 0),
-    segments: scores.segments.length > 1,
-    ...unsampled(scores),
-  };
-  return namesOf(used);
+  return namesOf({ window: scores.window.some((side) => side >= 0), ...unsampled(scores) });
 }
 
 /** Those of them that sampled rows do not know either. */
@@ -89,6 +84,17 @@ export function seeingQueries(
   const foreign = g.segments.find((start) => start >= g.keyLength) ?? Infinity;
   const place = (position: number) => Math.min(Math.max(position - g.queryOffset, 0), g.queryLength);
   return { from: place(-ahead), to: place(Math.min(g.keyLength + behind, foreign)) };
+}
+
+/** Segments that hold queries and keys: rows from .. to - 1 of a head, and how many keys. */
+export function segmentsOf(
+  g: Pick<Scores, 'segments'> & { queryOffset: number; queryLength: number; keyLength: number },
+): { from: number; to: number; keys: number }[] {
+  const row = (position: number) => Math.min(Math.max(position - g.queryOffset, 0), g.queryLength);
+  return Array.from(g.segments, (start, n) => {
+    const end = g.segments[n + 1] ?? Infinity;
+    return { from: n === 0 ? 0 : row(start), to: row(end), keys: Math.min(end, g.keyLength) - Math.min(start, g.keyLength) };
+  }).filter(({ from, to, keys }) => from < to && keys > 0);
 }
 
 // --- Which keys a query sees ------------------------------------------------------------------------------------------
