@@ -38,9 +38,11 @@ enum {
 // which costs no precision), or when all the first scores are this far below it. The first one is 0.
 #define LAZY 8.0f
 
+_Static_assert(KEY_TILE_MASK *LANES <= KEY_BLOCK * QUERY_CHUNK, "a mask of either pass fits");
+
 // Where no score is further from 0 than this many powers of two (the problem's score_bound says so), the reference stays at 0
-// and nothing asks for maxima: weights in 2^-24 .. 2^24 cost no precision, and leave sums and numerators far from the ends
-// of float32. Bounded entries again: 24 is reached by D = 64 and entries up to 1.4.
+// and nothing asks for maxima: weights in 2^-24 .. 2^24 cost no precision, and with values that are neither huge nor tiny
+// (the caller looks at that) sums stay far from the ends of float32. Bounded entries again: D = 64 and entries up to 1.4.
 #define NARROW 24.0
 
 typedef struct exact_state {
@@ -62,7 +64,7 @@ typedef struct exact {
   float *q_strip;         // [32 strips][D][8]; backward: all strips of the head
   float *out_t;           // [32 strips][Dv][8] numerators
   float *reference, *sum; // [32 strips][8] in powers of two; denominators
-  float *s;               // [KEY_TILE][8] scores, then weights
+  float *s;               // [KEY_TILE_MASK][8] scores, then weights
   // both, where scores are more than a product
   float *bias; // [PAD + Nq + Nk - 1 + PAD] of one head, times log2 e
   float *mask; // [keys of a tile or block][8 or 32 queries]
@@ -338,7 +340,7 @@ RA_KERNEL void mask_tile(float *s, uint32_t keys, const ra_range *range, uint32_
 RA_KERNEL void move_reference(float *s, uint32_t keys, float *reference, float *sum, float *out_t, uint32_t Dv,
                               const f32x4 max[2]) {
   const ra_exp2_constants *constants = ra_exp2_load();
-  f32x4 zero = f32x4_splat(0), tiny = f32x4_splat(FLT_MIN), nothing = f32x4_splat(RA_MASKED / 2);
+  f32x4 zero = f32x4_splat(0), tiny = f32x4_splat(FLT_MIN), nothing = f32x4_splat(RA_FORBIDDEN);
   f32x4 shift[2], factor[2];
   for (int h = 0; h < 2; h++) {
     f32x4 sum_h = f32x4_load(sum + 4 * h);
@@ -513,7 +515,7 @@ RA_KERNEL void prepare_queries(const exact *e, uint32_t head, const float *q, co
     for (uint32_t r = 0; r < rows; r++) {
       const float *dout_i = dout + (i + r) * e->out_row, *out_i = out + (i + r) * e->out_row;
       // else there was no key, or only a sink far below any score, and dout counts for nothing
-      int seen = !(lse[i + r] <= RA_MASKED / 2);
+      int seen = !(lse[i + r] <= RA_FORBIDDEN);
       double delta = 0;
       for (uint32_t d = 0; d < e->Dv; d++) {
         dout_rows[(size_t)r * e->Dvp + d] = seen ? dout_i[d] : 0;
@@ -591,7 +593,7 @@ RA_KERNEL void mask_block(const exact *e, float *s, uint32_t keys, uint32_t quer
     }
 }
 
-// C[n][columns] += sum_i a[n][i] * b[i][columns] over the 32 queries of a chunk, for PANEL panels keys: dv (a = P, b = dout),
+// C[n][columns] += sum_i a[n][i] * b[i][columns] over the 32 queries of a chunk, for the keys of `panels`: dv (a = P, b = dout),
 // dk (a = dS, b = queries).
 RA_KERNEL void accumulate_rows(const float *a, uint32_t panels, const float *b, size_t columns, float *c) {
   f32x4 zero = f32x4_splat(0);

@@ -88,7 +88,7 @@ static void scores(const ra_problem *p, size_t head, uint32_t i, const float *q_
       size_t length = (size_t)p->query_length + p->key_length - 1;
       s[j] += p->bias[(p->bias_heads > 1 ? h : 0) * length + i + p->key_length - 1 - j];
     }
-    if (p->mask) s[j] = p->mask[at] < -1e30f ? -INFINITY : s[j] + p->mask[at];
+    if (p->mask) s[j] = p->mask[at] < -3.4657e29f ? -INFINITY : s[j] + p->mask[at];
     if (p->allowed && !p->allowed[at]) s[j] = -INFINITY;
   }
 }

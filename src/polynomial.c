@@ -650,6 +650,7 @@ static void lay_out_stream(const polynomial *e, uint32_t whole, ra_workspace_cur
                            stream_head *head) {
   uint32_t heads = e->p->batch * e->p->kv_heads;
   size_t y = (size_t)CHUNK * e->Dp, u = (size_t)CHUNK * e->row, z = e->rank * e->row;
+  if (head) *head = (stream_head){NULL, NULL, NULL};
   ra_take(w, 1, 1, sizeof(stream));
   float *waiting = ra_take_floats(w, heads, y + u);
   if (head) head->y_rows = waiting + kv * (y + u), head->u_rows = head->y_rows + y;
@@ -685,16 +686,17 @@ static polynomial open_stream(const ra_problem *p, void *workspace) {
   return e;
 }
 
-static stream_head head_of_stream(const polynomial *e, void *state, uint32_t kv) {
+// Without sums when the state is only its beginning.
+static stream_head head_of_stream(const polynomial *e, void *state, uint32_t whole, uint32_t kv) {
   ra_workspace_cursor w = {state, 0, 0};
   stream_head head;
-  lay_out_stream(e, 1, &w, kv, &head);
+  lay_out_stream(e, whole, &w, kv, &head);
   return head;
 }
 
 // Turns to one head of a state: its sums become those of *e.
-static stream_head open_stream_head(polynomial *e, void *state, uint32_t kv) {
-  stream_head head = head_of_stream(e, state, kv);
+static stream_head open_stream_head(polynomial *e, void *state, uint32_t whole, uint32_t kv) {
+  stream_head head = head_of_stream(e, state, whole, kv);
   e->z = head.z;
   ra_features_weights(&e->f, e->p->coefficients + (size_t)kv * (e->f.degree + 1), e->weights, e->run);
   ra_rotary_batch(&e->state->q_rotary, e->p, 1, kv / e->p->kv_heads);
@@ -714,8 +716,9 @@ int ra_state_append(const ra_problem *p, const ra_arrays *x, void *state, void *
   if (!is_stream(p)) return RA_ERROR_PROBLEM;
   polynomial e = open_stream(p, workspace);
   stream *s = state;
+  uint32_t fills = s->waiting + p->key_length >= CHUNK;
   for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
-    stream_head head = open_stream_head(&e, state, kv);
+    stream_head head = open_stream_head(&e, state, fills, kv);
     const float *k = x->k + ra_head(p, kv, p->kv_heads, p->key_length, e.D);
     const float *v = x->v + ra_head(p, kv, p->kv_heads, p->key_length, e.Dv);
     for (uint32_t j = 0, waiting = s->waiting, count; j < p->key_length; j += count) {
@@ -731,7 +734,7 @@ int ra_state_append(const ra_problem *p, const ra_arrays *x, void *state, void *
       if (waiting == CHUNK) join_chunk(&e, &head), waiting = 0;
     }
   }
-  if (s->waiting + p->key_length >= CHUNK) s->joined = 1;
+  s->joined |= fills;
   s->waiting = (s->waiting + p->key_length) % CHUNK;
   return RA_OK;
 }
@@ -744,7 +747,7 @@ int ra_state_attend(const ra_problem *p, const ra_arrays *x, const void *state, 
   float bound[CHUNK];
   ra_fill(bound, CHUNK, (float)s->waiting);
   for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
-    stream_head own = open_stream_head(&e, (void *)(uintptr_t)state, kv); // only read
+    stream_head own = open_stream_head(&e, (void *)(uintptr_t)state, s->joined, kv); // only read
     for (uint32_t head = kv * group; head < (kv + 1) * group; head++) {
       heads at = heads_of(&e, head);
       for (uint32_t i = 0; i < p->query_length; i += CHUNK) {
@@ -769,7 +772,7 @@ int ra_state_merge(const ra_problem *p, void *state, const void *other, void *wo
   stream *s = state;
   const stream *t = other;
   for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
-    stream_head head = open_stream_head(&e, state, kv), added = head_of_stream(&e, (void *)(uintptr_t)other, kv);
+    stream_head head = open_stream_head(&e, state, 1, kv), added = head_of_stream(&e, (void *)(uintptr_t)other, 1, kv);
     for (size_t n = 0; n < (size_t)e.f.rank * e.row; n += 4)
       f32x4_store(head.z + n, f32x4_add(f32x4_load(head.z + n), f32x4_load(added.z + n)));
     for (uint32_t n = 0, waiting = s->waiting; n < t->waiting; n++) {

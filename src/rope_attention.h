@@ -21,7 +21,7 @@
 //   dP_ij = dout_i . v_j;   delta_i = dout_i . out_i;   dS_ij = P_ij (dP_ij - delta_i)
 //   dv_j  = sum_i P_ij dout_i;   dq_i = scale R^T sum_j dS_ij (R k)_j;   dk_j = scale R^T sum_i dS_ij (R q)_i
 //
-// A row with no allowed key gives out = 0, lse = -infinity and no gradient. Scores below -3e29 count as not allowed.
+// A row with no allowed key gives out = 0, lse = -infinity and no gradient. Scores below -3.4e29 count as not allowed.
 //
 // The exact engine also takes s_ij = softcap tanh(scale q.k / softcap) + bias_{i-j} + mask_ij, and attention sinks: one more
 // key for each head, of score `sink` and value 0.
@@ -31,8 +31,9 @@
 // Promises of every function here: nothing is allocated, printed or kept between calls; nothing outside the named
 // arrays and the workspace is touched; the stack use is below 16 KB. Arrays must not overlap one another. Arrays need
 // the alignment of a float, the workspace 16 bytes. NaN and infinity in an input spread to the outputs that depend on
-// them, under a causal mask also to rows that share a tile with those (up to 128 positions earlier). In the polynomial
-// engine they reach the whole head, whose rows may come out as zeros with RA_NOT_POSITIVE. They do no other harm.
+// them, and to those that share a tile with these: a forbidden key still takes part, with weight 0, where others of its tile
+// are allowed. So keys and values behind a mask must be finite too. In the polynomial engine they reach the whole head, whose
+// rows may come out as zeros with RA_NOT_POSITIVE. They do no other harm.
 
 #ifndef ROPE_ATTENTION_H
 #define ROPE_ATTENTION_H
@@ -114,12 +115,13 @@ typedef struct ra_problem {
   float softcap;                          // 0: none
   const float *bias;                      // [bias_heads][Nq + Nk - 1], entry i - j + Nk - 1, or NULL
   uint32_t bias_heads;                    // 1 or H
-  const float *mask;                      // added, or NULL; -infinity, and all below -1e30, forbids
+  const float *mask;                      // added, or NULL; -infinity, and all below -3.4e29, forbids
   const uint8_t *allowed;                 // 0 forbids, or NULL; strides as for mask
   size_t mask_batch, mask_head, mask_row; // strides in elements, 0 where all have the same; keys are contiguous
   const float *sinks;                     // [H], or NULL
 
-  // What the caller knows: no |scale q.k| exceeds it; 0: nothing. Small ones spare the exact engine the search for maxima.
+  // What the caller knows: no |scale q.k| exceeds it; 0: nothing. Small ones spare the exact engine the search for maxima; then
+  // |v| must be 0 or its largest entry from 1e-28 to 1e30 / Nk.
   float score_bound;
 } ra_problem;
 
@@ -198,6 +200,7 @@ typedef struct ra_bounds {
   float q_norm;           // max |q_i|
   float k_norm;           // max |k_j|
   float k_centred_norm;   // max |R k_j - mean of R k|
+  float v_entry;          // max |entry| of v; 0 when x->v is NULL
   float v_half_range;     // max over columns of (max - min) / 2 of v; 0 when x->v is NULL
   uint32_t q_argmax;      // flat row (head in group * Nq + i) of the largest query
   uint32_t k_argmax;      // row of the largest centred key
@@ -247,7 +250,7 @@ uint32_t RA_API(ra_relaxed)(void);
 void RA_API(ra_warm_up)(uint32_t calls);
 
 // Multiply-adds at the rate that benchmarks divide by. kind 0: in registers, iterations * 96 floating-point operations;
-// kind 1: the matrix micro-kernel in L1, 64 operations an iteration, rounded up to a multiple of 288 iterations.
+// kind 1: the matrix micro-kernel in L1, 64 operations an iteration, rounded up to a multiple of 288 iterations (192 where tiles have four rows).
 float RA_API(ra_peak)(uint32_t kind, uint32_t iterations);
 
 #ifdef __cplusplus

@@ -128,10 +128,13 @@ RA_INLINE void measure_columns(const float *v, size_t v_row, size_t Nk, const in
   if (f32x4_sum(nothing) != 0) b->finite = 0;
   for (int n = 0; n < vectors; n++) {
     f32x4 half = f32x4_sub(f32x4_mul(high[n], f32x4_splat(0.5f)), f32x4_mul(low[n], f32x4_splat(0.5f)));
-    float lane[4];
+    float lane[4], entry[4];
     f32x4_store(lane, half);
-    for (int i = 0; i < 4; i++)
+    f32x4_store(entry, f32x4_max(f32x4_abs(low[n]), f32x4_abs(high[n])));
+    for (int i = 0; i < 4; i++) {
       if (lane[i] > b->v_half_range) b->v_half_range = lane[i];
+      if (entry[i] > b->v_entry) b->v_entry = entry[i];
+    }
   }
 }
 
@@ -147,6 +150,8 @@ static void measure_values(const float *v, size_t v_row, size_t Nk, size_t Dv, r
       low = value < low ? value : low, high = value > high ? value : high;
     }
     if (high / 2 - low / 2 > b->v_half_range) b->v_half_range = high / 2 - low / 2;
+    if (high > b->v_entry) b->v_entry = high;
+    if (-low > b->v_entry) b->v_entry = -low;
   }
 }
 

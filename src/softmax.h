@@ -19,6 +19,9 @@
 // -infinity, so that differences of two of them are not NaN.
 #define RA_MASKED (-1e30f)
 
+// In powers of two like scores: what is below is as good as forbidden, -3.4657e29 in natural units.
+#define RA_FORBIDDEN (RA_MASKED / 2)
+
 // Constants of ra_exp2, four lanes each. They are read from memory inside the loops: as literals V8 rebuilds them at every
 // use (5 to 10 points of the forward kernel at D = 16).
 typedef struct ra_exp2_constants {

@@ -166,6 +166,8 @@ function scoresBetween(low: number, high: number, causal: boolean, seed: number)
   return low < 0 ? { ...args, q: args.q.map((x) => -x) } : args;
 }
 
+const withValues = (args: Problem, size: number): Problem => ({ ...args, v: args.v.map((x) => x * size) });
+
 const square = { heads, queryLength: 70, headDim: 16 };
 const scoreProblems = named([
   // exp overflows float32 at 89 and vanishes at -104: only differences of scores may reach it.
@@ -178,6 +180,11 @@ const scoreProblems = named([
     [`from 0 to ${high}`, () => scoresBetween(0, high, false, 30)],
     [`from -${high} to 0, causal`, () => scoresBetween(-high, 0, true, 31)],
     [`from 0 to ${high} beside a sink of 300`, () => ({ ...scoresBetween(0, high, true, 32), sinks: Float32Array.of(300) })],
+  ]),
+  // Weights far from 1 leave no room for such values.
+  ...[1e30, 1e-36].flatMap((size): [string, () => Problem][] => [
+    [`from 0 to 16 with values of ${size}`, () => withValues(scoresBetween(0, 16, false, 33), size)],
+    [`from -16 to -15 with values of ${size}`, () => withValues(scoresBetween(-16, -15, true, 34), size)],
   ]),
   ['hundreds apart: one key takes all', () => problem({ shape: square }, 25, (r) => 10 * r.normal())],
   ['hundreds apart, causal', () => problem({ shape: square, causal: true }, 26, (r) => 10 * r.normal())],

@@ -134,10 +134,11 @@ eachBinary((attention) => {
     const all = tokens(4);
     const shifted = attention().createState({ ...base, tolerance: 1e-5 });
     shifted.append({ ...keysOf(all, 0, 60), position: 1000 });
-    shifted.append({ ...keysOf(all, 60, N), position: 1060 });
+    shifted.append(keysOf(all, 60, N));
     const straight = fill(attention().createState({ ...base, tolerance: 1e-5 }), all, [N]);
     // Only differences of positions matter.
-    const moved = shifted.attend({ q: all.q, position: 1000 });
+    const moved = shifted.attend({ q: all.q });
+    expect(shifted.attend({ q: all.q, position: 1000 }).output).toEqual(moved.output);
     expect(maxDifference(moved.output, straight.attend({ q: all.q }).output)).toBeLessThan(1e-5);
     expect(maxDifference(moved.output, straight.attend({ q: all.q, position: 50 }).output)).toBeGreaterThan(1e-3);
   });
@@ -199,13 +200,14 @@ eachBinary((attention) => {
       const copy = attention().createState({ ...base, from: shifted });
       expect(copy.length).toBe(n);
       expect(sameBytes(copy.serialize(), bytes)).toBe(true);
+      expect(attention().createState({ ...base, from: Buffer.from(bytes) }).length).toBe(n); // lies in a pool
       expect(fill(copy, all, [N]).attend({ q: all.q })).toMatchObject({ output: fill(state, all, [N]).attend({ q: all.q }).output });
     });
 
     test('what was made otherwise is refused', () => {
       const from = fill(attention().createState(base), all, [N]).serialize();
       const refuse = (options: Partial<StateOptions>, message: string) =>
-        expect(() => attention().createState({ ...base, from, ...options })).toThrow(new RangeError(`createState: ${message}`));
+        expect(() => attention().createState({ ...base, from, ...options })).toThrow(`createState: ${message}`);
       refuse({ shape: { ...shape, heads: 2 } }, 'from has another heads');
       refuse({ shape: { ...shape, valueDim: 6 } }, 'from has another valueDim');
       refuse({ scale: 1 }, 'from has another scale');
@@ -215,10 +217,19 @@ eachBinary((attention) => {
       refuse({ rotary: { base: 9999 } }, 'from has another rotary');
       refuse({ rotary: false }, 'from has another rotary');
       const state = attention().createState(base);
-      const needs = 8 * 15 + state.bytes;
+      const needs = 8 * 16 + state.bytes;
       refuse({ from: from.subarray(0, 200) }, `from has 200 bytes, this state needs ${needs}`);
       refuse({ from: from.subarray(0, 7) }, 'from is not what serialize gave (7 bytes)');
       refuse({ from: new Uint8Array(1000) }, 'from is not what serialize gave (1000 bytes)');
+      const damaged = (at: number, value: number) => {
+        const copy = from.slice();
+        new DataView(copy.buffer).setFloat64(8 * at, value, true);
+        return copy;
+      };
+      refuse({ from: damaged(12, NaN) }, 'from is damaged: it says NaN keys, 4 of them waiting, norm 2.3546');
+      refuse({ from: damaged(12, 101) }, 'from is damaged: it says 101 keys, 4 of them waiting, norm 2.3546');
+      refuse({ from: damaged(14, -1) }, 'from is damaged: it says 100 keys, 4 of them waiting, norm -1');
+      refuse({ from: damaged(16, 0) }, 'from is damaged: it says 100 keys, 0 of them waiting, norm 2.3546');
     });
   });
 
@@ -278,6 +289,36 @@ eachBinary((attention) => {
     });
   });
 
+  test('tables are copied', () => {
+    const all = tokens(15);
+    const tables = { cos: new Float32Array(N * 4).fill(1), sin: new Float32Array(N * 4) };
+    const state = fill(attention().createState({ ...base, rotary: { tables } }), all, [N]);
+    const before = state.attend({ q: all.q }).output;
+    tables.cos.fill(-1);
+    expect(state.attend({ q: all.q, position: 0 }).output).toEqual(before);
+  });
+
+  test('sums beyond float32 are an error, or a result without a bound', () => {
+    const state = (onMiss: 'error' | 'report') => {
+      const one = attention().createState({ shape: { heads: 1, headDim: 2 }, scoreBound: 1, degree: 2, onMiss });
+      for (let n = 0; n < 40; n++) one.append({ k: Float32Array.of(1e9, 1e9), v: Float32Array.of(1e11, 1e11) });
+      return one;
+    };
+    const q = Float32Array.of(1e-38, 1e-38);
+    expect(state('report').attend({ q: q.map((x) => x * 1e28) }).report.errorBound).not.toBeNull();
+    const poisoned = state('report');
+    for (let n = 0; n < 30; n++) poisoned.merge(poisoned); // 40 * 2^30 keys
+    expect(poisoned.attend({ q: Float32Array.of(1e-10, 1e-10) }).report.errorBound).toBeNull();
+  });
+
+  test('a state that the memory cannot hold is refused at once', async () => {
+    const small = await createRopeAttention({ maxMemoryBytes: 2 ** 20 });
+    expect(() => small.createState({ shape: { heads: 1, headDim: 64 }, scoreBound: 1, degree: 3 })).toThrow(
+      /^createState: needs \d+ bytes of WebAssembly memory, the limit is 1048576$/,
+    );
+    small.dispose();
+  });
+
   describe('misuse leaves the state as it was', () => {
     const all = tokens(13);
     const good = keysOf(all, 0, 2);
@@ -287,6 +328,7 @@ eachBinary((attention) => {
       ['infinity in v', (s) => s.append({ ...good, v: poisoned(good.v, 7, -Infinity) }), 'append: v[7] must be finite, got -Infinity'],
       ['NaN in q', (s) => s.attend({ q: poisoned(all.q, 0, NaN) }), 'attend: q[0] must be finite, got NaN'],
       ['a length of k', (s) => s.append({ ...good, k: new Float32Array(33) }), 'append: k has 33 values, shape needs a multiple of 32, at least one'],
+      ['terms beyond float32', (s) => s.append({ ...good, k: good.k.map((x) => 1e12 * x) }), 'append: |k|^6 |v| reaches'],
       ['no tokens', (s) => s.attend({ q: new Float32Array(0) }), 'attend: q has 0 values, shape needs a multiple of 64, at least one'],
       ['a length of v', (s) => s.append({ ...good, v: new Float32Array(20) }), 'append: v has 20 values, k has 2 tokens and v needs 40'],
       ['an array', (s) => s.append({ ...good, k: [1] as never }), 'append: k must be a Float32Array, got an array'],
@@ -310,6 +352,7 @@ eachBinary((attention) => {
       ['a bound that no degree serves', { scoreBound: 20 }, 'createState: no degree up to 8 keeps the tolerance 0.001 on scores up to 20'],
       ['a tolerance below float32', { tolerance: 1e-9 }, 'createState: tolerance must be finite and at least 0.000001, got 1e-9'],
       ['degree and tolerance', { tolerance: 0.1, degree: 2 }, 'createState: degree takes the place of tolerance; give one of them'],
+      ['a degree that keeps nothing', { scoreBound: 12, degree: 4 }, 'createState: degree 4 keeps no error on scores up to 12'],
       ['degree 9', { degree: 9 }, 'createState: degree must be an integer from 0 to 8, got 9'],
       ['a length', { shape: { ...shape, queryLength: 4 } }, 'createState: there is no option shape.queryLength; known are batch, heads, kvHeads, headDim, valueDim'],
       ['a mask', { window: [1, 1] }, 'createState: there is no option window; known are shape, rotary, scale, layout, scoreBound, tolerance, degree, onMiss, from'],

@@ -77,7 +77,7 @@ function pairsOf(args: Problem, r: number): { head: number; pairs: Pair[] } {
     const diagonal = own * (queryLength + keyLength - 1) + i - j + keyLength - 1;
     const value = mask ? mask[maskRow * keyLength + j] : 0;
     const masked = mask?.BYTES_PER_ELEMENT === 1 ? (value === 0 ? -Infinity : 0) : value;
-    if (masked < -1e30) continue;
+    if (masked < -3.4657e29) continue;
     pairs.push({ key: keyHead * keyLength + j, diagonal, bias: bias ? bias[diagonal] : 0, mask: masked });
   }
   return { head, pairs };

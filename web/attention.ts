@@ -7,8 +7,8 @@
 // one; the worker drains it with pauses in which it hears of a cancellation. One that is left half done does no harm: the
 // next call on the instance takes its memory over.
 //
-// NaN and infinity in q, k or v: `exact` spreads them to the rows that depend on them, `auto` computes exactly (the report
-// says so), a forced polynomial is a RangeError.
+// NaN and infinity in q, k or v: `exact` spreads them to the rows that depend on them and to neighbours in the same tile, a few
+// positions to either side; `auto` computes exactly (the report says so), a forced polynomial is a RangeError.
 
 import { certify, scoreBound, scoreRadius } from './certificate.js';
 import type { Pass } from './cost.js';

@@ -29,9 +29,14 @@ export function scoreRadius(g: Geometry, bounds: Bounds): number {
   return Math.abs(g.scale) * rotated * bounds.k_centred_norm * (1 + (g.headDim + 8) * UNIT);
 }
 
-/** A number that no |scale q.k| of the heads exceeds; Infinity where entries are not finite. */
+/**
+ * A number that no |scale q.k| of the heads exceeds, for the exact engine; Infinity where it must not count on one: entries that
+ * are not finite, or values so large or small that weights far from 1 would take sums to the ends of float32.
+ */
 export function scoreBound(g: Geometry, bounds: readonly Bounds[]): number {
-  if (!bounds.every(({ finite }) => finite === 1)) return Infinity;
+  const moderate = ({ finite, v_entry }: Bounds) =>
+    finite === 1 && (v_entry === 0 || (v_entry >= 1e-28 && v_entry * g.keyLength <= 1e30));
+  if (!bounds.every(moderate)) return Infinity;
   const largest = Math.max(...bounds.map(({ q_norm, k_norm }) => q_norm * k_norm));
   return Math.abs(g.scale) * g.rotaryGain ** 2 * largest * (1 + (g.headDim + 8) * UNIT);
 }

@@ -556,6 +556,14 @@ export class Session {
     return this.#size(this.#exports.ra_state_bytes(this.#at.problem, Number(whole)), 'ra_state_bytes');
   }
 
+  /** @throws RangeError when a whole state cannot be worked on within the limit of the memory. */
+  checkState(): void {
+    this.#check();
+    this.#arena.reserve(this.stateBytes(true));
+    this.#arena.reserve(this.#size(this.#exports.ra_state_workspace(this.#at.problem), 'ra_state_workspace'));
+    this.#arena.check(this.#name);
+  }
+
   /** Keys and values join the state, or the beginning of one. */
   appendToState(state: Float32Array, k: Float32Array, v: Float32Array): void {
     const { ra_state_append } = this.#exports;

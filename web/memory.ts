@@ -76,6 +76,7 @@ export const BOUNDS = {
   q_norm: 'f32',
   k_norm: 'f32',
   k_centred_norm: 'f32',
+  v_entry: 'f32',
   v_half_range: 'f32',
   q_argmax: 'u32',
   k_argmax: 'u32',

@@ -28,7 +28,7 @@ export type ReferenceForwardArgs = Widened<ForwardArgs> & WidenedScores & { q: V
 export type ReferenceRotateArgs = Widened<RotateArgs> & { x: Values };
 
 /** Added to a score, this and less forbids the pair. */
-const FORBIDDEN = -1e30;
+const FORBIDDEN = -3.4657e29;
 
 /** A query and a key: batch, query head, position in their sequences. */
 export interface Pair {

@@ -25,6 +25,9 @@ const CHUNK = 32;
 /** Positions are 32-bit integers, the one after the last included. */
 const LAST_POSITION = 2 ** 31 - 2;
 
+/** Sums of 2^20 terms of this size stay within float32. */
+const LARGEST_TERM = 1e30;
+
 /** Rounding of norms, on the caller's side and ours: a score this much above the bound, relatively, is not above it. */
 const SLACK = 1e-6;
 
@@ -45,6 +48,8 @@ export class StreamingState implements AttentionState {
   /** Floats of #data before the sums. */
   readonly #waiting: number;
   #length = 0;
+  /** The position after the last token. */
+  #next = 0;
   /** Over all keys so far: max |k_j| and max |entry|. */
   #keyNorm = 0;
   #keyEntry = 0;
@@ -64,11 +69,16 @@ export class StreamingState implements AttentionState {
     const { batch, kvHeads } = this.#geometry;
     const { coefficients } = minimax(this.degree, this.#scoreBound);
     this.#polynomialError = relativeError(coefficients, -this.#scoreBound, this.#scoreBound);
+    if (!(this.#polynomialError < 1) && this.#onMiss === 'error') {
+      throw new RangeError(`${CREATE}: degree ${this.degree} keeps no error on scores up to ${this.#scoreBound}`);
+    }
     this.#coefficients = new Float32Array(batch * kvHeads * coefficients.length);
     for (let head = 0; head < batch * kvHeads; head++) this.#coefficients.set(coefficients, head * coefficients.length);
 
-    const [all, waiting] = this.#during(CREATE, 1, 0, (session) => [session.stateBytes(true), session.stateBytes(false)]);
-    if (!(all < 2 ** 32)) throw new RangeError(`${CREATE}: a state of rank ${this.rank} needs ${all} bytes, more than 2^32`);
+    const [all, waiting] = this.#during(CREATE, 1, 0, (session) => {
+      session.checkState();
+      return [session.stateBytes(true), session.stateBytes(false)];
+    });
     this.#data = new Float32Array(all / 4);
     this.#waiting = waiting / 4;
     if (given['from'] !== undefined) this.#restore(given['from']);
@@ -85,20 +95,24 @@ export class StreamingState implements AttentionState {
   append(args: AppendArgs): void {
     const name = 'append';
     const given = readRecord(name, 'its argument', args, ['k', 'v', 'position']);
-    const { batch, kvHeads, headDim, valueDim, scale, rotaryGain } = this.#geometry;
+    const { batch, kvHeads, headDim, valueDim, rotaryGain } = this.#geometry;
     const tokens = readTokens(name, 'k', given['k'], batch * kvHeads * headDim);
     const k = given['k'] as Float32Array;
     const v = readFloats(name, 'v', given['v'], batch * kvHeads * tokens * valueDim, `k has ${tokens} tokens and v`);
-    const position = this.#readPosition(name, given['position'], this.#length, tokens);
+    const position = this.#readPosition(name, given['position'], this.#next, tokens);
     const { norm, entry } = measure(name, 'k', k, headDim);
-    measure(name, 'v', v, valueDim);
-    const scores = Math.abs(scale) * rotaryGain ** 2 * norm;
-    if (!Number.isFinite(Math.fround(scores))) throw wrong(name, 'the norm of k', 'finite as a float32', norm, true);
+    const values = measure(name, 'v', v, valueDim);
+    const largest = Math.max(1, rotaryGain * norm) ** this.degree * Math.max(1, values.entry);
+    if (!(largest <= LARGEST_TERM)) {
+      const what = `|k|^${this.degree} |v| reaches ${largest.toExponential(1)}`;
+      throw new RangeError(`${name}: ${what}, more than float32 sums take (${LARGEST_TERM}) and keep for ever`);
+    }
 
     const fills = (this.#length % CHUNK) + tokens >= CHUNK;
     const touched = fills ? this.#data : this.#data.subarray(0, this.#waiting);
     this.#during(name, tokens, position, (session) => session.appendToState(touched, k, v));
     this.#length += tokens;
+    this.#next = position + tokens;
     this.#keyNorm = Math.max(this.#keyNorm, norm);
     this.#keyEntry = Math.max(this.#keyEntry, entry);
   }
@@ -110,7 +124,7 @@ export class StreamingState implements AttentionState {
     const { batch, heads, headDim, valueDim, scale, rotaryGain } = this.#geometry;
     const tokens = readTokens(name, 'q', given['q'], batch * heads * headDim);
     const q = given['q'] as Float32Array;
-    const position = this.#readPosition(name, given['position'], Math.max(this.#length - tokens, 0), tokens);
+    const position = this.#readPosition(name, given['position'], Math.max(this.#next - tokens, 0), tokens);
     const { norm, entry } = measure(name, 'q', q, headDim);
     const scoreBound = Math.abs(scale) * rotaryGain ** 2 * norm * this.#keyNorm;
     const within = scoreBound <= this.#scoreBound * (1 + SLACK);
@@ -126,12 +140,16 @@ export class StreamingState implements AttentionState {
       bytes = session.bytes;
       return result;
     });
-    const errorBound = within ? this.#errorBound(norm) : null;
+    const sound = positive && output.every(Number.isFinite);
+    if (!sound && this.#onMiss === 'error') {
+      throw new RangeError(`${name}: the sums of some rows are not positive or beyond float32; smaller k or v would help`);
+    }
+    const errorBound = within && sound ? this.#errorBound(norm) : null;
     const miss = `scores may reach ${scoreBound.toPrecision(3)}, beyond the bound ${this.#scoreBound} of the state`;
     const reasons = [
       `polynomial of degree ${this.degree} (rank ${this.rank}) on a state of ${this.#length} keys`,
       ...(within ? [] : [miss]),
-      ...(positive ? [] : ['some rows are zero, as their weights do not add up to a positive number']),
+      ...(sound ? [] : ['the sums of some rows are not positive or beyond float32']),
     ];
     return {
       output,
@@ -160,13 +178,15 @@ export class StreamingState implements AttentionState {
     if (difference !== null) throw new RangeError(`${name}: the other state has another ${difference}`);
     this.#during(name, 1, 0, (session) => session.mergeStates(this.#data, other.#data));
     this.#length += other.#length;
+    this.#next = Math.max(this.#next, other.#next);
     this.#keyNorm = Math.max(this.#keyNorm, other.#keyNorm);
     this.#keyEntry = Math.max(this.#keyEntry, other.#keyEntry);
   }
 
   serialize(): Uint8Array {
     const identity = Object.values(this.#identity());
-    const head = Float64Array.of(MAGIC, identity.length, ...identity, this.#length, this.#keyNorm, this.#keyEntry);
+    const own = [this.#length, this.#next, this.#keyNorm, this.#keyEntry];
+    const head = Float64Array.of(MAGIC, identity.length, ...identity, ...own);
     const bytes = new Uint8Array(head.byteLength + this.#data.byteLength);
     bytes.set(new Uint8Array(head.buffer));
     bytes.set(new Uint8Array(this.#data.buffer), head.byteLength);
@@ -175,10 +195,10 @@ export class StreamingState implements AttentionState {
 
   #restore(from: unknown): void {
     if (tagOf(from) !== 'Uint8Array') throw wrong(CREATE, 'from', 'a Uint8Array', from, false);
-    const bytes = (from as Uint8Array).slice(); // aligned
+    const bytes = new Uint8Array(from as Uint8Array); // a copy from 0 on; a Buffer's slice is none
     const identity = this.#identity();
     const names = Object.keys(identity);
-    const values = 5 + names.length;
+    const values = 6 + names.length;
     const head = new Float64Array(bytes.buffer, 0, Math.min(values, Math.floor(bytes.length / 8)));
     if (head[0] !== MAGIC || head[1] !== names.length) {
       throw new RangeError(`${CREATE}: from is not what serialize gave (${bytes.length} bytes)`);
@@ -188,8 +208,15 @@ export class StreamingState implements AttentionState {
     if (difference !== null) throw new RangeError(`${CREATE}: from has another ${difference}`);
     const needs = 8 * values + this.bytes;
     if (bytes.length !== needs) throw new RangeError(`${CREATE}: from has ${bytes.length} bytes, this state needs ${needs}`);
-    [this.#length, this.#keyNorm, this.#keyEntry] = head.subarray(values - 3);
-    this.#data.set(new Float32Array(bytes.buffer, 8 * values, this.#data.length));
+    const [length, next, keyNorm, keyEntry] = head.subarray(values - 4);
+    const data = new Float32Array(bytes.buffer, 8 * values, this.#data.length);
+    const [joined, waiting] = new Uint32Array(data.buffer, data.byteOffset, 2);
+    const counts = Number.isSafeInteger(length) && waiting === length % CHUNK && joined === Number(length >= CHUNK);
+    if (!counts || !Number.isSafeInteger(next) || !(keyNorm >= 0 && keyEntry >= 0 && keyNorm + keyEntry < Infinity)) {
+      throw new RangeError(`${CREATE}: from is damaged: it says ${length} keys, ${waiting} of them waiting, norm ${keyNorm}`);
+    }
+    [this.#length, this.#next, this.#keyNorm, this.#keyEntry] = [length, next, keyNorm, keyEntry];
+    this.#data.set(data);
   }
 
   /** What states must have in common to be merged or restored. */
@@ -207,7 +234,8 @@ export class StreamingState implements AttentionState {
     const coefficients = this.#coefficients.subarray(0, this.degree + 1);
     const geometry = { ...this.#geometry, keyLength: Math.max(this.#length, 1), causal: true }; // waiting keys: one more chunk
     const norms = { q_norm: queryNorm, k_norm: this.#keyNorm };
-    return certifiedBound(t) + roundingBound(geometry, coefficients, this.#scoreBound, t, norms, 1);
+    const bound = certifiedBound(t) + roundingBound(geometry, coefficients, this.#scoreBound, t, norms, 1);
+    return bound < 2 ? bound : null; // no mean of values is further from another
   }
 
   #readPosition(name: string, value: unknown, absent: number, tokens: number): number {
@@ -248,7 +276,9 @@ function readState(options: StateOptions): Geometry {
       throw new TypeError(`${CREATE}: rotary.scaling of type '${scaling.type}' needs length, as the sequence has none yet`);
     }
   }
-  return readGeometry(CREATE, { shape: { ...shape, queryLength: 1 }, rotary, scale, layout });
+  const geometry = readGeometry(CREATE, { shape: { ...shape, queryLength: 1 }, rotary, scale, layout });
+  const { tables } = geometry;
+  return tables ? { ...geometry, tables: { ...tables, cos: tables.cos.slice(), sin: tables.sin.slice() } } : geometry;
 }
 
 function chooseDegree(degree: unknown, tolerance: unknown, scoreBound: number): number {

@@ -126,7 +126,7 @@ export interface Options {
   shape: Shape;
   /** `false`: no rotation. Default `{}`. */
   rotary?: false | Rotary;
-  /** Factor on the scores, finite as a float32; may be negative. Default 1/sqrt(headDim). */
+  /** Factor on the scores, up to 2.3e38 in size; may be negative. Default 1/sqrt(headDim). */
   scale?: number;
   /** Key j is allowed for query i when j <= i + queryOffset. Default false. */
   causal?: boolean;
@@ -145,12 +145,12 @@ export interface Options {
   softcap?: number;
   /**
    * Added to scores by distance: [queryLength + keyLength - 1], entry [i - j + keyLength - 1], the same for all heads, or
-   * heads times that. Together with `mask`, below -1e30 forbids.
+   * heads times that. Together with `mask`, below -3.4e29 forbids.
    */
   bias?: Float32Array;
   /**
    * For each pair, [queryLength, keyLength] or as `maskShape` says: added to scores (Float32Array; -Infinity, and all below
-   * -1e30, forbids), or 0 where forbidden (Uint8Array).
+   * -3.4e29, forbids), or 0 where forbidden (Uint8Array). Keys and values that are forbidden must still be finite.
    */
   mask?: Float32Array | Uint8Array;
   /** Sizes of `mask`; 1 where all batches, heads or queries have the same. Default [1, 1, queryLength, keyLength]. */
@@ -284,7 +284,10 @@ export interface StateOptions {
   scale?: number;
   /** Of all arrays. Default 'bhnd'. */
   layout?: Layout;
-  /** The largest |score| that the polynomial is made for, above 0: |scale| |q| |k| of no pair may exceed it. */
+  /**
+   * The largest |score| that the polynomial is made for, above 0: |scale| |q| |k|, times the square of an attention factor, of no
+   * pair may exceed it.
+   */
   scoreBound: number;
   /**
    * Of the output, in units of max |v| over all keys: the proved error of the polynomial, which decides the degree; the bound in
@@ -293,7 +296,10 @@ export interface StateOptions {
   tolerance?: number;
   /** 0 to 8, instead of the least that keeps the tolerance. */
   degree?: number;
-  /** Queries whose scores may exceed `scoreBound`: 'error' (default) throws a RangeError, 'report' attends as well as it goes. */
+  /**
+   * Queries whose scores may exceed `scoreBound`, sums beyond float32, and here a `degree` that keeps no error at all: 'error'
+   * (default) throws a RangeError, 'report' attends as well as it goes.
+   */
   onMiss?: 'error' | 'report';
   /** What `serialize` gave, of a state with the same options; the new state has its keys. */
   from?: Uint8Array;
@@ -305,14 +311,14 @@ export interface AppendArgs {
   k: Float32Array;
   /** [batch, kvHeads, n, valueDim]; finite. */
   v: Float32Array;
-  /** Of the first token, for the rotation. Default: the number of keys so far. */
+  /** Of the first token, for the rotation. Default: the one after the last token, 0 at first. */
   position?: number;
 }
 
 export interface AttendArgs {
   /** [batch, heads, n, headDim]; finite. */
   q: Float32Array;
-  /** Of the first query, for the rotation. Default: the queries are those of the last n keys. */
+  /** Of the first query, for the rotation. Default: the queries are those of the last n tokens. */
   position?: number;
 }
 
@@ -383,7 +389,7 @@ export interface CreateWorkerOptions {
   maxMemoryBytes?: number;
 }
 
-/** The same calls as RopeAttention, as promises, off the main thread. Arguments are copied, never detached. */
+/** The calls of RopeAttention but createState, as promises, off the main thread. Arguments are copied, never detached. */
 export interface RemoteRopeAttention {
   readonly simd: 'simd128' | 'relaxed-simd';
   forward(args: ForwardArgs & RemoteControls): Promise<ForwardResult>;

@@ -219,7 +219,7 @@ export function readGeometry(name: string, given: Given): Geometry {
     );
   }
   const scale = given['scale'] === undefined ? 1 / Math.sqrt(shape.headDim) : readNumber(name, 'scale', given['scale']);
-  if (!Number.isFinite(Math.fround(scale))) throw wrong(name, 'scale', 'a finite float32', scale, true);
+  if (!Number.isFinite(Math.fround(scale * Math.LOG2E))) throw wrong(name, 'scale', 'finite and at most 2.3e38 in size', scale, true);
   return {
     ...shape,
     ...readRotary(name, given['rotary'], { ...shape, queryOffset, hasKeys: name !== 'rotate' }),
