@@ -164,6 +164,10 @@ test-jest: page | tools-browser ## the Jest tests only (ARGS=... goes to Jest)
 bench: build | tools-browser ## the benchmarks, tests/bench/*.mjs (BENCH=file for one, ARGS=... goes to it)
 	@$(NODE) scripts/bench.mjs $(BENCH) -- $(ARGS)
 
+.PHONY: report
+report: build ## build/report/: the experiments as a page and as JSON, under ten minutes (ARGS=--quick: well under one)
+	@$(NODE) scripts/bench.mjs report/report.mjs -- $(ARGS)
+
 PEERS := tests/bench/peers
 $(PEERS)/node_modules/.stamp: $(PEERS)/package-lock.json $(PEERS)/.npmrc
 	@echo 'npm ci ($(PEERS))'

@@ -163,3 +163,18 @@ function timeFigure(rows, { headDim, timed }) {
     rows,
   };
 }
+
+/** The experiment in a sentence or two, from its figures. */
+export function finding([{ rows: errors }, { rows: times }]) {
+  const degrees = [...new Set(errors.map((row) => row.degree))];
+  const limit = 0.01;
+  const parts = [degrees[Math.min(1, degrees.length - 1)], degrees.at(-1)].map((degree) => {
+    const bound = reach(errors, degree, limit);
+    return bound === null ? `degree ${degree} nowhere` : `degree ${degree} up to B = ${bound}`;
+  });
+  const polynomials = times.filter((row) => row.method !== 'exact');
+  const longest = Math.max(...polynomials.map((row) => row.length));
+  const exact = times.find((row) => row.method === 'exact' && row.length === longest).milliseconds;
+  const gains = polynomials.filter((row) => row.length === longest).map((row) => `${words.ratio(exact / row.milliseconds)} for ${row.method}`);
+  return `Gradients are within ${words.percent(limit)} for ${words.list(parts)}; at n = ${words.integer(longest)} the backward pass gains ${words.list(gains)} over exact.`;
+}

@@ -207,3 +207,16 @@ function scoresFigure(rows, { headDim, pairs }) {
     rows,
   };
 }
+
+/** The experiment in a sentence or two, from its figures. */
+export function finding([{ rows }, , { rows: scores }]) {
+  const longest = Math.max(...rows.map((row) => row.length));
+  const last = rows.filter((row) => row.length === longest);
+  const kept = last.filter((row) => row.whole === 1);
+  const worst = last.reduce((a, b) => (b.relative > a.relative ? b : a));
+  const value = (series) => scores.find((row) => row.pattern === worst.pattern && row.series === series && row.length === longest).value;
+  return (
+    `At n = ${words.integer(longest)}, ${kept.length} of ${last.length} kinds of input keep all entries within √(ln n) in every draw; for ${worst.pattern} the largest entry is ${words.number(worst.relative, 2)} times that, ` +
+    `with scores bounded by ${words.number(value('Cauchy–Schwarz'), 2)} while 99 % are below ${words.number(value('99 %'), 2)}.`
+  );
+}

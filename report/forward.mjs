@@ -214,3 +214,17 @@ function degreeFigure(rows) {
     rows,
   };
 }
+
+/** The experiment in a sentence or two, from its figures. */
+export function finding([{ rows: times }, , { rows: needs }]) {
+  const degree = Math.min(2, ...needs.map((row) => row.tried ?? Infinity));
+  const method = `degree ${degree}`;
+  const last = curveOf(times, GROWING, method).at(-1);
+  const exact = curveOf(times, GROWING, 'exact').find((row) => row.length === last.length);
+  const needed = needs.filter((row) => row.series === 'measured' && row.degree !== null);
+  const target = needed.length > 0 ? ` An error of 1/n takes degree ${needed[0].degree} at n = ${words.integer(needed[0].length)} and ${needed.at(-1).degree} at n = ${words.integer(needed.at(-1).length)}.` : ' No degree tried has an error of 1/n.';
+  return (
+    `With entries of order (log n)^¼ and d = log₂ n, time grows like n to the power ${words.number(slopeOf(times, GROWING, method), 3)} for degree ${degree} and ` +
+    `${words.number(slopeOf(times, GROWING, 'exact'), 3)} for exact; at n = ${words.integer(last.length)} they are ${words.ratio(exact.y / last.y)} apart.${target}`
+  );
+}

@@ -174,3 +174,13 @@ function gainFigure(cells, { headDim }) {
     rows,
   };
 }
+
+/** The experiment in a sentence or two, from its figures. */
+export function finding([{ rows }]) {
+  const measured = rows.filter((row) => row.panel === MEASURED);
+  const count = (some) => `${some.filter((row) => row.gain !== null && row.gain > 1).length} of ${some.length}`;
+  const below = measured.filter((row) => row.entryBound < theory.paperBound(row.length));
+  const above = measured.filter((row) => row.entryBound >= theory.paperBound(row.length));
+  const best = measured.reduce((a, b) => ((b.gain ?? 0) > (a.gain ?? 0) ? b : a));
+  return `A polynomial within the tolerance beats exact in ${count(below)} cells below B = √(ln n) and in ${count(above)} from it on; the best gain is ${words.ratio(best.gain)}, at n = ${words.integer(best.length)} and B = ${best.entryBound}.`;
+}

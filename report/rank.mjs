@@ -210,3 +210,18 @@ function spectrumFigure(rows, { matrix, matrixDim }) {
     rows,
   };
 }
+
+/** The experiment in a sentence or two, from its figures. */
+export function finding([{ rows: errors }, , { rows: spectra }]) {
+  const at = (quantity) => errors.filter((row) => row.quantity === quantity && row.entryBound === 1 && row.degree !== null);
+  const parts = QUANTITIES.map((quantity) => {
+    const last = at(quantity).findLast((row) => row.degree <= 4);
+    return { quantity, ...last };
+  });
+  const bounds = [...new Set(spectra.map((row) => row.entryBound))];
+  const count = (entryBound) => spectra.filter((row) => row.matrix === 's' && row.entryBound === entryBound && row.relative > 1e-3).length;
+  return (
+    `At B = 1 degree ${parts[0].degree} (rank ${words.integer(parts[0].rank)}) leaves ${words.list(parts.map(({ quantity, error }) => `${words.error(error)} in ${quantity === 'output' ? 'the output' : quantity}`))}. ` +
+    `The softmax matrix has ${words.list(bounds.map((entryBound) => `${count(entryBound)} singular values above a thousandth of the first at B = ${entryBound}`))}.`
+  );
+}

@@ -242,3 +242,20 @@ function choiceFigure(rows, { thresholdLength, headDim, tolerance }) {
     quotes: [...chosen('certified'), ...chosen('sampled')].map((row) => ({ label: `${row.guarantee}, B = ${row.entryBound}`, text: row.reason })),
   };
 }
+
+/** The experiment in a sentence or two, from its figures. */
+export function finding([{ rows: long }, { rows: heads }, { rows: choices }]) {
+  const longest = Math.max(...long.map((row) => row.length));
+  const ends = long.filter((row) => row.length === longest && row.series.startsWith('degree'));
+  const end = ends.filter((row) => row.series === ends[0].series);
+  const loses = heads.find((row) => row.series === 'measured' && row.gain <= 1);
+  const limit = (guarantee) => choices.findLast((row) => row.guarantee === guarantee && row.method === 'polynomial' && !row.series.endsWith('forced'));
+  const limits = ['certified', 'sampled'].map((guarantee) => {
+    const last = limit(guarantee);
+    return last ? `B = ${last.entryBound} ${guarantee}` : `no B ${guarantee}`;
+  });
+  return (
+    `At n = ${words.integer(longest)} ${end[0].series} is off by ${words.list(end.map((row) => `${words.error(row.error)} in ${row.quantity === 'output' ? 'the output' : row.quantity}`))}. ` +
+    `${loses ? `Exact wins from head size ${loses.headDim} on at the length tried` : 'Exact wins at no head size tried'}. \`auto\` runs polynomials up to ${words.list(limits)}, and computes exactly beyond.`
+  );
+}

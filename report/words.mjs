@@ -15,6 +15,7 @@ export function error(value) {
   if (value === 0) return '0';
   if (Math.abs(value) >= 0.01 && Math.abs(value) < 1000) return String(Number(value.toPrecision(2)));
   const [mantissa, exponent] = value.toExponential(1).split('e');
+  if (mantissa === '1.0') return `10${superscript(Number(exponent))}`;
   return `${mantissa} × 10${superscript(Number(exponent))}`;
 }
 
