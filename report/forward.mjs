@@ -16,7 +16,7 @@ import * as words from './words.mjs';
 
 export const title = 'Forward with bounded entries';
 export const about =
-  'Entries of q and k are uniform in [−B, B] with B = (ln n)^¼, which is o(√log n), the head size d is log₂ n (to the next even number) and the scale ' +
+  'Entries of q and k are uniform in [−B, B] with B = ⁴√(ln n), which is o(√log n), the head size d is log₂ n (to the next even number) and the scale ' +
   '1/d, as in the papers. One head, no mask. Times are medians of calls in turn, copies and checks included.';
 
 export const sizes = {
@@ -224,7 +224,7 @@ export function finding([{ rows: times }, , { rows: needs }]) {
   const needed = needs.filter((row) => row.series === 'measured' && row.degree !== null);
   const target = needed.length > 0 ? ` An error of 1/n takes degree ${needed[0].degree} at n = ${words.integer(needed[0].length)} and ${needed.at(-1).degree} at n = ${words.integer(needed.at(-1).length)}.` : ' No degree tried has an error of 1/n.';
   return (
-    `With entries of order (log n)^¼ and d = log₂ n, time grows like n to the power ${words.number(slopeOf(times, GROWING, method), 3)} for degree ${degree} and ` +
+    `With entries up to ⁴√(ln n) and d = log₂ n, time grows like n to the power ${words.number(slopeOf(times, GROWING, method), 3)} for degree ${degree} and ` +
     `${words.number(slopeOf(times, GROWING, 'exact'), 3)} for exact; at n = ${words.integer(last.length)} they are ${words.ratio(exact.y / last.y)} apart.${target}`
   );
 }

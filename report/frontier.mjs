@@ -116,7 +116,7 @@ function frontierFigure(rows, size) {
       `${winsBelow(MEASURED)} of ${below(MEASURED).length} as measured; from the curve on in ${winsAbove} of ${above.length}.${top}`,
     note:
       `d = ${headDim}, scale 1/d, forward. A cell has the least degree and the exact time over its time; “exact” where no degree keeps the tolerance, in grey where one does but is slower. ` +
-      `Solid: B = √(ln n). Dashed: theory.frontier, up to which a proved polynomial needs fewer operations. ` +
+      `Solid: B = √(ln n). Dashed: \`theory.frontier\`, up to which a proved polynomial needs fewer operations. ` +
       `Errors beyond n = ${words.integer(allRowsUpTo)} are of ${words.integer(count)} rows; exact times beyond n = ${words.integer(size.exactUpTo)} are scaled.`,
     x: { key: 'length', label: 'n', kind: 'integer', values: lengths },
     y: { key: 'entryBound', label: 'B', kind: 'number', values: bounds },
@@ -157,7 +157,7 @@ function gainFigure(cells, { headDim }) {
     kind: 'lines',
     title: 'Measured gain over predicted gain',
     sentence: `The gain measured is ${words.list(parts)} of the gain by counting operations; above 1 the polynomial engine has the higher rate, below 1 what is not counted (features, checks, set-up) shows.`,
-    note: `theory.cost counts the products only. d = ${headDim}, forward; hollow: the exact time is scaled.`,
+    note: `Predicted is the ratio of \`theory.cost\`, which counts products only. d = ${headDim}, forward; hollow: the exact time is scaled.`,
     x: { key: 'length', label: 'n', log: 2, kind: 'integer' },
     y: { key: 'relative', label: 'measured / predicted', log: 10, kind: 'number' },
     series: 'series',

@@ -63,9 +63,9 @@ const normal = (deviation) => pair((length, headDim, seed) => rows(length, headD
 
 /** Makers of q and k by name: (length, headDim, seed) => { q, k }. */
 export const PATTERNS = {
-  'uniform in [-1, 1]': pair((length, headDim, seed) => uniform(length * headDim, 1, seed)),
-  'normal, deviation 0.5': normal(0.5),
-  'normal, deviation 1': normal(1),
+  'uniform in [−1, 1]': pair((length, headDim, seed) => uniform(length * headDim, 1, seed)),
+  'normal (deviation 0.5)': normal(0.5),
+  'normal (deviation 1)': normal(1),
   'log-normal norms': pair((length, headDim, seed) => {
     const next = normals(seed + 1000);
     return rows(length, headDim, seed, () => 0.5 * Math.exp(0.5 * next()));

@@ -39,7 +39,7 @@ export function attempt(run) {
   try {
     return run();
   } catch (problem) {
-    if (problem instanceof RangeError) return null;
+    if (problem instanceof RangeError && problem.message.includes('coefficients beyond float32')) return null;
     throw problem;
   }
 }

@@ -143,7 +143,7 @@ function longFigure(rows, { degrees, headDim, rows: count }) {
     kind: 'lines',
     title: 'Very long sequences',
     sentence: `From n = ${words.integer(shortest)} to ${words.integer(longest)} ${words.list(growth)}; the forward pass takes ${words.list(speed)} at the end.`,
-    note: `d = ${headDim}, entries in [−0.5, 0.5], scale 1/√d; ${count} rows against float64. Output errors fall with n as more values are averaged.`,
+    note: `d = ${headDim}, entries in [−0.5, 0.5], scale 1/√d; ${count} rows against float64.`,
     x: { key: 'length', label: 'n', log: 2, kind: 'integer' },
     y: { key: 'error', label: 'error', log: 10, kind: 'error' },
     panel: 'quantity',

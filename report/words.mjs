@@ -37,7 +37,11 @@ export function duration(milliseconds) {
 /** A ratio: 5.93 -> 5.9x, 0.256 -> 0.26x */
 export const ratio = (value) => (value === null || !Number.isFinite(value) ? 'none' : `${number(value, 2)}x`);
 
-export const percent = (share) => (share === null ? 'none' : `${number(100 * share, 3)} %`);
+/** Nothing but all of it is 100 %. */
+export function percent(share) {
+  if (share === null || !Number.isFinite(share)) return 'none';
+  return share < 1 && share > 0.9995 ? 'over 99.9 %' : `${number(100 * share, 3)} %`;
+}
 
 export const powerOfTen = (value) => `10${superscript(Math.round(Math.log10(value)))}`;
 
@@ -49,6 +53,7 @@ const WRITERS = { integer, error, number: (value) => number(value), ms: duration
 
 /** A cell of a table. */
 export function write(value, kind) {
-  if (value === null || value === undefined) return '–';
+  if (value === null || value === undefined || value === false) return '–';
+  if (value === true) return 'yes';
   return typeof value === 'number' && kind in WRITERS ? WRITERS[kind](value) : String(value);
 }

@@ -213,6 +213,9 @@ function keyOf(figure) {
     for (const degree of degrees) item('line', `degree ${degree}`, degree >= 1 && degree <= 6 ? `var(--degree-${degree})` : 'var(--muted)');
     return items;
   }
+  const axis = document.createElement('span');
+  axis.textContent = `↑ ${figure.y.label}`;
+  items.push(axis);
   const names = figure.series ? distinct(figure.rows.map((row) => row[figure.series])) : [];
   names.forEach((name, index) => {
     const { colour, dash } = styleOf(figure, name, index);
