@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Experiment 3: the gradient on synthetic data with controlled entries, the claim of arXiv 2412.17316v3 (Theorem 1.4: almost
+// Experiment 3: the gradient on synthetic data with controlled entries, the claim of arXiv 2412.17316v3 (almost
 // linear time where entries are o(sqrt(log n)), and no truly subquadratic time above order sqrt(log n) unless SETH fails).
 //
 //   error      of dq, dk and dv against B, entries uniform in [-B, B], one curve a degree, beside B = sqrt(ln n)

@@ -57,7 +57,7 @@ export function run({ attention, sizes: size, progress, seed }) {
         scores.push({ ...base, series: '99 %', value: quantile(magnitudes, 0.99) });
         scores.push({ ...base, series: 'largest drawn', value: quantile(magnitudes, 1) });
         scores.push({ ...base, series: 'Cauchy–Schwarz', value: report.scoreBound });
-        if (length === lengths.at(-1)) densities.push(...density(drawn, pattern));
+        if (length === lengths[0] || length === lengths.at(-1)) densities.push(...density(drawn, { pattern, length, series: `n = ${words.integer(length)}` }));
       }
       entries.push({
         pattern,
@@ -90,13 +90,13 @@ function drawScores({ attention, q, k, shape, pairs, seed }) {
 }
 
 /** A histogram of 61 bins from -6 to 6, as densities; empty bins are left out. */
-function density(scores, pattern) {
+function density(scores, base) {
   const [bins, edge] = [61, 6];
   const width = (2 * edge) / bins;
   const counts = new Array(bins).fill(0);
   for (const s of scores) if (Math.abs(s) < edge) counts[Math.floor((s + edge) / width)]++;
   return counts.flatMap((count, n) =>
-    count === 0 ? [] : [{ pattern, score: (n + 0.5) * width - edge, density: count / scores.length / width }],
+    count === 0 ? [] : [{ ...base, score: (n + 0.5) * width - edge, density: count / scores.length / width }],
   );
 }
 
@@ -147,7 +147,7 @@ function entriesFigure(rows, { draws, headDim, tolerance }) {
 
 function densityFigure(rows, { lengths, headDim, pairs }) {
   const spread = (pattern) => {
-    const own = rows.filter((row) => row.pattern === pattern);
+    const own = rows.filter((row) => row.pattern === pattern && row.length === lengths.at(-1));
     const weight = own.reduce((sum, row) => sum + row.density, 0);
     const mean = own.reduce((sum, row) => sum + row.density * row.score, 0) / weight;
     return Math.sqrt(own.reduce((sum, row) => sum + row.density * (row.score - mean) ** 2, 0) / weight);
@@ -164,8 +164,10 @@ function densityFigure(rows, { lengths, headDim, pairs }) {
     x: { key: 'score', label: 'score', kind: 'number' },
     y: { key: 'density', label: 'density', log: 10, kind: 'error' },
     panel: 'pattern',
+    series: 'series',
     columns: [
       { key: 'pattern', label: 'input' },
+      { key: 'length', label: 'n', kind: 'integer' },
       { key: 'score', label: 'score', kind: 'number' },
       { key: 'density', label: 'density', kind: 'error' },
     ],

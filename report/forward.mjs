@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Experiment 1: the forward pass in the papers' regime, entries below o(sqrt(log n)) and head size d = O(log n), where
-// Alman, Song (arXiv 2505.11892, Theorem 1.3; without rotation 2302.13214) compute attention with error 1/poly(n) in time n^(1+o(1)).
+// Alman, Song (arXiv 2505.11892; without rotation 2302.13214) compute attention with error 1/poly(n) in time n^(1+o(1)).
 //
 //   d = log2 n to the next even number, B = (ln n)^(1/4), scale 1/d: |scores| <= B^2 = sqrt(ln n), larger with n.
 //   time       exact and each degree against n, slopes by least squares on the logarithms; a second time with d = 16 fixed

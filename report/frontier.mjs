@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Experiment 6: the frontier. Over lengths and entry bounds, which degree a tolerance takes and what it gains over exact: the
-// dichotomy of Alman, Song (arXiv 2302.13214, Theorems 1.4 and 1.5; with rotation 2505.11892, gradients 2412.17316v3) with constants.
+// dichotomy of Alman, Song (arXiv 2302.13214; with rotation 2505.11892, gradients 2412.17316v3) with constants.
 //
 //   predicted   degreeFor (proved for the worst entries in [-B, B]) and the ratio of `cost`; `frontier` is where it becomes 1
 //   measured    the least degree within the tolerance on uniform entries, and times of both engines at that length
@@ -21,7 +21,7 @@ export const about =
 
 export const sizes = {
   full: {
-    ...{ headDim: 16, lengths: [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536], bounds: [0.5, 0.71, 1, 1.41, 2, 2.83, 4, 5.66], tolerance: 1e-3 },
+    ...{ headDim: 16, lengths: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536], bounds: [0.25, 0.35, 0.5, 0.71, 1, 1.41, 2, 2.83, 4, 5.66], tolerance: 1e-3 },
     ...{ maxDegree: 5, rows: 256, allRowsUpTo: 4096, exactUpTo: 16384, seconds: 0.15 },
   },
   quick: {
@@ -115,7 +115,7 @@ function frontierFigure(rows, size) {
       `Below B = √(ln n) a polynomial that keeps ${tolerance} beats exact in ${winsBelow(PREDICTED)} of ${below(PREDICTED).length} cells by proof and operations and in ` +
       `${winsBelow(MEASURED)} of ${below(MEASURED).length} as measured; from the curve on in ${winsAbove} of ${above.length}.${top}`,
     note:
-      `d = ${headDim}, scale 1/d, forward. A cell has the least degree and the exact time over its time; “exact” where no degree keeps the tolerance, in grey where one does but is slower. ` +
+      `d = ${headDim}, scale 1/d, forward; measured up to degree ${size.maxDegree}. A cell has the least degree and the exact time over its time; “exact” where no degree keeps the tolerance, in grey where one does but is slower. ` +
       `Solid: B = √(ln n). Dashed: \`theory.frontier\`, up to which a proved polynomial needs fewer operations. ` +
       `Errors beyond n = ${words.integer(allRowsUpTo)} are of ${words.integer(count)} rows; exact times beyond n = ${words.integer(size.exactUpTo)} are scaled.`,
     x: { key: 'length', label: 'n', kind: 'integer', values: lengths },

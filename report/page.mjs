@@ -7,9 +7,11 @@ import { duration, integer, write } from './words.mjs';
 
 const ENTITIES = { '&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;', "'": '&#39;' };
 
-/** Text as HTML; `code` between back quotes. */
-const text = (value) => String(value).replace(/[&<>"']/g, (c) => ENTITIES[c]).replace(/`([^`]+)`/g, '<code>$1</code>');
-const plain = (value) => text(String(value).replaceAll('`', ''));
+const escape = (value) => String(value).replace(/[&<>"']/g, (c) => ENTITIES[c]);
+/** Text as HTML; `code` between back quotes. No line ends inside "n = 4,096", "8.1 × 10⁻⁷" and "50 %". */
+const text = (value) =>
+  escape(String(value).replace(/ (=|×) /g, '\u00a0$1\u00a0').replaceAll(' %', '\u00a0%')).replace(/`([^`]+)`/g, '<code>$1</code>');
+const plain = (value) => escape(String(value).replaceAll('`', ''));
 
 /** JSON that no HTML parser sees the end of a script in. */
 export const embed = (value) => JSON.stringify(value).replaceAll('<', '\\u003c').replaceAll('\u2028', '\\u2028').replaceAll('\u2029', '\\u2029');

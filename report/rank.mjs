@@ -2,7 +2,7 @@
 //
 // Experiment 2: what a rank buys. The polynomial method writes the softmax matrix s(x) as a product of thin matrices of rank
 // C(d+g, g) (Alman, Song, arXiv 2302.13214, Lemma 3.4); the gradient needs beta = dout v^T and gamma = s o beta - diag(rowsum(s o
-// beta)) s of low rank too (arXiv 2412.17316v3, Sections 4 and 5).
+// beta)) s of low rank too (arXiv 2412.17316v3).
 //
 //   error       output, dq, dk, dv of each degree against float64, by rank; beside it what float32 alone costs
 //   best rank   the polynomial's error of s, in the Frobenius norm, against the best there is at this rank (Eckart, Young 1936)
@@ -189,12 +189,19 @@ function spectrumFigure(rows, { matrix, matrixDim }) {
   const bounds = [...new Set(rows.map((row) => row.entryBound))];
   const above = (name, entryBound) => rows.filter((row) => row.matrix === name && row.entryBound === entryBound && row.relative > 1e-3).length;
   const counts = (name) => words.list(bounds.map((entryBound) => `${above(name, entryBound)} at B = ${entryBound}`));
+  // s of rank r, times beta of rank d entry by entry, less a diagonal times s: rank at most r (d + 1)
+  const falls = [theory.rank(matrixDim, 1), theory.rank(matrixDim, 1) * (matrixDim + 1)].flatMap((index, n) => {
+    const at = (i) => rows.find((row) => row.matrix === ['s', 'gamma'][n] && row.entryBound === bounds[0] && row.index === i);
+    const [last, next] = [at(index), at(index + 1)];
+    return next ? [`those of ${last.matrix} by ${words.number(last.relative / next.relative, 2)} after the ${index}th`] : [];
+  });
+  const steps = falls.length > 0 ? ` At B = ${bounds[0]} they fall in steps: ${words.list(falls)}.` : '';
   return {
     id: 'rank-spectra',
     kind: 'lines',
     title: 'Singular values of s, beta and gamma',
-    sentence: `Of ${matrix} singular values those above a thousandth of the largest are, for s, ${counts('s')}; for beta, whose rank is at most d = ${matrixDim}, ${counts('beta')}; for gamma, ${counts('gamma')}.`,
-    note: `n = ${matrix}, d = ${matrixDim}. Vertical lines: the rank of degrees 1, 2 and 3. Beta does not depend on B.`,
+    sentence: `Of ${matrix} singular values those above a thousandth of the largest are, for s, ${counts('s')}; for beta, whose rank is at most d = ${matrixDim}, ${counts('beta')}; for gamma, ${counts('gamma')}.${steps}`,
+    note: `n = ${matrix}, d = ${matrixDim}. Vertical lines: the ranks C(d+g, g) of degrees g. A matrix s of rank r makes a gamma of rank r (d + 1) at most. Beta does not depend on B.`,
     x: { key: 'index', label: 'index', log: 10, kind: 'integer' },
     y: { key: 'relative', label: 'singular value / largest', log: 10, kind: 'error', floor: 1e-10 },
     panel: 'matrix',

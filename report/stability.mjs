@@ -48,10 +48,15 @@ export function run({ attention, sizes: size, progress, seed }) {
   });
   const choices = [];
   size.bounds.forEach((entryBound, step) => {
-    progress(`threshold, B = ${entryBound}`, 0.7 + (0.3 * step) / size.bounds.length);
+    progress(`threshold, B = ${entryBound}`, 0.7 + (0.25 * step) / size.bounds.length);
     choices.push(...choiceAt({ attention, entryBound, ...size, seed }));
   });
-  return [longFigure(long, size), headFigure(heads, size), choiceFigure(choices, size)];
+  const gradients = [0, 0.4, 0.8].flatMap((share) => {
+    const entryBound = size.bounds[Math.floor(share * (size.bounds.length - 1))];
+    progress(`gradients, B = ${entryBound}`, 0.95 + share / 20);
+    return gradientsAt({ attention, entryBound, ...size, seed });
+  });
+  return [longFigure(long, size), headFigure(heads, size), choiceFigure(choices, gradients, size)];
 }
 
 function longSequence({ attention, length, degrees, rows: count, headDim, seed }) {
@@ -106,20 +111,31 @@ function choiceAt({ attention, entryBound, thresholdLength: length, headDim, tol
   const args = { q, k, v, shape: { heads: 1, queryLength: length, headDim }, scale: 1 / headDim, tolerance };
   const exact = attention.forward({ ...args, method: 'exact' });
   const range = halfRange(v, headDim);
+  // A degree that is forced, to see what the promise would be worth
+  const forced = attempt(() => attention.forward({ ...args, ...polynomial(4) }));
+  const forcedError = finite(forced ? outputError(forced.output, exact.output, range) : Infinity);
   return ['certified', 'sampled'].flatMap((guarantee) => {
     const { output, report } = attention.forward({ ...args, guarantee });
     const base = { guarantee, panel: guarantee, entryBound, method: report.method, degree: report.degree, scoreBound: finite(report.scoreBound), reason: report.reason };
     const measured = report.method === 'exact' ? null : finite(outputError(output, exact.output, range));
     const claims = guarantee === 'certified' ? { series: 'proved', error: report.errorBound } : { series: 'sampled', error: report.errorEstimate };
-    // A degree that is forced, to see what the promise would be worth
-    const forced = attempt(() => attention.forward({ ...args, ...polynomial(4) }));
     return [
       { ...base, ...claims },
       { ...base, series: 'measured', error: measured },
       ...(guarantee === 'sampled'
-        ? [{ ...base, method: 'polynomial', degree: 4, reason: null, series: 'degree 4, forced', error: finite(forced ? outputError(forced.output, exact.output, range) : Infinity) }]
+        ? [{ ...base, method: 'polynomial', degree: 4, reason: null, series: 'degree 4, forced', error: forcedError }]
         : []),
     ];
+  });
+}
+
+/** What `auto` says about gradients. */
+function gradientsAt({ attention, entryBound, thresholdLength: length, headDim, tolerance, seed }) {
+  const inputs = uniformInputs({ length, headDim, bound: entryBound, seed });
+  const args = { ...inputs, shape: { heads: 1, queryLength: length, headDim }, scale: 1 / headDim, tolerance };
+  return ['certified', 'sampled'].map((guarantee) => {
+    const { report } = attention.backward({ ...args, guarantee });
+    return { label: `gradients ${guarantee}, B = ${entryBound}`, text: report.reason };
   });
 }
 
@@ -192,7 +208,7 @@ function headFigure(rows, { dimLength }) {
   };
 }
 
-function choiceFigure(rows, { thresholdLength, headDim, tolerance }) {
+function choiceFigure(rows, gradients, { thresholdLength, headDim, tolerance }) {
   const threshold = theory.paperBound(thresholdLength);
   const chosen = (guarantee) => rows.filter((row) => row.guarantee === guarantee && row.series !== 'measured' && !row.series.endsWith('forced'));
   const limit = (guarantee) => {
@@ -239,7 +255,9 @@ function choiceFigure(rows, { thresholdLength, headDim, tolerance }) {
       { key: 'reason', label: 'reason' },
     ],
     rows,
-    quotes: [...chosen('certified'), ...chosen('sampled')].map((row) => ({ label: `${row.guarantee}, B = ${row.entryBound}`, text: row.reason })),
+    quotes: [...chosen('certified'), ...chosen('sampled')]
+      .map((row) => ({ label: `output ${row.guarantee}, B = ${row.entryBound}`, text: row.reason }))
+      .concat(gradients),
   };
 }
 

@@ -128,7 +128,7 @@ function lines(figure) {
     const line = { stroke: 'var(--muted)', strokeDasharray: '1 4', strokeLinecap: 'round' };
     const text = { text: 'label', fill: 'var(--muted)', fontSize: 11, ...HALO };
     return rule.x !== undefined
-      ? [Plot.ruleX([rule.x], line), Plot.text([rule], { x: 'x', y: () => top, ...text, dx: -4, dy: 8, textAnchor: 'end' })]
+      ? [Plot.ruleX([rule.x], line), Plot.text([rule], { x: 'x', y: () => top, ...text, dy: -7 })]
       : [Plot.ruleY([rule.y], line), Plot.text([rule], { y: 'y', x: () => right, ...text, dy: -8, textAnchor: 'end' })];
   }
 
