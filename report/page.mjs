@@ -90,7 +90,7 @@ ${figures.map(figureOf).join('\n')}
 </main>
 <footer class="colophon report"><p>rope-attention ${text(version)}, ${text(machine)}, ${text(date)}; ${text(duration(1000 * seconds))} in all: ${text(
     experiments.map((one) => `${one.id} ${duration(1000 * one.seconds)}`).join(', '),
-  )}. Every sentence is made from the numbers below its figure; make report makes all of it again. Inputs are seeded, times are of this machine.</p></footer>
+  )}. Every sentence is made from the numbers below its figure; <code>make report</code> makes all of it again. Inputs are seeded, times are of this machine.</p></footer>
 <script type="application/json" id="report-data">${embed(report)}</script>
 <script>${enclose(script)}</script>
 </body>

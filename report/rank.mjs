@@ -119,7 +119,8 @@ function errorFigure(rows, { headDim, length }) {
     };
     const gradients = ['dq', 'dk', 'dv'].map((name) => steps(name)).filter((factor) => factor !== null);
     const range = gradients.length > 0 ? `${words.number(Math.min(...gradients), 2)} to ${words.number(Math.max(...gradients), 2)}` : 'nothing measurable';
-    return `at B = ${entryBound} one degree more divides the error of the output by ${words.number(steps('output') ?? NaN, 2)} and those of the gradients by ${range}`;
+    const output = steps('output');
+    return `that of the output by ${output === null ? 'nothing measurable' : words.number(output, 2)} and those of the gradients by ${range} at B = ${entryBound}`;
   });
   const target = 1e-3;
   const needed = (quantity, entryBound) => {
@@ -134,7 +135,7 @@ function errorFigure(rows, { headDim, length }) {
     id: 'rank-error',
     kind: 'lines',
     title: 'Output and gradients against rank',
-    sentence: `On average ${words.list(falls)}; an error of ${words.error(target)} at B = ${widest} takes ${words.list(each)}.`,
+    sentence: `One degree more divides errors, on average: ${falls.join('; ')}. An error of ${words.error(target)} at B = ${widest} takes ${words.list(each)}.`,
     note: `d = ${headDim}, n = ${words.integer(length)}; each dot is a degree, from ${Math.min(...rows.filter((row) => row.degree !== null).map((row) => row.degree))} on. The exact engine, in float32, is off by ${words.error(floor)} at most.`,
     x: { key: 'rank', label: 'rank', log: 10, kind: 'integer' },
     y: { key: 'error', label: 'error', log: 10, kind: 'error' },
@@ -160,15 +161,15 @@ function bestFigure(rows, { matrix, matrixDim }) {
   const extreme = parts.reduce((a, b) => (b.factor > a.factor ? b : a), parts[0]);
   const least = parts.reduce((a, b) => (b.factor < a.factor ? b : a), parts[0]);
   const say = ({ entryBound, degree, rank, error, factor }) =>
-    `${words.number(factor, 2)} times at B = ${entryBound}, degree ${degree} (rank ${words.integer(rank)}, error ${words.error(error)})`;
+    `${words.number(factor, 2)} times that (at B = ${entryBound}, degree ${degree}, rank ${words.integer(rank)}: ${words.error(error)})`;
   return {
     id: 'rank-best',
     kind: 'lines',
     title: 'The softmax matrix: the polynomial and the best of its rank',
     sentence: extreme
-      ? `Measured in the Frobenius norm, the polynomial’s error of s is between ${say(least)} and ${say(extreme)} that of the best matrix of the same rank; the price of features that do not look at the data.`
+      ? `The best matrix of a polynomial’s rank has the least error of s; the polynomial has between ${say(least)} and ${say(extreme)}, the price of features that do not look at the data.`
       : `At these ${rows.length} points the best matrix of the polynomial’s rank is exact to rounding.`,
-    note: `d = ${matrixDim}, n = ${matrix}. No matrix of rank r is nearer to s than its first r singular triples.`,
+    note: `Relative errors in the Frobenius norm, d = ${matrixDim}, n = ${matrix}. No matrix of rank r is nearer to s than its first r singular triples.`,
     x: { key: 'rank', label: 'rank', log: 10, kind: 'integer' },
     y: { key: 'error', label: 'error of s', log: 10, kind: 'error', floor: 1e-9 },
     panel: 'panel',
@@ -189,18 +190,17 @@ function spectrumFigure(rows, { matrix, matrixDim }) {
   const bounds = [...new Set(rows.map((row) => row.entryBound))];
   const above = (name, entryBound) => rows.filter((row) => row.matrix === name && row.entryBound === entryBound && row.relative > 1e-3).length;
   const counts = (name) => words.list(bounds.map((entryBound) => `${above(name, entryBound)} at B = ${entryBound}`));
-  // s of rank r, times beta of rank d entry by entry, less a diagonal times s: rank at most r (d + 1)
-  const falls = [theory.rank(matrixDim, 1), theory.rank(matrixDim, 1) * (matrixDim + 1)].flatMap((index, n) => {
-    const at = (i) => rows.find((row) => row.matrix === ['s', 'gamma'][n] && row.entryBound === bounds[0] && row.index === i);
-    const [last, next] = [at(index), at(index + 1)];
-    return next ? [`those of ${last.matrix} by ${words.number(last.relative / next.relative, 2)} after the ${index}th`] : [];
+  const falls = ['s', 'gamma'].map((name) => {
+    const own = rows.filter((row) => row.matrix === name && row.entryBound === bounds[0]);
+    const steps = own.slice(1, Math.ceil(0.9 * own.length)).map((row, n) => ({ after: n + 1, factor: own[n].relative / row.relative }));
+    const steepest = steps.filter(({ after }) => after > 1).sort((x, y) => y.factor - x.factor).slice(0, 2).sort((x, y) => x.after - y.after);
+    return `${name} at ${words.list(steepest.map(({ after, factor }) => `index ${after} (by ${words.number(factor, 2)})`))}`;
   });
-  const steps = falls.length > 0 ? ` At B = ${bounds[0]} they fall in steps: ${words.list(falls)}.` : '';
   return {
     id: 'rank-spectra',
     kind: 'lines',
     title: 'Singular values of s, beta and gamma',
-    sentence: `Of ${matrix} singular values those above a thousandth of the largest are, for s, ${counts('s')}; for beta, whose rank is at most d = ${matrixDim}, ${counts('beta')}; for gamma, ${counts('gamma')}.${steps}`,
+    sentence: `Of ${matrix} singular values those above a thousandth of the largest are, for s, ${counts('s')}; for beta, whose rank is at most d = ${matrixDim}, ${counts('beta')}; for gamma, ${counts('gamma')}. At B = ${bounds[0]} the steepest falls from one to the next are, past the first, for ${falls.join(', for ')}.`,
     note: `n = ${matrix}, d = ${matrixDim}. Vertical lines: the ranks C(d+g, g) of degrees g. A matrix s of rank r makes a gamma of rank r (d + 1) at most. Beta does not depend on B.`,
     x: { key: 'index', label: 'index', log: 10, kind: 'integer' },
     y: { key: 'relative', label: 'singular value / largest', log: 10, kind: 'error', floor: 1e-10 },

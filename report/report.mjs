@@ -57,7 +57,7 @@ for (const [n, id] of chosen.entries()) {
 
 const { version } = JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8'));
 const report = {
-  title: 'Fast RoPE attention: the report',
+  title: 'Almost linear RoPE attention, measured',
   version,
   date: new Date().toISOString().slice(0, 10),
   machine: `${cpus()[0]?.model.trim() ?? 'unknown processor'}, Node ${process.versions.node}, ${simd}, one thread`,

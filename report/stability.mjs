@@ -152,13 +152,13 @@ function longFigure(rows, { degrees, headDim, rows: count }) {
   });
   const speed = degrees.map((degree) => {
     const { milliseconds, length } = at(`degree ${degree}`, longest, 'output');
-    return `degree ${degree} ${words.duration(milliseconds)} (${words.integer((1000 * length) / milliseconds)} tokens a second)`;
+    return `${words.duration(milliseconds)} for degree ${degree} (${words.number((1000 * length) / milliseconds)} tokens a second)`;
   });
   return {
     id: 'stability-length',
     kind: 'lines',
     title: 'Very long sequences',
-    sentence: `From n = ${words.integer(shortest)} to ${words.integer(longest)} ${words.list(growth)}; the forward pass takes ${words.list(speed)} at the end.`,
+    sentence: `From n = ${words.integer(shortest)} to ${words.integer(longest)} ${growth.join('; ')}. The forward pass takes ${words.list(speed)} at the end.`,
     note: `d = ${headDim}, entries in [−0.5, 0.5], scale 1/√d; ${count} rows against float64.`,
     x: { key: 'length', label: 'n', log: 2, kind: 'integer' },
     y: { key: 'error', label: 'error', log: 10, kind: 'error' },
@@ -182,7 +182,7 @@ function headFigure(rows, { dimLength }) {
   const loses = measured.filter((row) => row.gain <= 1);
   const list = (some) => words.list(some.map((row) => `${words.ratio(row.gain)} at d = ${row.headDim}`));
   const first = wins.length > 0 ? `degree 2 gains ${list(wins)}` : 'degree 2 gains nothing';
-  const second = loses.length > 0 ? `exact is faster from d = ${loses[0].headDim} on (${list(loses)})` : 'exact is faster at no head size tried';
+  const second = loses.length > 0 ? `exact is the faster one elsewhere (degree 2 has ${list(loses)})` : 'exact is faster at no head size tried';
   const last = measured.at(-1);
   return {
     id: 'stability-heads',
@@ -266,7 +266,7 @@ export function finding([{ rows: long }, { rows: heads }, { rows: choices }]) {
   const longest = Math.max(...long.map((row) => row.length));
   const ends = long.filter((row) => row.length === longest && row.series.startsWith('degree'));
   const end = ends.filter((row) => row.series === ends[0].series);
-  const loses = heads.find((row) => row.series === 'measured' && row.gain <= 1);
+  const loses = heads.filter((row) => row.series === 'measured' && row.gain <= 1);
   const limit = (guarantee) => choices.findLast((row) => row.guarantee === guarantee && row.method === 'polynomial' && !row.series.endsWith('forced'));
   const limits = ['certified', 'sampled'].map((guarantee) => {
     const last = limit(guarantee);
@@ -274,6 +274,6 @@ export function finding([{ rows: long }, { rows: heads }, { rows: choices }]) {
   });
   return (
     `At n = ${words.integer(longest)} ${end[0].series} is off by ${words.list(end.map((row) => `${words.error(row.error)} in ${row.quantity === 'output' ? 'the output' : row.quantity}`))}. ` +
-    `${loses ? `Exact wins from head size ${loses.headDim} on at the length tried` : 'Exact wins at no head size tried'}. \`auto\` runs polynomials up to ${words.list(limits)}, and computes exactly beyond.`
+    `${loses.length > 0 ? `Exact beats degree 2 at head sizes ${words.list(loses.map((row) => row.headDim))} at the length tried` : 'Exact beats degree 2 at no head size tried'}. \`auto\` runs polynomials up to ${words.list(limits)}, and computes exactly beyond.`
   );
 }
