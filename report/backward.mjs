@@ -16,13 +16,20 @@ import * as words from './words.mjs';
 
 export const title = 'Backward on entries of controlled size';
 export const about =
-  'The gradients by q, k and v for a random gradient of the output, d = 16, scale 1/√d, no mask. Each degree’s gradient is the exact derivative of its ' +
+  'The gradients by q, k and v for a random gradient of the output, d = 16, scale 1/√d, no mask. Each degree’s gradient is the ' +
+  'exact derivative of its ' +
   'own forward pass; errors are relative, in the Frobenius norm, against the exact engine.';
 
 export const sizes = {
   full: {
     ...{ headDim: 16, length: 2048, bounds: [0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4], degrees: [1, 2, 3, 4, 5, 6], check: 256 },
-    ...{ lengths: [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536], timed: [1, 2, 3, 4], exactUpTo: 16384, work: 7e10, seconds: 0.25 },
+    ...{
+      lengths: [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
+      timed: [1, 2, 3, 4],
+      exactUpTo: 16384,
+      work: 7e10,
+      seconds: 0.25,
+    },
   },
   quick: {
     ...{ headDim: 16, length: 512, bounds: [0.25, 0.5, 1, 2, 4], degrees: [1, 2, 3, 4], check: 128 },
@@ -39,7 +46,10 @@ const QUANTITIES = ['dq', 'dk', 'dv'];
 export function run({ attention, sizes: size, progress, seed }) {
   const { headDim, length } = size;
   const errors = [];
-  const problem = (bound, rows) => ({ ...uniformInputs({ length: rows, headDim, bound, seed }), shape: { heads: 1, queryLength: rows, headDim } });
+  const problem = (bound, rows) => ({
+    ...uniformInputs({ length: rows, headDim, bound, seed }),
+    shape: { heads: 1, queryLength: rows, headDim },
+  });
   const both = (call, options) => {
     const { dOutput: _, ...forwardCall } = call;
     const saved = attention.forward({ ...forwardCall, ...options });
@@ -77,7 +87,8 @@ export function run({ attention, sizes: size, progress, seed }) {
       if (operations({ length: rows, headDim, degree, pass: 'backward' }) <= size.work) add(`degree ${degree}`, polynomial(degree));
     }
     const measured = race(runs, size.seconds);
-    for (const [method, milliseconds] of Object.entries(measured)) times.push({ length: rows, method, milliseconds, scaled: false });
+    for (const [method, milliseconds] of Object.entries(measured))
+      times.push({ length: rows, method, milliseconds, scaled: false });
     if (measured.exact === undefined) {
       const last = times.findLast((row) => row.method === 'exact' && !row.scaled);
       times.push({ length: rows, method: 'exact', milliseconds: last.milliseconds * (rows / last.length) ** 2, scaled: true });
@@ -115,7 +126,9 @@ function errorFigure(rows, { headDim, length, degrees, check }, rounding) {
     kind: 'lines',
     title: 'Gradient error against the size of entries',
     sentence: `All three gradients are within ${words.error(limit)} for ${words.list(parts)}.${end}`,
-    note: `d = ${headDim}, n = ${words.integer(length)}. Triangles: beyond the axis, or no number at all. The exact engine is within ${words.error(rounding)} of float64 at n = ${check}, B = 1.`,
+    note:
+      `d = ${headDim}, n = ${words.integer(length)}. Triangles: beyond the axis, or no number at all. The exact engine is ` +
+      `within ${words.error(rounding)} of float64 at n = ${check}, B = 1.`,
     x: { key: 'entryBound', label: 'B', log: 10, kind: 'number' },
     y: { key: 'error', label: 'relative error', log: 10, kind: 'error', top: 10 },
     panel: 'quantity',
@@ -132,16 +145,26 @@ function errorFigure(rows, { headDim, length, degrees, check }, rounding) {
 }
 
 function timeFigure(rows, { headDim, timed }) {
-  const curve = (method) => rows.filter((row) => row.method === method).map((row) => ({ ...row, x: row.length, y: row.milliseconds }));
-  const slope = (method) => powerLaw(curve(method).filter((row) => !row.scaled).slice(-5))?.slope.toFixed(2);
+  const curve = (method) =>
+    rows.filter((row) => row.method === method).map((row) => ({ ...row, x: row.length, y: row.milliseconds }));
+  const slope = (method) =>
+    powerLaw(
+      curve(method)
+        .filter((row) => !row.scaled)
+        .slice(-5),
+    )?.slope.toFixed(2);
   const exact = curve('exact');
   const parts = timed.map((degree) => {
     const own = curve(`degree ${degree}`);
     const [from, last] = [takesOver(own, exact), own.at(-1)];
     const predicted = theory.crossover({ headDim, degree, pass: 'backward' });
     const gain = words.ratio(exact.find((row) => row.length === last.length).y / last.y);
-    const where = from === null ? 'is not ahead of exact at any length tried' : `is ahead of exact from n = ${words.integer(from)} on`;
-    return `degree ${degree} (power ${slope(`degree ${degree}`)}) ${where}, by operations from n = ${words.integer(predicted)}, and ${gain} as fast at n = ${words.integer(last.length)}`;
+    const where =
+      from === null ? 'is not ahead of exact at any length tried' : `is ahead of exact from n = ${words.integer(from)} on`;
+    return (
+      `degree ${degree} (power ${slope(`degree ${degree}`)}) ${where}, by operations from n = ${words.integer(predicted)}, and ` +
+      `${gain} as fast at n = ${words.integer(last.length)}`
+    );
   });
   const scaled = rows.some((row) => row.scaled) ? ' Hollow: the exact time scaled by the square of the length.' : '';
   return {
@@ -175,6 +198,11 @@ export function finding([{ rows: errors }, { rows: times }]) {
   const polynomials = times.filter((row) => row.method !== 'exact');
   const longest = Math.max(...polynomials.map((row) => row.length));
   const exact = times.find((row) => row.method === 'exact' && row.length === longest).milliseconds;
-  const gains = polynomials.filter((row) => row.length === longest).map((row) => `${words.ratio(exact / row.milliseconds)} for ${row.method}`);
-  return `Gradients are within ${words.percent(limit)} for ${words.list(parts)}; at n = ${words.integer(longest)} the backward pass gains ${words.list(gains)} over exact.`;
+  const gains = polynomials
+    .filter((row) => row.length === longest)
+    .map((row) => `${words.ratio(exact / row.milliseconds)} for ${row.method}`);
+  return (
+    `Gradients are within ${words.percent(limit)} for ${words.list(parts)}; at n = ${words.integer(longest)} the backward pass ` +
+    `gains ${words.list(gains)} over exact.`
+  );
 }

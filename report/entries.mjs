@@ -14,8 +14,8 @@ import * as words from './words.mjs';
 
 export const title = 'Entries and scores of different inputs';
 export const about =
-  'The theorems assume that no entry of q and k exceeds a bound of smaller order than √log n. Here are inputs that keep it and inputs that do not: ' +
-  'd = 16, scale 1/√d, each length drawn anew several times.';
+  'The theorems assume that no entry of q and k exceeds a bound of smaller order than √log n. Here are inputs that keep it and inputs ' +
+  'that do not: d = 16, scale 1/√d, each length drawn anew several times.';
 
 export const sizes = {
   full: { headDim: 16, lengths: [256, 1024, 4096, 16384], draws: 8, pairs: 200_000, tolerance: 1e-2 },
@@ -57,7 +57,8 @@ export function run({ attention, sizes: size, progress, seed }) {
         scores.push({ ...base, series: '99 %', value: quantile(magnitudes, 0.99) });
         scores.push({ ...base, series: 'largest drawn', value: quantile(magnitudes, 1) });
         scores.push({ ...base, series: 'Cauchy–Schwarz', value: report.scoreBound });
-        if (length === lengths[0] || length === lengths.at(-1)) densities.push(...density(drawn, { pattern, length, series: `n = ${words.integer(length)}` }));
+        if (length === lengths[0] || length === lengths.at(-1))
+          densities.push(...density(drawn, { pattern, length, series: `n = ` + `${words.integer(length)}` }));
       }
       entries.push({
         pattern,
@@ -118,14 +119,17 @@ function entriesFigure(rows, { draws, headDim, tolerance }) {
   const shares = last.map((row) => row.share);
   const yet =
     shares.length > 0
-      ? ` Yet at n = ${words.integer(longest)} between ${words.percent(Math.min(...shares))} and ${words.percent(Math.max(...shares))} of the single entries of these keep it.`
+      ? ` Yet at n = ${words.integer(longest)} between ${words.percent(Math.min(...shares))} and ` +
+        `${words.percent(Math.max(...shares))} of the single entries of these keep it.`
       : '';
   return {
     id: 'entries-bound',
     kind: 'lines',
     title: 'How often the bound √(ln n) holds',
     sentence: `All entries of q and k are within √(ln n) ${parts.join('; ')}.${yet}`,
-    note: `Largest entry over √(ln n), median of ${draws} draws, d = ${headDim}. A constant times √log n would be as good for the theorem; the constant 1 is ours. The table has what \`plan\` chooses at tolerance ${tolerance} for the worst values.`,
+    note:
+      `Largest entry over √(ln n), median of ${draws} draws, d = ${headDim}. A constant times √log n would be as good for the ` +
+      `theorem; the constant 1 is ours. The table has what \`plan\` chooses at tolerance ${tolerance} for the worst values.`,
     x: { key: 'length', label: 'n', log: 2, kind: 'integer' },
     y: { key: 'relative', label: 'largest entry / √(ln n)', log: 10, kind: 'number' },
     series: 'pattern',
@@ -160,7 +164,9 @@ function densityFigure(rows, { lengths, headDim, pairs }) {
     kind: 'lines',
     title: 'Densities of the scores',
     sentence: `The standard deviation of scores within [−6, 6] at n = ${words.integer(lengths.at(-1))} is ${words.list(parts)}.`,
-    note: `${words.integer(pairs)} random pairs each, rotated, d = ${headDim}. On the logarithmic axis a normal density is a parabola; what is wider at the foot has heavy tails.`,
+    note:
+      `${words.integer(pairs)} random pairs each, rotated, d = ${headDim}. On the logarithmic axis a normal density is a ` +
+      `parabola; what is wider at the foot has heavy tails.`,
     x: { key: 'score', label: 'score', kind: 'number' },
     y: { key: 'density', label: 'density', log: 10, kind: 'error' },
     panel: 'pattern',
@@ -179,7 +185,8 @@ function densityFigure(rows, { lengths, headDim, pairs }) {
 
 function scoresFigure(rows, { headDim, pairs }) {
   const longest = Math.max(...rows.map((row) => row.length));
-  const value = (pattern, series) => rows.find((row) => row.pattern === pattern && row.series === series && row.length === longest).value;
+  const value = (pattern, series) =>
+    rows.find((row) => row.pattern === pattern && row.series === series && row.length === longest).value;
   const gaps = patternsOf(rows).map((pattern) => ({ pattern, gap: value(pattern, 'Cauchy–Schwarz') / value(pattern, '99 %') }));
   gaps.sort((a, b) => a.gap - b.gap);
   const [least, most] = [gaps[0], gaps.at(-1)];
@@ -187,8 +194,13 @@ function scoresFigure(rows, { headDim, pairs }) {
     id: 'entries-scores',
     kind: 'lines',
     title: 'Sizes of scores, and the bound that a proof uses',
-    sentence: `At n = ${words.integer(longest)} the bound by Cauchy–Schwarz is ${words.number(least.gap, 2)} times the score that 99 % of pairs stay below for ${least.pattern}, and ${words.number(most.gap, 2)} times for ${most.pattern}: what a certificate pays for knowing norms only.`,
-    note: `d = ${headDim}; the bound is the report’s \`scoreBound\`, after the mean key is subtracted, the others are of ${words.integer(pairs)} random pairs, not centred.`,
+    sentence:
+      `At n = ${words.integer(longest)} the bound by Cauchy–Schwarz is ${words.number(least.gap, 2)} times the score that ` +
+      `99 % of pairs stay below for ${least.pattern}, and ${words.number(most.gap, 2)} times for ${most.pattern}: what a ` +
+      `certificate pays for knowing norms only.`,
+    note:
+      `d = ${headDim}; the bound is the report’s \`scoreBound\`, after the mean key is subtracted, the others are of ` +
+      `${words.integer(pairs)} random pairs, not centred.`,
     x: { key: 'length', label: 'n', log: 2, kind: 'integer' },
     y: { key: 'value', label: '|score|', log: 10, kind: 'number' },
     panel: 'pattern',
@@ -216,9 +228,11 @@ export function finding([{ rows }, , { rows: scores }]) {
   const last = rows.filter((row) => row.length === longest);
   const kept = last.filter((row) => row.whole === 1);
   const worst = last.reduce((a, b) => (b.relative > a.relative ? b : a));
-  const value = (series) => scores.find((row) => row.pattern === worst.pattern && row.series === series && row.length === longest).value;
+  const value = (series) =>
+    scores.find((row) => row.pattern === worst.pattern && row.series === series && row.length === longest).value;
   return (
-    `At n = ${words.integer(longest)}, ${kept.length} of ${last.length} kinds of input keep all entries within √(ln n) in every draw; for ${worst.pattern} the largest entry is ${words.number(worst.relative, 2)} times that, ` +
+    `At n = ${words.integer(longest)}, ${kept.length} of ${last.length} kinds of input keep all entries within √(ln n) in every ` +
+    `draw; for ${worst.pattern} the largest entry is ${words.number(worst.relative, 2)} times that, ` +
     `with scores bounded by ${words.number(value('Cauchy–Schwarz'), 2)} while 99 % are below ${words.number(value('99 %'), 2)}.`
   );
 }

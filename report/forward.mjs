@@ -16,7 +16,8 @@ import * as words from './words.mjs';
 
 export const title = 'Forward with bounded entries';
 export const about =
-  'Entries of q and k are uniform in [−B, B] with B = ⁴√(ln n), which is o(√log n), the head size d is log₂ n (to the next even number) and the scale ' +
+  'Entries of q and k are uniform in [−B, B] with B = ⁴√(ln n), which is o(√log n), the head size d is log₂ n (to the next even ' +
+  'number) and the scale ' +
   '1/d, as in the papers. One head, no mask. Times are medians of calls in turn, copies and checks included.';
 
 export const sizes = {
@@ -44,7 +45,10 @@ export function run({ attention, sizes: { lengths, degrees, timed, exactUpTo, wo
   lengths.forEach((length, step) => {
     progress(`N = ${words.integer(length)}`, step / lengths.length);
     const { headDim: growing, entryBound } = regime(length);
-    for (const [setting, headDim] of [[GROWING, growing], [FIXED, 16]]) {
+    for (const [setting, headDim] of [
+      [GROWING, growing],
+      [FIXED, 16],
+    ]) {
       const { q, k, v } = uniformInputs({ length, headDim, bound: entryBound, seed });
       const args = { q, k, v, shape: { heads: 1, queryLength: length, headDim }, scale: 1 / headDim };
       const affordable = degrees.filter((degree) => operations({ length, headDim, degree }) <= work);
@@ -97,7 +101,9 @@ export function run({ attention, sizes: { lengths, degrees, timed, exactUpTo, wo
 
 const methodsOf = (rows) => [...new Set(rows.map((row) => row.method))];
 const curveOf = (rows, setting, method) =>
-  rows.filter((row) => row.setting === setting && row.method === method).map((row) => ({ ...row, x: row.length, y: row.milliseconds }));
+  rows
+    .filter((row) => row.setting === setting && row.method === method)
+    .map((row) => ({ ...row, x: row.length, y: row.milliseconds }));
 
 /** Slope of the upper part of a measured curve, its last five points; short calls are set-up. */
 function slopeOf(rows, setting, method) {
@@ -113,16 +119,24 @@ function timeFigure(rows, check) {
   });
   const longest = Math.max(...rows.map((row) => row.length));
   const exact = curveOf(rows, GROWING, 'exact');
-  const gains = methodsOf(rows).filter((method) => method !== 'exact').map((method) => {
-    const curve = curveOf(rows, GROWING, method);
-    const [from, last] = [takesOver(curve, exact), curve.at(-1)];
-    const rival = exact.find((row) => row.length === last.length);
-    const at = last.length === longest ? '' : ` at n = ${words.integer(last.length)}`;
-    if (from === null) return `${method} is still slower than exact (${words.ratio(rival.y / last.y)} as fast${at})`;
-    return `${method} is ahead of exact from n = ${words.integer(from)} on (${words.ratio(rival.y / last.y)} as fast${at || ` at n = ${words.integer(longest)}`})`;
-  });
+  const gains = methodsOf(rows)
+    .filter((method) => method !== 'exact')
+    .map((method) => {
+      const curve = curveOf(rows, GROWING, method);
+      const [from, last] = [takesOver(curve, exact), curve.at(-1)];
+      const rival = exact.find((row) => row.length === last.length);
+      const at = last.length === longest ? '' : ` at n = ${words.integer(last.length)}`;
+      if (from === null) return `${method} is still slower than exact (${words.ratio(rival.y / last.y)} as fast${at})`;
+      return (
+        `${method} is ahead of exact from n = ${words.integer(from)} on (${words.ratio(rival.y / last.y)} as ` +
+        `fast${at || ` at n = ${words.integer(longest)}`})`
+      );
+    });
   const scaled = rows.some((row) => row.scaled) ? ' Hollow: the exact time scaled by the square of the length.' : '';
-  const once = check ? ` One exact call at n = ${words.integer(check.length)} took ${words.duration(check.once)}; scaling says ${words.duration(check.predicted)}.` : '';
+  const once = check
+    ? ` One exact call at n = ${words.integer(check.length)} took ${words.duration(check.once)}; scaling says ` +
+      `${words.duration(check.predicted)}.`
+    : '';
   return {
     id: 'forward-time',
     kind: 'lines',
@@ -153,8 +167,12 @@ function errorFigure(rows) {
     const own = rows.filter((row) => row.degree === degree);
     const within = own.filter((row) => row.error !== null && row.error <= row.target);
     const last = own.at(-1);
-    if (within.length === 0) return `degree ${degree} is above 1/n at every n tried (${words.error(last.error)} at n = ${words.integer(last.length)})`;
-    if (within.length === own.length) return `degree ${degree} is below 1/n up to n = ${words.integer(last.length)}, the longest tried`;
+    if (within.length === 0)
+      return (
+        `degree ${degree} is above 1/n at every n tried (${words.error(last.error)} at n = ` + `${words.integer(last.length)})`
+      );
+    if (within.length === own.length)
+      return `degree ${degree} is below 1/n up to n = ${words.integer(last.length)}, the longest tried`;
     return `degree ${degree} is below 1/n at n = ${words.list(within.map((row) => words.integer(row.length)))} of ${own.length} lengths`;
   });
   return {
@@ -184,8 +202,11 @@ function degreeFigure(rows) {
   const [first, ...others] = ['measured', 'proved for these norms', 'growth law, without its constant'];
   const ends = (series) => {
     const [start, end] = [of(series)[0], of(series).at(-1)];
-    const degree = (row) => (row.degree === null ? (row.tried ? `more than ${row.tried}` : 'more than 8') : words.number(row.degree, 2));
-    return { text: `${degree(start)} at n = ${words.integer(start.length)} and ${degree(end)} at n = ${words.integer(end.length)}` };
+    const degree = (row) =>
+      row.degree === null ? (row.tried ? `more than ${row.tried}` : 'more than 8') : words.number(row.degree, 2);
+    return {
+      text: `${degree(start)} at n = ${words.integer(start.length)} and ${degree(end)} at n = ${words.integer(end.length)}`,
+    };
   };
   const [proved, law] = others.map((series) => ends(series).text);
   return {
@@ -222,9 +243,15 @@ export function finding([{ rows: times }, , { rows: needs }]) {
   const last = curveOf(times, GROWING, method).at(-1);
   const exact = curveOf(times, GROWING, 'exact').find((row) => row.length === last.length);
   const needed = needs.filter((row) => row.series === 'measured' && row.degree !== null);
-  const target = needed.length > 0 ? ` An error of 1/n takes degree ${needed[0].degree} at n = ${words.integer(needed[0].length)} and ${needed.at(-1).degree} at n = ${words.integer(needed.at(-1).length)}.` : ' No degree tried has an error of 1/n.';
+  const target =
+    needed.length > 0
+      ? ` An error of 1/n takes degree ${needed[0].degree} at n = ${words.integer(needed[0].length)} ` +
+        `and ${needed.at(-1).degree} at n = ${words.integer(needed.at(-1).length)}.`
+      : ' No degree tried has an error of 1/n.';
   return (
-    `With entries up to ⁴√(ln n) and d = log₂ n, time grows like n to the power ${words.number(slopeOf(times, GROWING, method), 3)} for degree ${degree} and ` +
-    `${words.number(slopeOf(times, GROWING, 'exact'), 3)} for exact; at n = ${words.integer(last.length)} they are ${words.ratio(exact.y / last.y)} apart.${target}`
+    `With entries up to ⁴√(ln n) and d = log₂ n, time grows like n to the power ${words.number(slopeOf(times, GROWING, method), 3)} ` +
+    `for degree ${degree} and ` +
+    `${words.number(slopeOf(times, GROWING, 'exact'), 3)} for exact; at n = ${words.integer(last.length)} they are ` +
+    `${words.ratio(exact.y / last.y)} apart.${target}`
   );
 }

@@ -16,12 +16,18 @@ import * as words from './words.mjs';
 
 export const title = 'The frontier';
 export const about =
-  'For each length n and entry bound B the cheapest degree that keeps the tolerance, and how much faster than exact it is. The papers draw one curve ' +
+  'For each length n and entry bound B the cheapest degree that keeps the tolerance, and how much faster than exact it is. The ' +
+  'papers draw one curve ' +
   'through this plane, B = √log n: of smaller order almost linear time is possible, of larger order it is not.';
 
 export const sizes = {
   full: {
-    ...{ headDim: 16, lengths: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536], bounds: [0.25, 0.35, 0.5, 0.71, 1, 1.41, 2, 2.83, 4, 5.66], tolerance: 1e-3 },
+    ...{
+      headDim: 16,
+      lengths: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
+      bounds: [0.25, 0.35, 0.5, 0.71, 1, 1.41, 2, 2.83, 4, 5.66],
+      tolerance: 1e-3,
+    },
     ...{ maxDegree: 5, rows: 256, allRowsUpTo: 4096, exactUpTo: 16384, seconds: 0.15 },
   },
   quick: {
@@ -106,18 +112,24 @@ function frontierFigure(rows, size) {
     ? ` The largest gain is ${words.ratio(best.gain)}, at n = ${words.integer(best.length)}, B = ${best.entryBound} (degree ${best.degree}).`
     : ' Exact wins everywhere.';
   const curve = lengths.map((length) => ({ x: length, y: theory.paperBound(length) }));
-  const predicted = lengths.map((length) => ({ x: length, y: theory.frontier({ tolerance, headDim, length, scale: 1 / headDim }).entryBound }));
+  const predicted = lengths.map((length) => ({
+    x: length,
+    y: theory.frontier({ tolerance, headDim, length, scale: 1 / headDim }).entryBound,
+  }));
   return {
     id: 'frontier-plane',
     kind: 'cells',
     title: 'Which degree, and what it gains',
     sentence:
-      `Below B = √(ln n) a polynomial that keeps ${tolerance} beats exact in ${winsBelow(PREDICTED)} of ${below(PREDICTED).length} cells by proof and operations and in ` +
+      `Below B = √(ln n) a polynomial that keeps ${tolerance} beats exact in ${winsBelow(PREDICTED)} of ${below(PREDICTED).length} ` +
+      `cells by proof and operations and in ` +
       `${winsBelow(MEASURED)} of ${below(MEASURED).length} as measured; from the curve on in ${winsAbove} of ${above.length}.${top}`,
     note:
-      `d = ${headDim}, scale 1/d, forward; measured up to degree ${size.maxDegree}. A cell has the least degree and the exact time over its time; “exact” where no degree keeps the tolerance, in grey where one does but is slower. ` +
+      `d = ${headDim}, scale 1/d, forward; measured up to degree ${size.maxDegree}. A cell has the least degree and the exact time ` +
+      `over its time; “exact” where no degree keeps the tolerance, in grey where one does but is slower. ` +
       `Solid: B = √(ln n). Dashed: \`theory.frontier\`, up to which a proved polynomial needs fewer operations. ` +
-      `Errors beyond n = ${words.integer(allRowsUpTo)} are of ${words.integer(count)} rows; exact times beyond n = ${words.integer(size.exactUpTo)} are scaled.`,
+      `Errors beyond n = ${words.integer(allRowsUpTo)} are of ${words.integer(count)} rows; exact times beyond n = ` +
+      `${words.integer(size.exactUpTo)} are scaled.`,
     x: { key: 'length', label: 'n', kind: 'integer', values: lengths },
     y: { key: 'entryBound', label: 'B', kind: 'number', values: bounds },
     panel: 'panel',
@@ -156,7 +168,9 @@ function gainFigure(cells, { headDim }) {
     id: 'frontier-gain',
     kind: 'lines',
     title: 'Measured gain over predicted gain',
-    sentence: `The gain measured is ${words.list(parts)} of the gain by counting operations; above 1 the polynomial engine has the higher rate, below 1 what is not counted (features, checks, set-up) shows.`,
+    sentence:
+      `The gain measured is ${words.list(parts)} of the gain by counting operations; above 1 the polynomial engine has the ` +
+      `higher rate, below 1 what is not counted (features, checks, set-up) shows.`,
     note: `Predicted is the ratio of \`theory.cost\`, which counts products only. d = ${headDim}, forward; hollow: the exact time is scaled.`,
     x: { key: 'length', label: 'n', log: 2, kind: 'integer' },
     y: { key: 'relative', label: 'measured / predicted', log: 10, kind: 'number' },
@@ -182,5 +196,8 @@ export function finding([{ rows }]) {
   const below = measured.filter((row) => row.entryBound < theory.paperBound(row.length));
   const above = measured.filter((row) => row.entryBound >= theory.paperBound(row.length));
   const best = measured.reduce((a, b) => ((b.gain ?? 0) > (a.gain ?? 0) ? b : a));
-  return `A polynomial within the tolerance beats exact in ${count(below)} cells below B = √(ln n) and in ${count(above)} from it on; the best gain is ${words.ratio(best.gain)}, at n = ${words.integer(best.length)} and B = ${best.entryBound}.`;
+  return (
+    `A polynomial within the tolerance beats exact in ${count(below)} cells below B = √(ln n) and in ${count(above)} from it ` +
+    `on; the best gain is ${words.ratio(best.gain)}, at n = ${words.integer(best.length)} and B = ${best.entryBound}.`
+  );
 }

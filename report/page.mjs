@@ -10,11 +10,16 @@ const ENTITIES = { '&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;', "'": '
 const escape = (value) => String(value).replace(/[&<>"']/g, (c) => ENTITIES[c]);
 /** Text as HTML; `code` between back quotes. No line ends inside "n = 4,096", "8.1 × 10⁻⁷" and "50 %". */
 const text = (value) =>
-  escape(String(value).replace(/ (=|×) /g, '\u00a0$1\u00a0').replaceAll(' %', '\u00a0%')).replace(/`([^`]+)`/g, '<code>$1</code>');
+  escape(
+    String(value)
+      .replace(/ (=|×) /g, '\u00a0$1\u00a0')
+      .replaceAll(' %', '\u00a0%'),
+  ).replace(/`([^`]+)`/g, '<code>$1</code>');
 const plain = (value) => escape(String(value).replaceAll('`', ''));
 
 /** JSON that no HTML parser sees the end of a script in. */
-export const embed = (value) => JSON.stringify(value).replaceAll('<', '\\u003c').replaceAll('\u2028', '\\u2028').replaceAll('\u2029', '\\u2029');
+export const embed = (value) =>
+  JSON.stringify(value).replaceAll('<', '\\u003c').replaceAll('\u2028', '\\u2028').replaceAll('\u2029', '\\u2029');
 
 /** A script that no HTML parser sees its own end in. */
 const enclose = (script) => script.replace(/<\/(script)/gi, '<\\/$1').replaceAll('<!--', '<\\!--');
@@ -41,7 +46,8 @@ const figureOf = (figure) => `<figure id="${figure.id}">
 <div class="panels" role="img" aria-label="${plain(`${figure.title}. ${figure.sentence}`)}"></div>
 <p class="note">${text(figure.note)}</p>
 ${quotesOf(figure)}
-<details><summary>The numbers (${integer(figure.rows.length)} rows)</summary><div class="scroll" tabindex="0" role="region" aria-label="${plain(`Numbers: ${figure.title}`)}">
+<details><summary>The numbers (${integer(figure.rows.length)} rows)</summary>
+<div class="scroll" tabindex="0" role="region" aria-label="${plain(`Numbers: ${figure.title}`)}">
 ${tableOf(figure)}
 </div></details>
 </figure>`;
@@ -52,6 +58,7 @@ ${tableOf(figure)}
  */
 export function buildPage({ report, script, style }) {
   const { title, machine, seconds, version, date, quick, experiments } = report;
+  const parts = experiments.map((one) => `${one.id} ${duration(1000 * one.seconds)}`);
   const short = quick ? ' A quick run, with small sizes: do not quote it.' : '';
   return `<!doctype html>
 <html lang="en">
@@ -67,9 +74,10 @@ export function buildPage({ report, script, style }) {
 <body>
 <header class="text">
 <h1>${text(title)}</h1>
-<p class="lead">Attention with rotary positions, forward and backward, takes almost linear time where the entries of queries and keys are small (Alman, Song,
-<a href="https://arxiv.org/abs/2505.11892">2505.11892</a>; <a href="https://arxiv.org/abs/2412.17316">2412.17316</a>). These are measurements of that, of where exact attention is the better choice, and of where
-the promise ends.${text(short)}</p>
+<p class="lead">Attention with rotary positions, forward and backward, takes almost linear time where the entries of queries and keys are
+small: so <a href="https://arxiv.org/abs/2505.11892"><cite>Fast RoPE Attention</cite></a> by Alman and Song and
+<a href="https://arxiv.org/abs/2412.17316"><cite>RoPE Attention Can Be Trained in Almost Linear Time</cite></a>. These are measurements of
+that, of where exact attention is the better choice, and of where the promise ends.${text(short)}</p>
 </header>
 <nav class="contents" aria-label="Contents">
 <h2>In short</h2>
@@ -88,9 +96,11 @@ ${figures.map(figureOf).join('\n')}
   )
   .join('\n')}
 </main>
-<footer class="colophon report"><p>rope-attention ${text(version)}, ${text(machine)}, ${text(date)}; ${text(duration(1000 * seconds))} in all: ${text(
-    experiments.map((one) => `${one.id} ${duration(1000 * one.seconds)}`).join(', '),
-  )}. Every sentence is made from the numbers below its figure; <code>make report</code> makes all of it again. Inputs are seeded, times are of this machine.</p></footer>
+<footer class="colophon report">
+<p>rope-attention ${text(version)}, ${text(machine)}, ${text(date)}; ${text(duration(1000 * seconds))} in all: ${text(parts.join(', '))}.
+Every sentence is made from the numbers below its figure; <code>make report</code> makes all of it again. Inputs are seeded, times are
+of this machine.</p>
+</footer>
 <script type="application/json" id="report-data">${embed(report)}</script>
 <script>${enclose(script)}</script>
 </body>

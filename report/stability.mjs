@@ -15,7 +15,8 @@ import * as words from './words.mjs';
 
 export const title = 'Stability and limits';
 export const about =
-  'Very long sequences, large heads, and entries at the threshold and past it. A call that cannot keep its promise has to say so; what `auto` said is quoted.';
+  'Very long sequences, large heads, and entries at the threshold and past it. A call that cannot keep its promise has to say so; ' +
+  'what `auto` said is quoted.';
 
 export const sizes = {
   full: {
@@ -77,7 +78,9 @@ function longSequence({ attention, length, degrees, rows: count, headDim, seed }
   for (const degree of degrees) {
     const got = attention.forward({ ...forwardCall, ...polynomial(degree) });
     const { dq } = attention.backward({ ...call, saved: got, ...polynomial(degree) });
-    found.push(...compare(`degree ${degree}`, takeRows(got.output, rows, headDim), takeRows(dq, rows, headDim), got.report.milliseconds));
+    found.push(
+      ...compare(`degree ${degree}`, takeRows(got.output, rows, headDim), takeRows(dq, rows, headDim), got.report.milliseconds),
+    );
   }
   return found;
 }
@@ -86,7 +89,10 @@ function headSize({ attention, headDim, length, seconds, seed }) {
   const { q, k, v } = uniformInputs({ length, headDim, bound: 0.5, seed });
   const args = { q, k, v, shape: { heads: 1, queryLength: length, headDim } };
   const times = race(
-    { exact: () => attention.forward({ ...args, method: 'exact' }), polynomial: () => attention.forward({ ...args, ...polynomial(2) }) },
+    {
+      exact: () => attention.forward({ ...args, method: 'exact' }),
+      polynomial: () => attention.forward({ ...args, ...polynomial(2) }),
+    },
     seconds,
   );
   const exact = attention.forward({ ...args, method: 'exact' });
@@ -116,9 +122,20 @@ function choiceAt({ attention, entryBound, thresholdLength: length, headDim, tol
   const forcedError = finite(forced ? outputError(forced.output, exact.output, range) : Infinity);
   return ['certified', 'sampled'].flatMap((guarantee) => {
     const { output, report } = attention.forward({ ...args, guarantee });
-    const base = { guarantee, panel: guarantee, entryBound, method: report.method, degree: report.degree, scoreBound: finite(report.scoreBound), reason: report.reason };
+    const base = {
+      guarantee,
+      panel: guarantee,
+      entryBound,
+      method: report.method,
+      degree: report.degree,
+      scoreBound: finite(report.scoreBound),
+      reason: report.reason,
+    };
     const measured = report.method === 'exact' ? null : finite(outputError(output, exact.output, range));
-    const claims = guarantee === 'certified' ? { series: 'proved', error: report.errorBound } : { series: 'sampled', error: report.errorEstimate };
+    const claims =
+      guarantee === 'certified'
+        ? { series: 'proved', error: report.errorBound }
+        : { series: 'sampled', error: report.errorEstimate };
     return [
       { ...base, ...claims },
       { ...base, series: 'measured', error: measured },
@@ -142,7 +159,8 @@ function gradientsAt({ attention, entryBound, thresholdLength: length, headDim, 
 function longFigure(rows, { degrees, headDim, rows: count }) {
   const longest = Math.max(...rows.map((row) => row.length));
   const shortest = Math.min(...rows.map((row) => row.length));
-  const at = (series, length, quantity) => rows.find((row) => row.series === series && row.length === length && row.quantity === quantity);
+  const at = (series, length, quantity) =>
+    rows.find((row) => row.series === series && row.length === length && row.quantity === quantity);
   const growth = ['output', 'dq'].map((quantity) => {
     const parts = [...degrees.map((degree) => `degree ${degree}`), 'exact, rounding'].map((series) => {
       const [start, end] = [at(series, shortest, quantity), at(series, longest, quantity)];
@@ -158,7 +176,9 @@ function longFigure(rows, { degrees, headDim, rows: count }) {
     id: 'stability-length',
     kind: 'lines',
     title: 'Very long sequences',
-    sentence: `From n = ${words.integer(shortest)} to ${words.integer(longest)} ${growth.join('; ')}. The forward pass takes ${words.list(speed)} at the end.`,
+    sentence:
+      `From n = ${words.integer(shortest)} to ${words.integer(longest)} ${growth.join('; ')}. The forward pass takes ` +
+      `${words.list(speed)} at the end.`,
     note: `d = ${headDim}, entries in [−0.5, 0.5], scale 1/√d; ${count} rows against float64.`,
     x: { key: 'length', label: 'n', log: 2, kind: 'integer' },
     y: { key: 'error', label: 'error', log: 10, kind: 'error' },
@@ -182,13 +202,16 @@ function headFigure(rows, { dimLength }) {
   const loses = measured.filter((row) => row.gain <= 1);
   const list = (some) => words.list(some.map((row) => `${words.ratio(row.gain)} at d = ${row.headDim}`));
   const first = wins.length > 0 ? `degree 2 gains ${list(wins)}` : 'degree 2 gains nothing';
-  const second = loses.length > 0 ? `exact is the faster one elsewhere (degree 2 has ${list(loses)})` : 'exact is faster at no head size tried';
+  const second =
+    loses.length > 0 ? `exact is the faster one elsewhere (degree 2 has ${list(loses)})` : 'exact is faster at no head size tried';
   const last = measured.at(-1);
   return {
     id: 'stability-heads',
     kind: 'lines',
     title: 'Large heads',
-    sentence: `At n = ${words.integer(dimLength)} ${first}, and ${second}; at d = ${last.headDim} degree 2 has ${words.integer(last.rank)} features, and by operations it wins from n = ${words.integer(last.crossover)} on.`,
+    sentence:
+      `At n = ${words.integer(dimLength)} ${first}, and ${second}; at d = ${last.headDim} degree 2 has ` +
+      `${words.integer(last.rank)} features, and by operations it wins from n = ${words.integer(last.crossover)} on.`,
     note: 'Forward, entries in [−0.5, 0.5], scale 1/√d. The table has the error and what `auto` plans at tolerance 0.01.',
     x: { key: 'headDim', label: 'head size d', log: 2, kind: 'integer' },
     y: { key: 'gain', label: 'exact time / polynomial time', log: 10, kind: 'ratio' },
@@ -210,7 +233,8 @@ function headFigure(rows, { dimLength }) {
 
 function choiceFigure(rows, gradients, { thresholdLength, headDim, tolerance }) {
   const threshold = theory.paperBound(thresholdLength);
-  const chosen = (guarantee) => rows.filter((row) => row.guarantee === guarantee && row.series !== 'measured' && !row.series.endsWith('forced'));
+  const chosen = (guarantee) =>
+    rows.filter((row) => row.guarantee === guarantee && row.series !== 'measured' && !row.series.endsWith('forced'));
   const limit = (guarantee) => {
     const good = chosen(guarantee).filter((row) => row.method === 'polynomial');
     if (good.length === 0) return 'nowhere';
@@ -229,9 +253,13 @@ function choiceFigure(rows, gradients, { thresholdLength, headDim, tolerance }) 
     kind: 'lines',
     title: 'At the threshold and past it',
     sentence:
-      `Asked for ${tolerance}, \`auto\` runs a polynomial ${limit('certified')} when the error has to be proved and ${limit('sampled')} when it is sampled; ` +
-      `of ${past.length} bounds past √(ln n) = ${words.number(threshold)} it is exact at ${exact}. Of the ${ran.length} polynomial results ${kept} kept the tolerance when all rows were measured.${fall}`,
-    note: `d = ${headDim}, n = ${words.integer(thresholdLength)}, scale 1/d as in the papers. Curves end where \`auto\` computes exactly. Triangles: beyond the axis, or no number at all.`,
+      `Asked for ${tolerance}, \`auto\` runs a polynomial ${limit('certified')} when the error has to be proved and ` +
+      `${limit('sampled')} when it is sampled; ` +
+      `of ${past.length} bounds past √(ln n) = ${words.number(threshold)} it is exact at ${exact}. Of the ${ran.length} polynomial ` +
+      `results ${kept} kept the tolerance when all rows were measured.${fall}`,
+    note:
+      `d = ${headDim}, n = ${words.integer(thresholdLength)}, scale 1/d as in the papers. Curves end where \`auto\` computes ` +
+      `exactly. Triangles: beyond the axis, or no number at all.`,
     x: { key: 'entryBound', label: 'B', log: 10, kind: 'number' },
     y: { key: 'error', label: 'output error', log: 10, kind: 'error', top: 10 },
     panel: 'panel',
@@ -243,7 +271,10 @@ function choiceFigure(rows, gradients, { thresholdLength, headDim, tolerance }) 
       'degree 4, forced': { colour: 'degree-4' },
     },
     lost: 'degree 4, forced',
-    rules: [{ x: threshold, label: '√(ln n)' }, { y: tolerance, label: 'tolerance' }],
+    rules: [
+      { x: threshold, label: '√(ln n)' },
+      { y: tolerance, label: 'tolerance' },
+    ],
     columns: [
       { key: 'guarantee', label: 'guarantee' },
       { key: 'entryBound', label: 'B', kind: 'number' },
@@ -267,13 +298,17 @@ export function finding([{ rows: long }, { rows: heads }, { rows: choices }]) {
   const ends = long.filter((row) => row.length === longest && row.series.startsWith('degree'));
   const end = ends.filter((row) => row.series === ends[0].series);
   const loses = heads.filter((row) => row.series === 'measured' && row.gain <= 1);
-  const limit = (guarantee) => choices.findLast((row) => row.guarantee === guarantee && row.method === 'polynomial' && !row.series.endsWith('forced'));
+  const limit = (guarantee) =>
+    choices.findLast((row) => row.guarantee === guarantee && row.method === 'polynomial' && !row.series.endsWith('forced'));
   const limits = ['certified', 'sampled'].map((guarantee) => {
     const last = limit(guarantee);
     return last ? `B = ${last.entryBound} ${guarantee}` : `no B ${guarantee}`;
   });
+  const losing = loses.length > 0 ? `head size ${words.list(loses.map((row) => row.headDim))}` : 'no head size';
   return (
-    `At n = ${words.integer(longest)} ${end[0].series} is off by ${words.list(end.map((row) => `${words.error(row.error)} in ${row.quantity === 'output' ? 'the output' : row.quantity}`))}. ` +
-    `${loses.length > 0 ? `Exact beats degree 2 at head sizes ${words.list(loses.map((row) => row.headDim))} at the length tried` : 'Exact beats degree 2 at no head size tried'}. \`auto\` runs polynomials up to ${words.list(limits)}, and computes exactly beyond.`
+    `At n = ${words.integer(longest)} ${end[0].series} is off by ` +
+    `${words.list(end.map((row) => `${words.error(row.error)} in ${row.quantity === 'output' ? 'the output' : row.quantity}`))}. ` +
+    `Exact beats degree 2 at ${losing} at the length tried. ` +
+    `\`auto\` runs polynomials up to ${words.list(limits)}, and computes exactly beyond.`
   );
 }

@@ -49,7 +49,15 @@ export const powerOfTen = (value) => `10${superscript(Math.round(Math.log10(valu
 export const list = (parts) => (parts.length < 2 ? parts.join('') : `${parts.slice(0, -1).join(', ')} and ${parts.at(-1)}`);
 
 /** By the `kind` of a column. */
-const WRITERS = { integer, error, number: (value) => number(value), ms: duration, ratio, percent, slope: (value) => value.toFixed(2) };
+const WRITERS = {
+  integer,
+  error,
+  number: (value) => number(value),
+  ms: duration,
+  ratio,
+  percent,
+  slope: (value) => value.toFixed(2),
+};
 
 /** A cell of a table. */
 export function write(value, kind) {

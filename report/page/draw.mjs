@@ -64,7 +64,9 @@ function domainOf(axis, values) {
 /** All of a row in lines, for the tip. Long texts are in the table. */
 const describe = (figure, row) =>
   figure.columns
-    .filter(({ key }) => row[key] !== null && row[key] !== undefined && typeof row[key] !== 'boolean' && String(row[key]).length < 60)
+    .filter(
+      ({ key }) => row[key] !== null && row[key] !== undefined && typeof row[key] !== 'boolean' && String(row[key]).length < 60,
+    )
     .map(({ key, label, kind }) => `${label}: ${write(row[key], kind)}`)
     .join('\n');
 
@@ -87,7 +89,8 @@ function lines(figure) {
       if (row[x.key] === null) return [];
       const value = row[y.key];
       const style = styles.get(series ? row[series] : null);
-      const beyond = y.top !== undefined && (value === null ? figure.lost === undefined || figure.lost === row[series] : value > y.top);
+      const beyond =
+        y.top !== undefined && (value === null ? figure.lost === undefined || figure.lost === row[series] : value > y.top);
       if (value === null && !beyond) return [];
       if (y.floor && value !== null && value < y.floor) return [];
       return [{ row, x: row[x.key], y: beyond ? y.top : value, series: series ? row[series] : '', beyond, ...style }];
@@ -114,12 +117,27 @@ function lines(figure) {
           ...rules.map((rule) => ruleMark(rule, domains)),
           Plot.line(solid, { ...channels, z: 'series', strokeWidth: 1.6 }),
           Plot.line(dashed, { ...channels, z: 'series', strokeWidth: 1.4, strokeDasharray: '5 4' }),
-          Plot.dot(dots, { ...channels, r: 3, strokeWidth: 1.4, fill: (point) => (point.row[figure.hollow] ? 'var(--paper)' : point.colour) }),
+          Plot.dot(dots, {
+            ...channels,
+            r: 3,
+            strokeWidth: 1.4,
+            fill: (point) => (point.row[figure.hollow] ? 'var(--paper)' : point.colour),
+          }),
           Plot.dot(
             points.filter((point) => point.beyond),
             { ...channels, r: 3.6, symbol: 'triangle', fill: 'var(--paper)', strokeWidth: 1.4 },
           ),
-          Plot.tip(points, Plot.pointer({ x: 'x', y: 'y', title: ({ row }) => describe(figure, row), fill: 'var(--paper)', stroke: 'var(--muted)', fontSize: 12 })),
+          Plot.tip(
+            points,
+            Plot.pointer({
+              x: 'x',
+              y: 'y',
+              title: ({ row }) => describe(figure, row),
+              fill: 'var(--paper)',
+              stroke: 'var(--muted)',
+              fontSize: 12,
+            }),
+          ),
         ],
       });
   });
@@ -153,12 +171,21 @@ function cells(figure) {
     x: [x.values[0] / wide, x.values.at(-1) * wide],
     y: [y.values[0] / high, y.values.at(-1) * high],
   };
-  const colour = ({ degree, gain }) => (degree === null || gain <= 1 ? 'var(--raised)' : degree >= 1 && degree <= 6 ? `var(--degree-${degree})` : 'var(--muted)');
+  const colour = ({ degree, gain }) =>
+    degree === null || gain <= 1 ? 'var(--raised)' : degree >= 1 && degree <= 6 ? `var(--degree-${degree})` : 'var(--muted)';
   const strength = ({ gain }) => (gain === null || gain <= 1 ? 1 : 0.22 + 0.3 * Math.min(1, Math.log10(gain) / 2));
   return distinct(rows.map((row) => row[panel])).map((name) => {
     const inside = rows
       .filter((row) => row[panel] === name)
-      .map((row) => ({ row, x: row[x.key], y: row[y.key], x1: row[x.key] / wide, x2: row[x.key] * wide, y1: row[y.key] / high, y2: row[y.key] * high }));
+      .map((row) => ({
+        row,
+        x: row[x.key],
+        y: row[y.key],
+        x1: row[x.key] / wide,
+        x2: row[x.key] * wide,
+        y1: row[y.key] / high,
+        y2: row[y.key] * high,
+      }));
     return (width) => {
       const narrow = width < 420;
       const label = { labelAnchor: 'center', labelArrow: 'none', labelOffset: 36 };
@@ -187,9 +214,26 @@ function cells(figure) {
             lineHeight: 1.25,
           }),
           ...overlays.map(({ points, dash }) =>
-            Plot.line(points, { x: 'x', y: 'y', stroke: 'var(--ink)', strokeWidth: 2, ...(dash && { strokeDasharray: '5 4' }), clip: true }),
+            Plot.line(points, {
+              x: 'x',
+              y: 'y',
+              stroke: 'var(--ink)',
+              strokeWidth: 2,
+              ...(dash && { strokeDasharray: '5 4' }),
+              clip: true,
+            }),
           ),
-          Plot.tip(inside, Plot.pointer({ x: 'x', y: 'y', title: ({ row }) => describe(figure, row), fill: 'var(--paper)', stroke: 'var(--muted)', fontSize: 12 })),
+          Plot.tip(
+            inside,
+            Plot.pointer({
+              x: 'x',
+              y: 'y',
+              title: ({ row }) => describe(figure, row),
+              fill: 'var(--paper)',
+              stroke: 'var(--muted)',
+              fontSize: 12,
+            }),
+          ),
         ],
       });
     };
@@ -210,7 +254,8 @@ function keyOf(figure) {
   if (figure.kind === 'cells') {
     for (const { name, dash } of figure.overlays) item(dash ? 'dashes' : 'line', name, 'var(--ink)');
     const degrees = distinct(figure.rows.filter((row) => row.gain > 1).map((row) => row.degree)).sort();
-    for (const degree of degrees) item('line', `degree ${degree}`, degree >= 1 && degree <= 6 ? `var(--degree-${degree})` : 'var(--muted)');
+    for (const degree of degrees)
+      item('line', `degree ${degree}`, degree >= 1 && degree <= 6 ? `var(--degree-${degree})` : 'var(--muted)');
     return items;
   }
   const axis = document.createElement('span');
