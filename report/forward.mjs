@@ -142,7 +142,7 @@ function timeFigure(rows, check) {
     kind: 'lines',
     title: 'Time against length',
     sentence: `${slopes.join(' ')} In the papers’ regime ${words.list(gains)}.`,
-    note: `Slopes are of the last five measured lengths.${scaled}${once}`,
+    note: `Slopes are of the five longest lengths measured.${scaled}${once}`,
     x: { key: 'length', label: 'n', log: 2, kind: 'integer' },
     y: { key: 'milliseconds', label: 'time of a call', log: 10, kind: 'ms' },
     panel: 'setting',

@@ -70,6 +70,16 @@ const describe = (figure, row) =>
     .map(({ key, label, kind }) => `${label}: ${write(row[key], kind)}`)
     .join('\n');
 
+/** What the nearest mark stands for, while it is pointed at. */
+const tip = (figure, marks) =>
+  Plot.tip(
+    marks,
+    Plot.pointer({
+      ...{ x: 'x', y: 'y', title: ({ row }) => describe(figure, row) },
+      ...{ fill: 'var(--paper)', stroke: 'var(--muted)', fontSize: 12, lineHeight: 1.3, textPadding: 9 },
+    }),
+  );
+
 function lines(figure) {
   const { rows, x, y, panel, series } = figure;
   const panels = panel ? distinct(rows.map((row) => row[panel])) : [null];
@@ -127,17 +137,7 @@ function lines(figure) {
             points.filter((point) => point.beyond),
             { ...channels, r: 3.6, symbol: 'triangle', fill: 'var(--paper)', strokeWidth: 1.4 },
           ),
-          Plot.tip(
-            points,
-            Plot.pointer({
-              x: 'x',
-              y: 'y',
-              title: ({ row }) => describe(figure, row),
-              fill: 'var(--paper)',
-              stroke: 'var(--muted)',
-              fontSize: 12,
-            }),
-          ),
+          tip(figure, points),
         ],
       });
   });
@@ -223,17 +223,7 @@ function cells(figure) {
               clip: true,
             }),
           ),
-          Plot.tip(
-            inside,
-            Plot.pointer({
-              x: 'x',
-              y: 'y',
-              title: ({ row }) => describe(figure, row),
-              fill: 'var(--paper)',
-              stroke: 'var(--muted)',
-              fontSize: 12,
-            }),
-          ),
+          tip(figure, inside),
         ],
       });
     };
@@ -251,6 +241,9 @@ function keyOf(figure) {
     span.append(swatch, text);
     items.push(span);
   };
+  const axis = document.createElement('span');
+  axis.textContent = `↑ ${figure.y.label}`;
+  items.push(axis);
   if (figure.kind === 'cells') {
     for (const { name, dash } of figure.overlays) item(dash ? 'dashes' : 'line', name, 'var(--ink)');
     const degrees = distinct(figure.rows.filter((row) => row.gain > 1).map((row) => row.degree)).sort();
@@ -258,9 +251,6 @@ function keyOf(figure) {
       item('line', `degree ${degree}`, degree >= 1 && degree <= 6 ? `var(--degree-${degree})` : 'var(--muted)');
     return items;
   }
-  const axis = document.createElement('span');
-  axis.textContent = `↑ ${figure.y.label}`;
-  items.push(axis);
   const names = figure.series ? distinct(figure.rows.map((row) => row[figure.series])) : [];
   names.forEach((name, index) => {
     const { colour, dash } = styleOf(figure, name, index);
