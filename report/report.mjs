@@ -5,7 +5,8 @@
 //   --quick   small sizes, well under a minute   --only forward,rank   --seed 1   --out build/report
 //
 // Each experiment is a module: `title`, `about`, `sizes`, `run` (figures with their numbers and a sentence made from them) and
-// `finding` (the shortest form). Under ten minutes on one core; nothing else should run beside it.
+// `finding` (the shortest form). report.json is { machine, date, experiments: [{ id, finding, figures: [{ id, sentence, columns,
+// rows }] }] }: rows are the numbers, columns what their keys mean. A few minutes on one core; nothing else should run beside it.
 
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { cpus } from 'node:os';
