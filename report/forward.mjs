@@ -173,7 +173,9 @@ function errorFigure(rows) {
       );
     if (within.length === own.length)
       return `degree ${degree} is below 1/n up to n = ${words.integer(last.length)}, the longest tried`;
-    return `degree ${degree} is below 1/n at n = ${words.list(within.map((row) => words.integer(row.length)))} of ${own.length} lengths`;
+    const prefix = within.every((row, n) => row === own[n]);
+    if (prefix) return `degree ${degree} is below 1/n up to n = ${words.integer(within.at(-1).length)}, above it beyond`;
+    return `degree ${degree} is below 1/n at ${within.length} of ${own.length} lengths`;
   });
   return {
     id: 'forward-error',

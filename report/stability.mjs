@@ -129,16 +129,18 @@ function choiceAt({ attention, entryBound, thresholdLength: length, headDim, tol
       method: report.method,
       degree: report.degree,
       scoreBound: finite(report.scoreBound),
+      relative: null,
       reason: report.reason,
     };
     const measured = report.method === 'exact' ? null : finite(outputError(output, exact.output, range));
+    const relative = report.method === 'exact' ? null : finite(relativeError(output, exact.output));
     const claims =
       guarantee === 'certified'
         ? { series: 'proved', error: report.errorBound }
         : { series: 'sampled', error: report.errorEstimate };
     return [
       { ...base, ...claims },
-      { ...base, series: 'measured', error: measured },
+      { ...base, series: 'measured', error: measured, relative },
       ...(guarantee === 'sampled'
         ? [{ ...base, method: 'polynomial', degree: 4, reason: null, series: 'degree 4, forced', error: forcedError }]
         : []),
@@ -245,6 +247,12 @@ function choiceFigure(rows, gradients, { thresholdLength, headDim, tolerance }) 
   const exact = past.filter((row) => row.method === 'exact').length;
   const ran = rows.filter((row) => row.series === 'measured' && row.error !== null);
   const kept = ran.filter((row) => row.error <= tolerance).length;
+  const relative = ran.map((row) => row.relative).filter((value) => value !== null);
+  const own =
+    relative.length > 0
+      ? ` Relative to the output itself, in the Frobenius norm, they are off by ${words.error(Math.min(...relative))} to ` +
+        `${words.error(Math.max(...relative))}: where values average out, a tolerance in units of max |v − c| asks little.`
+      : '';
   const forced = rows.filter((row) => row.series.endsWith('forced'));
   const lost = forced.find((row) => row.error === null || row.error > tolerance);
   const fall = lost ? ` Forced, degree 4 misses from B = ${lost.entryBound} on (error ${words.error(lost.error)}).` : '';
@@ -256,7 +264,7 @@ function choiceFigure(rows, gradients, { thresholdLength, headDim, tolerance }) 
       `Asked for ${tolerance}, \`auto\` runs a polynomial ${limit('certified')} when the error has to be proved and ` +
       `${limit('sampled')} when it is sampled; ` +
       `of ${past.length} bounds past √(ln n) = ${words.number(threshold)} it is exact at ${exact}. Of the ${ran.length} polynomial ` +
-      `results ${kept} kept the tolerance when all rows were measured.${fall}`,
+      `results ${kept} kept the tolerance when all rows were measured.${own}${fall}`,
     note:
       `d = ${headDim}, n = ${words.integer(thresholdLength)}, scale 1/d as in the papers. Curves end where \`auto\` computes ` +
       `exactly. Triangles: beyond the axis, or no number at all.`,
@@ -283,6 +291,7 @@ function choiceFigure(rows, gradients, { thresholdLength, headDim, tolerance }) 
       { key: 'scoreBound', label: 'bound of |score|', kind: 'number' },
       { key: 'series', label: 'error which' },
       { key: 'error', label: 'error', kind: 'error' },
+      { key: 'relative', label: 'relative (Frobenius)', kind: 'error' },
       { key: 'reason', label: 'reason' },
     ],
     rows,

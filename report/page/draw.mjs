@@ -192,7 +192,7 @@ function cells(figure) {
       const edges = { x1: 'x1', x2: 'x2', y1: 'y1', y2: 'y2', inset: 1 };
       return Plot.plot({
         width,
-        height: 400,
+        height: 80 + 42 * y.values.length,
         marginLeft: 40,
         marginRight: 8,
         marginTop: 30,
@@ -205,14 +205,6 @@ function cells(figure) {
           Plot.axisX({ ticks: x.values, tickFormat: short, tickSize: 0, label: x.label, ...label }),
           Plot.axisY({ ticks: y.values, tickFormat: (value) => write(value, 'number'), tickSize: 0, label: null }),
           ...inside.map((cell) => Plot.rect([cell], { ...edges, fill: colour(cell.row), fillOpacity: strength(cell.row) })),
-          Plot.text(inside, {
-            x: 'x',
-            y: 'y',
-            text: ({ row }) => (row.degree === null ? 'exact' : `${ratio(row.gain)}\ng = ${row.degree}`),
-            fill: ({ row }) => (row.gain === null || row.gain <= 1 ? 'var(--muted)' : 'var(--ink)'),
-            fontSize: narrow ? 9 : 11,
-            lineHeight: 1.25,
-          }),
           ...overlays.map(({ points, dash }) =>
             Plot.line(points, {
               x: 'x',
@@ -223,6 +215,17 @@ function cells(figure) {
               clip: true,
             }),
           ),
+          Plot.text(inside, {
+            x: 'x',
+            y: 'y',
+            text: ({ row }) => (row.degree === null ? 'exact' : `${row.gain < 0.01 ? '< 0.01x' : ratio(row.gain)}\ng = ${row.degree}`),
+            fill: ({ row }) => (row.gain === null || row.gain <= 1 ? 'var(--muted)' : 'var(--ink)'),
+            fontSize: narrow ? 9 : 11,
+            stroke: 'var(--paper)',
+            strokeOpacity: 0.55,
+            strokeWidth: 3,
+            lineHeight: 1.25,
+          }),
           tip(figure, inside),
         ],
       });
