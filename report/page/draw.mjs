@@ -87,8 +87,10 @@ function lines(figure) {
   const styles = new Map(names.map((name, index) => [name, name === null ? styleOf(figure, '', 0) : styleOf(figure, name, index)]));
   const seen = rows.filter((row) => row[x.key] !== null && row[y.key] !== null && (!y.log || row[y.key] > 0));
   const rules = figure.rules ?? [];
+  // What has no number is drawn all the same where the axis has an end
+  const placed = y.top === undefined ? seen : rows;
   const domains = {
-    x: domainOf(x, [...seen.map((row) => row[x.key]), ...rules.flatMap((rule) => rule.x ?? [])]),
+    x: domainOf(x, [...placed.map((row) => row[x.key]), ...rules.flatMap((rule) => rule.x ?? [])]),
     y: domainOf(y, [...seen.map((row) => row[y.key]), ...rules.flatMap((rule) => rule.y ?? [])]),
   };
 
