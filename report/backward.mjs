@@ -172,7 +172,9 @@ function timeFigure(rows, { headDim, timed }) {
     kind: 'lines',
     title: 'Time of the backward pass',
     sentence: `Exact grows like n to the power ${slope('exact')}; ${words.list(parts)}.`,
-    note: `d = ${headDim}, entries in [−0.5, 0.5]; the forward pass is given, not counted. Powers are of the five longest measured lengths.${scaled}`,
+    note:
+      `d = ${headDim}, entries in [−0.5, 0.5]; the forward pass is given, not counted. ` +
+      `Powers are of the five longest measured lengths.${scaled}`,
     x: { key: 'length', label: 'n', log: 2, kind: 'integer' },
     y: { key: 'milliseconds', label: 'time of a call', log: 10, kind: 'ms' },
     series: 'method',

@@ -128,8 +128,8 @@ function entriesFigure(rows, { draws, headDim, tolerance }) {
     title: 'How often the bound √(ln n) holds',
     sentence: `All entries of q and k are within √(ln n) ${parts.join('; ')}.${yet}`,
     note:
-      `Largest entry over √(ln n), median of ${draws} draws, d = ${headDim}. A constant times √log n would be as good for the ` +
-      `theorem; the constant 1 is ours. The table has what \`plan\` chooses at tolerance ${tolerance} for the worst values.`,
+      `Largest entry over √(ln n), median of ${draws} draws, d = ${headDim}. The theorems ask for an order below √log n, ` +
+      `not for a number; the constant 1 is ours. The table has what \`plan\` chooses at tolerance ${tolerance} for the worst values.`,
     x: { key: 'length', label: 'n', log: 2, kind: 'integer' },
     y: { key: 'relative', label: 'largest entry / √(ln n)', log: 10, kind: 'number' },
     series: 'pattern',

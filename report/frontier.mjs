@@ -127,7 +127,8 @@ function frontierFigure(rows, size) {
     note:
       `d = ${headDim}, scale 1/d, forward; measured up to degree ${size.maxDegree}. A cell has the least degree and the exact time ` +
       `over its time; “exact” where no degree keeps the tolerance, in grey where one does but is slower. ` +
-      `The tolerance is in units of max |v − c|. Solid: B = √(ln n). Dashed: \`theory.frontier\`, up to which a proved polynomial needs fewer operations. ` +
+      `The tolerance is in units of max |v − c|. Solid: B = √(ln n). Dashed: \`theory.frontier\`, ` +
+      `up to which a proved polynomial needs fewer operations. ` +
       `Errors beyond n = ${words.integer(allRowsUpTo)} are of ${words.integer(count)} rows; exact times beyond n = ` +
       `${words.integer(size.exactUpTo)} are scaled.`,
     x: { key: 'length', label: 'n', kind: 'integer', values: lengths },

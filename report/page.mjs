@@ -8,12 +8,13 @@ import { duration, integer, write } from './words.mjs';
 const ENTITIES = { '&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;', "'": '&#39;' };
 
 const escape = (value) => String(value).replace(/[&<>"']/g, (c) => ENTITIES[c]);
-/** Text as HTML; `code` between back quotes. No line ends inside "n = 4,096", "8.1 × 10⁻⁷" and "50 %". */
+/** Text as HTML; `code` between back quotes. No line ends inside "n = 4,096", "8.1 × 10⁻⁷", "50 %" and "(ln n)". */
 const text = (value) =>
   escape(
     String(value)
       .replace(/ (=|×) /g, '\u00a0$1\u00a0')
-      .replaceAll(' %', '\u00a0%'),
+      .replaceAll(' %', '\u00a0%')
+      .replaceAll('ln n)', 'ln\u00a0n)'),
   ).replace(/`([^`]+)`/g, '<code>$1</code>');
 const plain = (value) => escape(String(value).replaceAll('`', ''));
 
