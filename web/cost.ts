@@ -22,8 +22,9 @@ export const SAMPLE_SCORES = 2048;
 
 /** Share of the multiply-add peak, by head size: the first row whose `upTo` is not below headDim. */
 const EFFICIENCY = [
-  { upTo: 16, exact: { forward: 0.72, backward: 0.72 }, polynomial: { forward: 0.65, backward: 0.55 } },
-  { upTo: Infinity, exact: { forward: 0.85, backward: 0.85 }, polynomial: { forward: 0.75, backward: 0.65 } },
+  { upTo: 16, exact: { forward: 0.73, backward: 0.8 }, polynomial: { forward: 0.5, backward: 0.45 } },
+  { upTo: 32, exact: { forward: 0.83, backward: 0.87 }, polynomial: { forward: 0.65, backward: 0.62 } },
+  { upTo: Infinity, exact: { forward: 0.88, backward: 0.9 }, polynomial: { forward: 0.8, backward: 0.8 } },
 ] as const;
 
 /** The same for the sampling functions, and what the fit of one polynomial (in JavaScript) takes, in operations at peak. */
