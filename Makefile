@@ -175,7 +175,7 @@ $(PEERS)/node_modules/.stamp: $(PEERS)/package-lock.json $(PEERS)/.npmrc
 	@touch $@
 
 .PHONY: bench-peers
-bench-peers: build $(PEERS)/node_modules/.stamp | tools-browser ## against other packages, under an hour (ARGS=--quick: minutes)
+bench-peers: build $(PEERS)/node_modules/.stamp | tools-browser ## against other packages, an hour or more (ARGS=--quick: minutes)
 	@$(NODE) $(PEERS)/bench.mjs $(ARGS)
 
 # --- order -----------------------------------------------------------------------------------------------------------
