@@ -99,25 +99,21 @@ ra_range ra_state_keys(const ra_problem *p, uint32_t i) {
   return keys;
 }
 
-uint32_t ra_query_start(const ra_problem *p, uint32_t j) {
-  uint32_t low = 0, high = p->query_length; // ends rise with i
+// The first query whose range of keys ends, or begins, behind key j; ends and beginnings rise with i.
+static uint32_t first_query(const ra_problem *p, uint32_t j, int begins) {
+  uint32_t low = 0, high = p->query_length;
   while (low < high) {
     uint32_t middle = low + (high - low) / 2;
-    if (ra_keys_of(p, middle).end > j) high = middle;
+    ra_range keys = ra_keys_of(p, middle);
+    if ((begins ? keys.first : keys.end) > j) high = middle;
     else low = middle + 1;
   }
   return low;
 }
 
-uint32_t ra_query_end(const ra_problem *p, uint32_t j) {
-  uint32_t low = 0, high = p->query_length; // firsts rise with i
-  while (low < high) {
-    uint32_t middle = low + (high - low) / 2;
-    if (ra_keys_of(p, middle).first > j) high = middle;
-    else low = middle + 1;
-  }
-  return low;
-}
+uint32_t ra_query_start(const ra_problem *p, uint32_t j) { return first_query(p, j, 0); }
+
+uint32_t ra_query_end(const ra_problem *p, uint32_t j) { return first_query(p, j, 1); }
 
 size_t ra_workspace(const ra_problem *p, uint32_t pass) {
   if (ra_check(p) != RA_OK || pass > RA_BACKWARD) return 0;

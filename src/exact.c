@@ -283,34 +283,35 @@ RA_KERNEL void add_diagonals(const exact *e, uint32_t i, uint32_t key0, uint32_t
 
 // --- Forward ------------------------------------------------------------------------------------------------------
 
-// Pass 1 of a tile: s = q.k - reference for `panels` panels of keys, and the maximum of each query if `max`.
-RA_INLINE void tile_of_scores(const float *k_panel, const float *q_strip, uint32_t D, uint32_t panels,
-                              const float *reference, float *s, f32x4 *max) {
-  f32x4 start0 = f32x4_sub(f32x4_splat(0), f32x4_load(reference));
-  f32x4 start1 = f32x4_sub(f32x4_splat(0), f32x4_load(reference + 4));
+// C[n][8 lanes] = sum_d panel(n, d) * strip[d][8] - start, rows of c `row` apart; and the maximum of each lane if `max`.
+RA_INLINE void multiply_panels(const float *panel, const float *strip, uint32_t columns, uint32_t panels,
+                               const float *start, const uint32_t row, float *c, f32x4 *max) {
+  f32x4 start0 = f32x4_sub(f32x4_splat(0), f32x4_load(start));
+  f32x4 start1 = f32x4_sub(f32x4_splat(0), f32x4_load(start + 4));
   f32x4 max0 = f32x4_splat(-INFINITY), max1 = max0;
   RA_ROLLED
   for (uint32_t n = 0; n < panels; n++) {
     ra_tile t;
-    ra_tile_multiply(&t, PANEL, start0, start1, D, k_panel, PANEL, 1, q_strip, LANES);
-    ra_tile_store(&t, PANEL, s, LANES);
+    ra_tile_multiply(&t, PANEL, start0, start1, columns, panel, PANEL, 1, strip, LANES);
+    ra_tile_store(&t, PANEL, c, row);
     RA_UNROLLED
     for (int r = 0; max && r < PANEL; r++) max0 = f32x4_max(max0, t.c[r][0]), max1 = f32x4_max(max1, t.c[r][1]);
-    k_panel += (size_t)D * PANEL;
-    s += PANEL * LANES;
+    panel += (size_t)columns * PANEL;
+    c += PANEL * row;
   }
   if (max) max[0] = max0, max[1] = max1;
 }
 
+// Pass 1 of a tile: s = q.k - reference, and the maximum of each query.
 RA_KERNEL void score_tile(const float *k_panel, const float *q_strip, uint32_t D, uint32_t panels,
                           const float *reference, float *s, f32x4 max[2]) {
-  tile_of_scores(k_panel, q_strip, D, panels, reference, s, max);
+  multiply_panels(k_panel, q_strip, D, panels, reference, LANES, s, max);
 }
 
 // Of narrow scores: from reference 0.
 RA_KERNEL void narrow_tile(const float *k_panel, const float *q_strip, uint32_t D, uint32_t panels,
                            const float *reference, float *s) {
-  tile_of_scores(k_panel, q_strip, D, panels, reference, s, NULL);
+  multiply_panels(k_panel, q_strip, D, panels, reference, LANES, s, NULL);
 }
 
 // A range of keys as numbers of a tile: n in [*first, *end) of 0 .. keys.
@@ -531,22 +532,13 @@ RA_KERNEL void prepare_queries(const exact *e, uint32_t head, const float *q, co
   if (sink && dsinks) dsinks[head % p->heads] = (float)((head < p->heads ? 0 : dsinks[head % p->heads]) + dsink);
 }
 
-// C[n][8 lanes] = sum_d panel(n, d) * strip[d][8] - start: scores (keys, queries, lse) and dP (values, dout, delta).
+// s = q.k - lse.
 RA_KERNEL void product_tiles(const float *panel, const float *strip, uint32_t columns, uint32_t panels,
                              const float *start, float *c) {
-  f32x4 start0 = f32x4_sub(f32x4_splat(0), f32x4_load(start));
-  f32x4 start1 = f32x4_sub(f32x4_splat(0), f32x4_load(start + 4));
-  RA_ROLLED
-  for (uint32_t n = 0; n < panels; n++) {
-    ra_tile t;
-    ra_tile_multiply(&t, PANEL, start0, start1, columns, panel, PANEL, 1, strip, LANES);
-    ra_tile_store(&t, PANEL, c, QUERY_CHUNK);
-    panel += (size_t)columns * PANEL;
-    c += PANEL * QUERY_CHUNK;
-  }
+  multiply_panels(panel, strip, columns, panels, start, QUERY_CHUNK, c, NULL);
 }
 
-// The same, times the weights: dS = P (dP - delta).
+// The same of values, dout and delta, times the weights: dS = P (dP - delta).
 RA_KERNEL void product_tiles_weighted(const float *panel, const float *strip, uint32_t columns, uint32_t panels,
                                       const float *start, const float *weight, float *c) {
   f32x4 start0 = f32x4_sub(f32x4_splat(0), f32x4_load(start));

@@ -361,8 +361,13 @@ RA_KERNEL void take_means(const polynomial *e, const float *k, const float *v) {
   for (uint32_t d = 0; d < e->Dv; d++) e->v_mean[d] = (float)(v_sum[d] / Nk);
 }
 
-static void prepare_head(const polynomial *e, uint32_t kv, const float *k, const float *v) {
+// Those of the coefficients of a key/value head; O(rank).
+static void take_weights(const polynomial *e, uint32_t kv) {
   ra_features_weights(&e->f, e->p->coefficients + (size_t)kv * (e->f.degree + 1), e->weights, e->run);
+}
+
+static void prepare_head(const polynomial *e, uint32_t kv, const float *k, const float *v) {
+  take_weights(e, kv);
   take_means(e, k, v);
   clear_state(e);
   e->state->first = e->state->edge = 0;
@@ -394,6 +399,11 @@ RA_KERNEL void finish_chunk(const polynomial *e, uint32_t i, uint32_t count, uin
   ra_transpose(e->sum_t, CHUNK, e->Dv, count, out + i * e->out_row, e->out_row);
 }
 
+static int sees_nothing(const ra_problem *p, uint32_t i) {
+  ra_range keys = ra_keys_of(p, i);
+  return keys.first >= keys.end;
+}
+
 RA_KERNEL void forward_chunk(const polynomial *e, const float *q, const float *k, const float *v, uint32_t i,
                              uint32_t count, float *out, float *lse) {
   const ra_problem *p = e->p;
@@ -407,7 +417,7 @@ RA_KERNEL void forward_chunk(const polynomial *e, const float *q, const float *k
     diagonal_weights(e, i, state.end, end - state.end);
     add_columns(e->u_rows, e->row, e->columns, e->a, end - state.end, e->sum_t);
   }
-  while (seeing < count && ra_keys_of(p, i + seeing).first >= ra_keys_of(p, i + seeing).end) seeing++;
+  while (seeing < count && sees_nothing(p, i + seeing)) seeing++;
   finish_chunk(e, i, count, seeing, out, lse);
 }
 
@@ -698,12 +708,11 @@ static stream_head head_of_stream(const polynomial *e, void *state, uint32_t who
 static stream_head open_stream_head(polynomial *e, void *state, uint32_t whole, uint32_t kv) {
   stream_head head = head_of_stream(e, state, whole, kv);
   e->z = head.z;
-  ra_features_weights(&e->f, e->p->coefficients + (size_t)kv * (e->f.degree + 1), e->weights, e->run);
   ra_rotary_batch(&e->state->q_rotary, e->p, 1, kv / e->p->kv_heads);
   return head;
 }
 
-// The waiting keys are a chunk: it joins the sums.
+// The waiting keys are a chunk: it joins the sums. Needs the weights of the head.
 static void join_chunk(const polynomial *e, const stream_head *head) {
   float live[CHUNK];
   ra_transpose(head->y_rows, e->Dp, CHUNK, e->Dp, e->y_t, CHUNK);
@@ -719,6 +728,7 @@ int ra_state_append(const ra_problem *p, const ra_arrays *x, void *state, void *
   uint32_t fills = s->waiting + p->key_length >= CHUNK;
   for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
     stream_head head = open_stream_head(&e, state, fills, kv);
+    if (fills) take_weights(&e, kv);
     const float *k = x->k + ra_head(p, kv, p->kv_heads, p->key_length, e.D);
     const float *v = x->v + ra_head(p, kv, p->kv_heads, p->key_length, e.Dv);
     for (uint32_t j = 0, waiting = s->waiting, count; j < p->key_length; j += count) {
@@ -771,8 +781,10 @@ int ra_state_merge(const ra_problem *p, void *state, const void *other, void *wo
   polynomial e = open_stream(p, workspace);
   stream *s = state;
   const stream *t = other;
+  uint32_t fills = s->waiting + t->waiting >= CHUNK;
   for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
     stream_head head = open_stream_head(&e, state, 1, kv), added = head_of_stream(&e, (void *)(uintptr_t)other, 1, kv);
+    if (fills) take_weights(&e, kv);
     for (size_t n = 0; n < (size_t)e.f.rank * e.row; n += 4)
       f32x4_store(head.z + n, f32x4_add(f32x4_load(head.z + n), f32x4_load(added.z + n)));
     for (uint32_t n = 0, waiting = s->waiting; n < t->waiting; n++) {
@@ -781,7 +793,7 @@ int ra_state_merge(const ra_problem *p, void *state, const void *other, void *wo
       if (++waiting == CHUNK) join_chunk(&e, &head), waiting = 0;
     }
   }
-  s->joined |= t->joined | (s->waiting + t->waiting >= CHUNK);
+  s->joined |= t->joined | fills;
   s->waiting = (s->waiting + t->waiting) % CHUNK;
   return RA_OK;
 }

@@ -50,17 +50,22 @@ RA_INLINE const ra_exp2_constants *ra_exp2_load(void) {
   return table;
 }
 
+// x = n + f for -127 <= x < 128: sets *f and *power = 2^n, returns (2^f - 1) / f.
+RA_INLINE f32x4 ra_exp2_parts(f32x4 x, const ra_exp2_constants *k, f32x4 *f, f32x4 *power) {
+  f32x4 shifted = f32x4_add(x, f32x4_load(k->magic));
+  *f = f32x4_sub(x, f32x4_sub(shifted, f32x4_load(k->magic)));
+  *power = f32x4_bits_to_exponent(shifted);
+  f32x4 q = f32x4_madd(f32x4_load(k->c6), *f, f32x4_load(k->c5));
+  q = f32x4_madd(q, *f, f32x4_load(k->c4));
+  q = f32x4_madd(q, *f, f32x4_load(k->c3));
+  q = f32x4_madd(q, *f, f32x4_load(k->c2));
+  return f32x4_madd(q, *f, f32x4_load(k->c1));
+}
+
 // 2^x for -127 <= x < 128, or NaN; anything elsewhere.
 RA_INLINE f32x4 ra_exp2_near(f32x4 x, const ra_exp2_constants *k) {
-  f32x4 shifted = f32x4_add(x, f32x4_load(k->magic));
-  f32x4 f = f32x4_sub(x, f32x4_sub(shifted, f32x4_load(k->magic)));
-  f32x4 y = f32x4_madd(f32x4_load(k->c6), f, f32x4_load(k->c5));
-  y = f32x4_madd(y, f, f32x4_load(k->c4));
-  y = f32x4_madd(y, f, f32x4_load(k->c3));
-  y = f32x4_madd(y, f, f32x4_load(k->c2));
-  y = f32x4_madd(y, f, f32x4_load(k->c1));
-  y = f32x4_madd(y, f, f32x4_load(k->c0));
-  return f32x4_mul(y, f32x4_bits_to_exponent(shifted));
+  f32x4 f, power, q = ra_exp2_parts(x, k, &f, &power);
+  return f32x4_mul(f32x4_madd(q, f, f32x4_load(k->c0)), power);
 }
 
 // 2^x for x < 128; 0 for x <= -127; NaN for NaN.
@@ -68,20 +73,12 @@ RA_INLINE f32x4 ra_exp2(f32x4 x, const ra_exp2_constants *k) {
   return ra_exp2_near(f32x4_max(f32x4_load(k->low), x), k);
 }
 
-// tanh x = t / (t + 2) with t = e^2x - 1 = 2^n q(f) + (2^n - 1), q(f) = 2^f - 1 without its constant: nothing cancels near 0.
+// tanh x = t / (t + 2) with t = e^2x - 1 = 2^n q(f) + (2^n - 1), q(f) = 2^f - 1: nothing cancels near 0.
 // Relative error below 4e-7; +-1 at the ends; NaN for NaN.
 RA_INLINE f32x4 ra_tanh(f32x4 x, const ra_exp2_constants *k) {
   x = f32x4_mul(f32x4_min(f32x4_splat(20), x), f32x4_splat((float)(2 * RA_LOG2_E)));
-  x = f32x4_max(f32x4_load(k->low), x);
-  f32x4 shifted = f32x4_add(x, f32x4_load(k->magic));
-  f32x4 f = f32x4_sub(x, f32x4_sub(shifted, f32x4_load(k->magic)));
-  f32x4 q = f32x4_madd(f32x4_load(k->c6), f, f32x4_load(k->c5));
-  q = f32x4_madd(q, f, f32x4_load(k->c4));
-  q = f32x4_madd(q, f, f32x4_load(k->c3));
-  q = f32x4_madd(q, f, f32x4_load(k->c2));
-  q = f32x4_mul(f32x4_madd(q, f, f32x4_load(k->c1)), f);
-  f32x4 power = f32x4_bits_to_exponent(shifted);
-  f32x4 t = f32x4_madd(power, q, f32x4_sub(power, f32x4_load(k->c0)));
+  f32x4 f, power, q = ra_exp2_parts(f32x4_max(f32x4_load(k->low), x), k, &f, &power);
+  f32x4 t = f32x4_madd(power, f32x4_mul(q, f), f32x4_sub(power, f32x4_load(k->c0)));
   return f32x4_div(t, f32x4_add(t, f32x4_splat(2)));
 }
 
