@@ -29,9 +29,8 @@ import type { Measured } from './sampling.js';
 import { unsampledOnly } from './scores.js';
 import { StreamingState } from './streaming.js';
 import { rank } from './theory.js';
-import type { AttentionState, StateOptions } from './types.js';
 import type { BackwardArgs, BackwardResult, CreateOptions, ForwardArgs, ForwardResult, PlanArgs } from './types.js';
-import type { Report, RopeAttention, RotateArgs } from './types.js';
+import type { AttentionState, Report, RopeAttention, RotateArgs, StateOptions } from './types.js';
 import { readCall, readCreate, readRotate, type Call } from './validate.js';
 
 /** Milliseconds of work between two yields, about. */

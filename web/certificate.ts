@@ -29,6 +29,14 @@ export function scoreRadius(g: Geometry, bounds: Bounds): number {
   return Math.abs(g.scale) * rotated * bounds.k_centred_norm * (1 + (g.headDim + 8) * UNIT);
 }
 
+/** Norms of unrotated queries and keys. */
+type Norms = Pick<Bounds, 'q_norm' | 'k_norm'>;
+
+/** Cauchy-Schwarz: the largest |scale (R q).(R k)| for such norms, not centred, as far as these are exact. */
+export function largestScore(g: Pick<Geometry, 'scale' | 'rotaryGain'>, { q_norm, k_norm }: Norms): number {
+  return Math.abs(g.scale) * g.rotaryGain ** 2 * q_norm * k_norm;
+}
+
 /**
  * A number that no |scale q.k| of the heads exceeds, for the exact engine; Infinity where it must not count on one: entries that
  * are not finite, or values so large or small that weights far from 1 would take sums to the ends of float32.
@@ -37,8 +45,7 @@ export function scoreBound(g: Geometry, bounds: readonly Bounds[]): number {
   const moderate = ({ finite, v_entry }: Bounds) =>
     finite === 1 && (v_entry === 0 || (v_entry >= 1e-28 && v_entry * g.keyLength <= 1e30));
   if (!bounds.every(moderate)) return Infinity;
-  const largest = Math.max(...bounds.map(({ q_norm, k_norm }) => q_norm * k_norm));
-  return Math.abs(g.scale) * g.rotaryGain ** 2 * largest * (1 + (g.headDim + 8) * UNIT);
+  return Math.max(...bounds.map((one) => largestScore(g, one))) * (1 + (g.headDim + 8) * UNIT);
 }
 
 /**
@@ -58,7 +65,7 @@ export function roundingBound(
   coefficients: ArrayLike<number>,
   radius: number,
   t: number,
-  bounds: Pick<Bounds, 'q_norm' | 'k_norm'>,
+  bounds: Norms,
   valueRatio: number,
 ): number {
   const degree = coefficients.length - 1;
@@ -71,7 +78,7 @@ export function roundingBound(
   let magnitude = 0;
   for (let m = degree; m >= 0; m--) magnitude = magnitude * radius + Math.abs(coefficients[m]);
   const sums = (2 * gamma * magnitude * valueRatio) / ((1 - t) * Math.exp(-radius));
-  const delta = 8 * UNIT * Math.abs(g.scale) * g.rotaryGain ** 2 * bounds.q_norm * bounds.k_norm;
+  const delta = 8 * UNIT * largestScore(g, bounds);
   return sums + certifiedBound(Math.expm1(2 * delta));
 }
 

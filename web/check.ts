@@ -45,9 +45,14 @@ export function readNumbers(
   if (!typed && !Array.isArray(value)) throw wrong(name, option, 'a typed array or an array of numbers', value, false);
   const numbers = Float64Array.from(value as ArrayLike<unknown>, (one, n) => readNumber(name, `${option}[${n}]`, one));
   if (!many(numbers.length)) throw new RangeError(`${name}: ${option} has ${numbers.length} values, ${needs}`);
-  const bad = numbers.findIndex((one) => !Number.isFinite(one));
-  if (bad >= 0) throw wrong(name, `${option}[${bad}]`, 'finite', numbers[bad], true);
-  return numbers;
+  return readFinite(name, option, numbers);
+}
+
+/** The array itself. @throws RangeError with the place of the first NaN or infinity. */
+export function readFinite<T extends Float32Array | Float64Array>(name: string, option: string, values: T): T {
+  const bad = values.findIndex((value) => !Number.isFinite(value));
+  if (bad >= 0) throw wrong(name, `${option}[${bad}]`, 'finite', values[bad], true);
+  return values;
 }
 
 export function readNumber(name: string, option: string, value: unknown): number {

@@ -8,7 +8,7 @@ import type { Geometry } from './validate.js';
 
 export type Pass = 'forward' | 'backward';
 
-/** Queries and keys of one chunk of the causal polynomial engine, inside which exp is exact. */
+/** Queries and keys of one chunk of the causal polynomial engine, inside which exp is exact; keys that join a state together. */
 export const CHUNK = 32;
 
 /** When errors are sampled: rows at a time in a key/value head, heads that are looked at, rows in all for the last check. */

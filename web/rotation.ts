@@ -2,7 +2,7 @@
 //
 // The option `rotary`: where rows are, and how far each pair of a vector turns there.
 
-import { readBoolean, readFloats, readInteger, readNumbers, readRecord, tagOf, wrong } from './check.js';
+import { readBoolean, readFinite, readFloats, readInteger, readNumbers, readRecord, tagOf, wrong } from './check.js';
 import { readFrequencies } from './scaling.js';
 import type { Rotary, Shape } from './types.js';
 
@@ -86,10 +86,7 @@ function refuseBoth(name: string, rotary: GivenRotary, one: keyof Rotary, others
 
 function readGiven(name: string, value: unknown, dim: number): Float64Array {
   const given = readFloats(name, 'rotary.frequencies', value, dim / 2, 'rotary.dim/2');
-  const frequencies = Float64Array.from(given);
-  const bad = frequencies.findIndex((frequency) => !Number.isFinite(frequency));
-  if (bad >= 0) throw wrong(name, `rotary.frequencies[${bad}]`, 'finite', frequencies[bad], true);
-  return frequencies;
+  return readFinite(name, 'rotary.frequencies', Float64Array.from(given));
 }
 
 // --- Positions --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 //
 //   softcap tanh(s_ij / softcap) + bias_{i-j} + mask_ij,     and one more key of score `sink` and value zero.
 
-import { readFloats, readInteger, readNumber, tagOf, wrong, type Given } from './check.js';
+import { readFinite, readFloats, readInteger, readNumber, tagOf, wrong, type Given } from './check.js';
 import type { Shape } from './types.js';
 
 const UINT32_MAX = 2 ** 32 - 1;
@@ -182,8 +182,5 @@ function readMaskShape(name: string, value: unknown, sizes: Sizes): number[] {
 
 function readSinks(name: string, value: unknown, { heads }: Sizes): Float32Array | null {
   if (value === undefined) return null;
-  const sinks = readFloats(name, 'sinks', value, heads, 'shape.heads');
-  const bad = sinks.findIndex((sink) => !Number.isFinite(sink));
-  if (bad >= 0) throw wrong(name, `sinks[${bad}]`, 'finite', sinks[bad], true);
-  return sinks;
+  return readFinite(name, 'sinks', readFloats(name, 'sinks', value, heads, 'shape.heads'));
 }

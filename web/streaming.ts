@@ -7,8 +7,9 @@
 // Nothing is known of the keys to come: scores are not centred, and their bound is the caller's promise, kept by looking at
 // every key and query. Within it the error is proved, not sampled.
 
-import { roundingBound } from './certificate.js';
-import { readChoice, readFloats, readInteger, readNumber, readRecord, tagOf, wrong } from './check.js';
+import { largestScore, roundingBound } from './certificate.js';
+import { readChoice, readFinite, readFloats, readInteger, readNumber, readRecord, tagOf, wrong } from './check.js';
+import { CHUNK } from './cost.js';
 import type { Kernel, Session } from './kernel.js';
 import { MAX_DEGREE, minimax, relativeError } from './polynomial.js';
 import { certifiedBound, degreeFor, rank } from './theory.js';
@@ -18,9 +19,6 @@ import { TOLERANCE_FLOOR, readGeometry, type Geometry } from './validate.js';
 const CREATE = 'createState';
 const OPTIONS = ['shape', 'rotary', 'scale', 'layout', 'scoreBound', 'tolerance', 'degree', 'onMiss', 'from'];
 const SHAPE = ['batch', 'heads', 'kvHeads', 'headDim', 'valueDim'];
-
-/** Keys of a chunk: that many are summed up at a time, fewer wait beside the sums. */
-const CHUNK = 32;
 
 /** Positions are 32-bit integers, the one after the last included. */
 const LAST_POSITION = 2 ** 31 - 2;
@@ -121,12 +119,12 @@ export class StreamingState implements AttentionState {
     const name = 'attend';
     const start = performance.now();
     const given = readRecord(name, 'its argument', args, ['q', 'position']);
-    const { batch, heads, headDim, valueDim, scale, rotaryGain } = this.#geometry;
+    const { batch, heads, headDim, valueDim } = this.#geometry;
     const tokens = readTokens(name, 'q', given['q'], batch * heads * headDim);
     const q = given['q'] as Float32Array;
     const position = this.#readPosition(name, given['position'], Math.max(this.#next - tokens, 0), tokens);
     const { norm, entry } = measure(name, 'q', q, headDim);
-    const scoreBound = Math.abs(scale) * rotaryGain ** 2 * norm * this.#keyNorm;
+    const scoreBound = largestScore(this.#geometry, { q_norm: norm, k_norm: this.#keyNorm });
     const within = scoreBound <= this.#scoreBound * (1 + SLACK);
     if (!within && this.#onMiss === 'error') {
       throw new RangeError(
@@ -314,10 +312,7 @@ function measure(name: string, option: string, x: Float32Array, width: number): 
       squares += x[n] * x[n];
       if (Math.abs(x[n]) > entry) entry = Math.abs(x[n]);
     }
-    if (Number.isNaN(squares) || entry === Infinity) {
-      const bad = x.findIndex((value) => !Number.isFinite(value));
-      throw wrong(name, `${option}[${bad}]`, 'finite', x[bad], true);
-    }
+    if (!Number.isFinite(squares)) readFinite(name, option, x);
     if (squares > largest) largest = squares;
   }
   return { norm: Math.sqrt(largest), entry };

@@ -3,7 +3,7 @@
 // From the options of a call to a problem in which every default is resolved and every size has been checked, so that no
 // later layer has to doubt; check.ts says how values are refused. Arguments are only read.
 
-import { readBoolean, readChoice, readFloats, readInteger, readNumber, readRecord, wrong, type Given } from './check.js';
+import { readBoolean, readChoice, readFinite, readFloats, readInteger, readNumber, readRecord, wrong, type Given } from './check.js';
 import { readRotary, type Rotation } from './rotation.js';
 import { exactOnly, readScores, type Scores } from './scores.js';
 import type { BackwardArgs, CreateOptions, ForwardArgs, Layout, PlanArgs, RotateArgs, Shape } from './types.js';
@@ -102,8 +102,7 @@ export function readCall(name: 'forward' | 'backward' | 'plan', args: ForwardArg
   if (name === 'plan' && inputs.dOutput && !inputs.v) throw new TypeError('plan: dOutput needs v as well');
   if (readBoolean(name, 'checkFinite', given['checkFinite'], false)) {
     for (const option of ['q', 'k', 'v', 'dOutput'] as const) {
-      const bad = inputs[option]?.findIndex((value) => !Number.isFinite(value)) ?? -1;
-      if (bad >= 0) throw wrong(name, `${option}[${bad}]`, 'finite', inputs[option]![bad], true);
+      if (inputs[option]) readFinite(name, option, inputs[option]);
     }
   }
   return { problem, inputs };
