@@ -10,7 +10,7 @@
 
 import { theory } from '../dist/index.js';
 import { uniformInputs } from './inputs.mjs';
-import { attempt, operations, polynomial, race, rowsOnly, spreadRows, takeRows } from './measure.mjs';
+import { attempt, operations, operationsGain, polynomial, race, rowsOnly, spreadRows, takeRows } from './measure.mjs';
 import { halfRange, outputError } from './statistics.mjs';
 import * as words from './words.mjs';
 
@@ -50,12 +50,10 @@ export function run({ attention, sizes: size, progress, seed }) {
   let lastExact = null;
   lengths.forEach((length, step) => {
     progress(`N = ${words.integer(length)}`, step / lengths.length);
-    const common = { headDim, heads: 1, queryLength: length, pass: 'forward' };
-    const exactCost = theory.cost({ ...common, method: 'exact' });
     for (const entryBound of bounds) {
       const scoreBound = theory.scoreBound({ headDim, entryBound, scale });
       const degree = theory.degreeFor({ tolerance, scoreBound });
-      const gain = degree === null ? null : exactCost / theory.cost({ ...common, method: 'polynomial', degree });
+      const gain = degree === null ? null : operationsGain({ length, headDim, degree });
       cells.push({ panel: PREDICTED, length, entryBound, degree, gain, scaled: false });
     }
 
@@ -83,7 +81,7 @@ const callAt = ({ length, headDim, bound, scale, seed }) => {
 /** For each bound, ascending, the least degree that keeps the tolerance; a degree that fails is not tried for larger entries. */
 function neededDegrees({ attention, length, headDim, bounds, tolerance, scale, maxDegree, rows: count, allRowsUpTo, seed }) {
   // A degree dearer than twice exact is nothing to wait for
-  const limit = 2 * theory.cost({ method: 'exact', pass: 'forward', heads: 1, queryLength: length, headDim });
+  const limit = 2 * operations({ length, headDim });
   let degree = 0;
   return bounds.map((entryBound) => {
     const args = callAt({ length, headDim, bound: entryBound, scale, seed });
@@ -156,8 +154,7 @@ function gainFigure(cells, { headDim }) {
   const rows = measured.flatMap(({ length, degree, gain, scaled }) => {
     if (seen.has(`${length} ${degree}`)) return [];
     seen.add(`${length} ${degree}`);
-    const cost = (method) => theory.cost({ method, degree, pass: 'forward', heads: 1, queryLength: length, headDim });
-    const predicted = cost('exact') / cost('polynomial');
+    const predicted = operationsGain({ length, headDim, degree });
     return [{ length, degree, series: `degree ${degree}`, gain, predicted, relative: gain / predicted, scaled }];
   });
   rows.sort((a, b) => a.degree - b.degree || a.length - b.length);

@@ -44,9 +44,13 @@ export function attempt(run) {
   }
 }
 
-/** Useful operations of a degree, to leave out what would take too long. */
+/** Useful operations of a degree, or of exact without one: to leave out what would take too long. */
 export const operations = ({ length, headDim, degree, pass = 'forward' }) =>
-  theory.cost({ method: 'polynomial', degree, pass, heads: 1, queryLength: length, headDim });
+  theory.cost({ method: degree === undefined ? 'exact' : 'polynomial', degree, pass, heads: 1, queryLength: length, headDim });
+
+/** How many times those of exact are those of a degree, forward. */
+export const operationsGain = ({ length, headDim, degree }) =>
+  operations({ length, headDim }) / operations({ length, headDim, degree });
 
 /** `count` rows of `length`, evenly spread, first and last included. */
 export function spreadRows(length, count) {

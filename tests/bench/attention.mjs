@@ -18,6 +18,7 @@ import { arch, cpus } from 'node:os';
 import { dirname } from 'node:path';
 import { parseArgs } from 'node:util';
 import { createRopeAttention, theory } from '../../dist/index.js';
+import { uniform } from './peers/problem.mjs';
 
 const { values: given } = parseArgs({
   options: {
@@ -35,19 +36,6 @@ const { values: given } = parseArgs({
 const numbers = (text) => text.split(',').map(Number);
 const degree = Number(given.degree);
 const exactUpTo = Number(given['exact-up-to']);
-
-/** Uniform in [-bound, bound): mulberry32. */
-function uniform(count, seed, bound) {
-  const out = new Float32Array(count);
-  let state = seed >>> 0;
-  for (let n = 0; n < count; n++) {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let t = Math.imul(state ^ (state >>> 15), state | 1);
-    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
-    out[n] = (((t ^ (t >>> 14)) >>> 0) / 2 ** 31 - 1) * bound;
-  }
-  return out;
-}
 
 const quantile = (sorted, share) => sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))];
 

@@ -9,7 +9,7 @@ export const BASE = 10000;
 export const OUTPUTS = { forward: ['output'], both: ['output', 'dq', 'dk', 'dv'] };
 
 /** Uniform in [-bound, bound): mulberry32. */
-function uniform(count, seed, bound) {
+export function uniform(count, seed, bound) {
   const out = new Float32Array(count);
   let state = seed >>> 0;
   for (let n = 0; n < count; n++) {

@@ -72,35 +72,30 @@ export function summaryTable(rows) {
   return table(['where', 'D', 'pass', 'mask', 'fastest best / ours', 'fastest ordinary / ours', 'of peak'], lines);
 }
 
+const PLACE = ['contender', 'pass', 'mask', 'D', 'N'];
+const placeOf = (row) => [row.contender, passes[row.pass], maskOf(row), row.headDim, row.length];
+
 export function coldTable(rows) {
   const lines = rows.map((row) => [
-    row.contender,
-    passes[row.pass],
-    maskOf(row),
-    row.headDim,
-    row.length,
+    ...placeOf(row),
     ...(row.failed ? [row.failed, '', '', '', '', ''] : [row.load, row.setUp, row.first, row.second, row.steady].map(time)),
     ...(row.failed ? [] : [times(row.first / row.steady)]),
     row.oneToken ? (1000 * row.oneToken).toFixed(1) : '',
   ]);
-  const head = ['contender', 'pass', 'mask', 'D', 'N', 'load ms', 'set-up', 'first call', 'second', 'steady'];
-  return table([...head, 'first / steady', 'N = 1, us'], lines);
+  const head = [...PLACE, 'load ms', 'set-up', 'first call', 'second', 'steady', 'first / steady', 'N = 1, us'];
+  return table(head, lines);
 }
 
 export function memoryTable(rows) {
   const lines = rows.map((row) => [
-    row.contender,
-    passes[row.pass],
-    maskOf(row),
-    row.headDim,
-    row.length,
+    ...placeOf(row),
     row.failed ?? (row.finite ? `${(row.milliseconds / 1000).toPrecision(3)}` : 'not finite'),
     size(row.wasmBytes),
     size(row.grownBytes),
     size(row.peakBytes),
   ]);
-  const head = ['contender', 'pass', 'mask', 'D', 'N', 'first call s'];
-  return table([...head, 'wasm memory MiB', 'process grew by MiB', 'process peak MiB'], lines);
+  const head = [...PLACE, 'first call s', 'wasm memory MiB', 'process grew by MiB', 'process peak MiB'];
+  return table(head, lines);
 }
 
 /** What was not run or failed, one line a form, pass and reason; and timed results that differ from ours. */
