@@ -29,10 +29,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "engines.h"
-#include "monomials.h"
 #include "pack.h"
-#include "rotary.h"
+#include "polynomial.h"
 #include "softmax.h"
 #include "tile.h"
 
@@ -41,44 +39,8 @@ enum {
   UNIT = 256, // tokens of a unit
 };
 
-// What stays between calls.
-typedef struct polynomial_state {
-  ra_rotary q_rotary, k_rotary;
-  uint32_t first, edge;  // keys first .. edge-1 are in Z (forward sweep); keys edge .. are done (backward sweep)
-  uint32_t not_positive; // rows whose denominator was not positive and finite
-} polynomial_state;
-
-typedef struct polynomial {
-  const ra_problem *p;
-  polynomial_state *state;
-  ra_features f;
-  size_t rank;
-  uint32_t D, Dv, Dp, Dvp; // Dp, Dvp: padded to 8
-  uint32_t columns, row;   // columns of u, h and the state: Dvp values, then one; length of their rows, a multiple of 4
-  size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays; dq, dk, dv, dout alike
-  char *q_space, *k_space;
-  float *weights;         // [rank] w_r
-  uint8_t *run;           // [rank]
-  float *z;               // [rank][row] Z, later Y
-  float *k_mean, *v_mean; // [Dp], [Dvp]
-  float *lower, *block;   // features [lower][32], [48][32]
-  float *x_rows, *y_rows; // [32][Dp] the chunk's queries, keys
-  float *x_t, *y_t;       // [D][32]
-  float *u_rows;          // [32][row]
-  float *sum_t;           // [columns][32] numerators and denominators, du
-  float *a;               // [32 keys][32] weights of the diagonal block
-  // backward
-  float *h_rows, *h_t;    // [32][row], [columns][32]; u_t in the backward sweep
-  float *da;              // [32][32]
-  float *dlower, *dblock; // [lower][32], [48][32]
-  float *dx_t;            // [Dp][32]
-  float *d_rows;          // [32][max(Dp, Dvp)]
-} polynomial;
-
-enum { STREAM = RA_BACKWARD + 1 }; // a pass whose sums are not in the workspace
-
-static polynomial arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) {
-  polynomial e = {.p = p, .D = p->head_dim, .Dv = p->value_dim};
+ra_polynomial ra_polynomial_arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) {
+  ra_polynomial e = {.p = p, .D = p->head_dim, .Dv = p->value_dim};
   size_t rank = ra_rank(p->head_dim, p->degree);
   if (rank == RA_SIZE_OVERFLOW) {
     w->overflow = 1;
@@ -93,14 +55,14 @@ static polynomial arrange(const ra_problem *p, uint32_t pass, ra_workspace_curso
   e.k_row = ra_row(p, p->kv_heads, e.D);
   e.v_row = ra_row(p, p->kv_heads, e.Dv);
   e.out_row = ra_row(p, p->heads, e.Dv);
-  e.state = ra_take(w, 1, 1, sizeof(polynomial_state));
+  e.state = ra_take(w, 1, 1, sizeof(ra_polynomial_state));
   uint32_t *tail = ra_take(w, 1, ra_features_cells(p->head_dim, p->degree), sizeof(uint32_t));
   size_t lower = p->degree == 0 ? 1 : ra_rank(p->head_dim, p->degree - 1);
   e.q_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
   e.k_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
   e.weights = ra_take_floats(w, rank, 1);
   e.run = ra_take(w, rank, 1, 1);
-  if (pass != STREAM) e.z = ra_take_floats(w, rank, e.row);
+  if (pass != RA_STREAM) e.z = ra_take_floats(w, rank, e.row);
   e.k_mean = ra_take_floats(w, 1, e.Dp);
   e.v_mean = ra_take_floats(w, 1, e.Dvp);
   e.lower = ra_take_floats(w, lower, CHUNK);
@@ -125,12 +87,11 @@ static polynomial arrange(const ra_problem *p, uint32_t pass, ra_workspace_curso
   return e;
 }
 
-static void layout(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) { arrange(p, pass, w); }
+static void layout(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) { ra_polynomial_arrange(p, pass, w); }
 
 // --- Products -----------------------------------------------------------------------------------------------------
 
-// c[r][32] += sum_n a[n][r] * b[n][32]: numerators from state and features, from u and diagonal weights, dx from dA.
-RA_KERNEL void add_columns(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c) {
+void ra_chunk_add_columns(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c) {
   f32x4 zero = f32x4_splat(0);
   ra_tile t;
   for (uint32_t i = 0; i < CHUNK; i += 8) {
@@ -142,8 +103,7 @@ RA_KERNEL void add_columns(const float *a, size_t a_row, uint32_t rows, const fl
   }
 }
 
-// c[r][32] = sum_d a[r][d] * b[d][32]: dphi from state and h, diagonal scores from keys and queries.
-RA_KERNEL void set_rows(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c) {
+void ra_chunk_set_rows(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c) {
   f32x4 zero = f32x4_splat(0);
   ra_tile t;
   for (uint32_t i = 0; i < CHUNK; i += 8) {
@@ -155,8 +115,7 @@ RA_KERNEL void set_rows(const float *a, size_t a_row, uint32_t rows, const float
   }
 }
 
-// c[r][columns] = sum_i a[r][i] * b[i][columns] over a chunk, columns a multiple of 8: dk, dv of the diagonal block.
-RA_KERNEL void set_products(const float *a, uint32_t rows, const float *b, size_t b_row, uint32_t columns, float *c) {
+void ra_chunk_set_products(const float *a, uint32_t rows, const float *b, size_t b_row, uint32_t columns, float *c) {
   f32x4 zero = f32x4_splat(0);
   ra_tile t;
   for (uint32_t d = 0; d < columns; d += 8) {
@@ -203,7 +162,7 @@ RA_KERNEL void add_to_state(const float *weights, const float *f, uint32_t rows,
 // --- Blocks of rows -----------------------------------------------------------------------------------------------
 
 // The features row0 .. of the tokens x_t: stored rows, or a block made now. *count is 48 or what is left.
-static const float *rows_at(const polynomial *e, const float *x_t, uint32_t row0, uint32_t *count) {
+static const float *rows_at(const ra_polynomial *e, const float *x_t, uint32_t row0, uint32_t *count) {
   uint32_t end = row0 < e->f.lower ? e->f.lower : e->f.rank;
   *count = ra_min_u32(RA_ROW_BLOCK, end - row0);
   if (row0 < e->f.lower) return e->lower + (size_t)row0 * CHUNK;
@@ -211,16 +170,14 @@ static const float *rows_at(const polynomial *e, const float *x_t, uint32_t row0
   return e->block;
 }
 
-// sum_t[column][token] += phi(token)^T z
-RA_KERNEL void read_state(const polynomial *e, const float *x_t) {
+void ra_read_state(const ra_polynomial *e, const float *x_t) {
   for (uint32_t row0 = 0, count; row0 < e->f.rank; row0 += count) {
     const float *f = rows_at(e, x_t, row0, &count);
-    add_columns(e->z + (size_t)row0 * e->row, e->row, e->columns, f, count, e->sum_t);
+    ra_chunk_add_columns(e->z + (size_t)row0 * e->row, e->row, e->columns, f, count, e->sum_t);
   }
 }
 
-// z += W phi(tokens) rows
-RA_KERNEL void update_state(const polynomial *e, const float *x_t, const float *rows) {
+void ra_update_state(const ra_polynomial *e, const float *x_t, const float *rows) {
   for (uint32_t row0 = 0, count; row0 < e->f.rank; row0 += count) {
     const float *f = rows_at(e, x_t, row0, &count);
     add_to_state(e->weights + row0, f, count, rows, e->row, e->Dvp, e->z + (size_t)row0 * e->row);
@@ -228,12 +185,12 @@ RA_KERNEL void update_state(const polynomial *e, const float *x_t, const float *
 }
 
 // dx_t += J(x)^T (z h_t): through the features that the state was read with; h_t [columns][32]
-RA_KERNEL void read_state_backward(const polynomial *e, const float *x_t, const float *h_t) {
+RA_KERNEL void read_state_backward(const ra_polynomial *e, const float *x_t, const float *h_t) {
   const ra_features *f = &e->f;
-  set_rows(e->z, e->row, f->lower, h_t, e->columns, e->dlower);
+  ra_chunk_set_rows(e->z, e->row, f->lower, h_t, e->columns, e->dlower);
   for (uint32_t row0 = f->lower, count; row0 < f->rank; row0 += count) {
     count = ra_min_u32(RA_ROW_BLOCK, f->rank - row0);
-    set_rows(e->z + (size_t)row0 * e->row, e->row, count, h_t, e->columns, e->dblock);
+    ra_chunk_set_rows(e->z + (size_t)row0 * e->row, e->row, count, h_t, e->columns, e->dblock);
     ra_features_block_backward(f, x_t, e->lower, row0, count, e->dblock, e->dlower, e->dx_t);
   }
   ra_features_lower_backward(f, x_t, e->lower, e->dlower, e->dx_t);
@@ -242,26 +199,25 @@ RA_KERNEL void read_state_backward(const polynomial *e, const float *x_t, const 
 // --- Chunks -------------------------------------------------------------------------------------------------------
 
 // rows [count][Dp], the rest of 32 zeroed, and their transpose
-RA_KERNEL void turn(const polynomial *e, float *rows, uint32_t count, float *t) {
+RA_KERNEL void turn(const ra_polynomial *e, float *rows, uint32_t count, float *t) {
   ra_fill(rows + (size_t)count * e->Dp, (size_t)(CHUNK - count) * e->Dp, 0);
   ra_transpose(rows, e->Dp, CHUNK, e->Dp, t, CHUNK);
 }
 
-static void live_tokens(uint32_t count, float *live) {
+void ra_live_tokens(uint32_t count, float *live) {
   for (uint32_t i = 0; i < CHUNK; i++) live[i] = i < count ? 1.0f : 0.0f;
 }
 
-// Queries i .. i + count - 1: x_rows, x_t and, if `features`, their stored features.
-RA_KERNEL void load_queries(const polynomial *e, const float *q, uint32_t i, uint32_t count, int features) {
+void ra_load_queries(const ra_polynomial *e, const float *q, uint32_t i, uint32_t count, int features) {
   float live[CHUNK];
   ra_rotary_rows(&e->state->q_rotary, q + i * e->q_row, e->q_row, e->x_rows, e->Dp, count, i, RA_ROTATE, e->p->scale);
   turn(e, e->x_rows, count, e->x_t);
-  live_tokens(count, live);
+  ra_live_tokens(count, live);
   if (features) ra_features_lower(&e->f, e->x_t, live, e->lower);
 }
 
 // Keys j .. j + count - 1: y_rows, y_t, u_rows and, if `features`, their stored features.
-RA_KERNEL void load_keys(const polynomial *e, const float *k, const float *v, uint32_t j, uint32_t count,
+RA_KERNEL void load_keys(const ra_polynomial *e, const float *k, const float *v, uint32_t j, uint32_t count,
                          int features) {
   float live[CHUNK];
   ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->y_rows, e->Dp, count, j, RA_ROTATE, 1.0f);
@@ -274,14 +230,14 @@ RA_KERNEL void load_keys(const polynomial *e, const float *k, const float *v, ui
     u[e->Dvp] = 1;
   }
   turn(e, e->y_rows, count, e->y_t);
-  live_tokens(count, live);
+  ra_live_tokens(count, live);
   if (features) ra_features_lower(&e->f, e->y_t, live, e->lower);
 }
 
-static void clear_state(const polynomial *e) { ra_fill(e->z, (size_t)e->f.rank * e->row, 0); }
+static void clear_state(const ra_polynomial *e) { ra_fill(e->z, (size_t)e->f.rank * e->row, 0); }
 
 // The state becomes that of these keys: those that are not in it join; it begins anew where another segment does.
-RA_KERNEL void append_keys(const polynomial *e, const float *k, const float *v, ra_range keys) {
+RA_KERNEL void append_keys(const ra_polynomial *e, const float *k, const float *v, ra_range keys) {
   if (keys.first >= keys.end) return;
   if (e->state->first != keys.first) {
     clear_state(e);
@@ -290,16 +246,15 @@ RA_KERNEL void append_keys(const polynomial *e, const float *k, const float *v, 
   while (e->state->edge < keys.end) {
     uint32_t count = ra_min_u32(CHUNK, keys.end - e->state->edge);
     load_keys(e, k, v, e->state->edge, count, 1);
-    update_state(e, e->y_t, e->u_rows);
+    ra_update_state(e, e->y_t, e->u_rows);
     e->state->edge += count;
   }
 }
 
-// a[n][i] = exp(x_i.y_n) for keys n < bound[i] of y_rows [keys][Dp], 0 elsewhere.
-RA_KERNEL void exponentials(const polynomial *e, const float *y_rows, uint32_t keys, const float *bound) {
+void ra_exponentials(const ra_polynomial *e, const float *y_rows, uint32_t keys, const float *bound) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0);
-  set_rows(y_rows, e->Dp, keys, e->x_t, e->D, e->a);
+  ra_chunk_set_rows(y_rows, e->Dp, keys, e->x_t, e->D, e->a);
   for (uint32_t n = 0; n < keys; n++)
     for (uint32_t c = 0; c < CHUNK; c += 4) {
       float *at = e->a + n * CHUNK + c;
@@ -311,17 +266,17 @@ RA_KERNEL void exponentials(const polynomial *e, const float *y_rows, uint32_t k
 
 // a of the keys j .. j + keys - 1 beside the queries from i, which see those that are allowed; columns past the chunk's
 // queries mean nothing.
-static void diagonal_weights(const polynomial *e, uint32_t i, uint32_t j, uint32_t keys) {
+static void diagonal_weights(const ra_polynomial *e, uint32_t i, uint32_t j, uint32_t keys) {
   float bound[CHUNK];
   for (uint32_t n = 0; n < CHUNK; n++) {
     uint32_t limit = ra_key_limit(e->p, i + n);
     bound[n] = limit <= j ? 0.0f : (float)ra_min_u32(limit - j, keys);
   }
-  exponentials(e, e->y_rows, keys, bound);
+  ra_exponentials(e, e->y_rows, keys, bound);
 }
 
 // The row constants x_i.mean that centring took off the scores.
-RA_KERNEL void row_shifts(const polynomial *e, float *shift) {
+RA_KERNEL void row_shifts(const ra_polynomial *e, float *shift) {
   for (uint32_t c = 0; c < CHUNK; c += 4) {
     f32x4 sum = f32x4_splat(0);
     for (uint32_t d = 0; d < e->D; d++)
@@ -333,7 +288,7 @@ RA_KERNEL void row_shifts(const polynomial *e, float *shift) {
 // --- Preparation --------------------------------------------------------------------------------------------------
 
 // Means of the rotated keys and of the values: float sums of 32, double sums of those.
-RA_KERNEL void take_means(const polynomial *e, const float *k, const float *v) {
+RA_KERNEL void take_means(const ra_polynomial *e, const float *k, const float *v) {
   uint32_t Nk = e->p->key_length;
   double k_sum[RA_MAX_HEAD_DIM] = {0};
   ra_fill(e->k_mean, e->Dp, 0);
@@ -361,13 +316,12 @@ RA_KERNEL void take_means(const polynomial *e, const float *k, const float *v) {
   for (uint32_t d = 0; d < e->Dv; d++) e->v_mean[d] = (float)(v_sum[d] / Nk);
 }
 
-// Those of the coefficients of a key/value head; O(rank).
-static void take_weights(const polynomial *e, uint32_t kv) {
+void ra_take_weights(const ra_polynomial *e, uint32_t kv) {
   ra_features_weights(&e->f, e->p->coefficients + (size_t)kv * (e->f.degree + 1), e->weights, e->run);
 }
 
-static void prepare_head(const polynomial *e, uint32_t kv, const float *k, const float *v) {
-  take_weights(e, kv);
+static void prepare_head(const ra_polynomial *e, uint32_t kv, const float *k, const float *v) {
+  ra_take_weights(e, kv);
   take_means(e, k, v);
   clear_state(e);
   e->state->first = e->state->edge = 0;
@@ -375,8 +329,7 @@ static void prepare_head(const polynomial *e, uint32_t kv, const float *k, const
 
 // --- Forward ------------------------------------------------------------------------------------------------------
 
-// sum_t of queries i .. i + count - 1 becomes their rows of out and lse. Those from `seeing` on have seen a key.
-RA_KERNEL void finish_chunk(const polynomial *e, uint32_t i, uint32_t count, uint32_t seeing, float *out, float *lse) {
+void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_t seeing, float *out, float *lse) {
   float shift[CHUNK], inverse[CHUNK];
   row_shifts(e, shift);
   const float *denominator = e->sum_t + (size_t)e->Dvp * CHUNK;
@@ -404,27 +357,27 @@ static int sees_nothing(const ra_problem *p, uint32_t i) {
   return keys.first >= keys.end;
 }
 
-RA_KERNEL void forward_chunk(const polynomial *e, const float *q, const float *k, const float *v, uint32_t i,
+RA_KERNEL void forward_chunk(const ra_polynomial *e, const float *q, const float *k, const float *v, uint32_t i,
                              uint32_t count, float *out, float *lse) {
   const ra_problem *p = e->p;
   ra_range state = ra_state_keys(p, i);
   uint32_t end = ra_key_limit(p, i + count - 1), seeing = 0;
   ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
-  load_queries(e, q, i, count, state.end > state.first);
-  if (state.end > state.first) read_state(e, e->x_t);
+  ra_load_queries(e, q, i, count, state.end > state.first);
+  if (state.end > state.first) ra_read_state(e, e->x_t);
   if (end > state.end) {
     load_keys(e, k, v, state.end, end - state.end, 0);
     diagonal_weights(e, i, state.end, end - state.end);
-    add_columns(e->u_rows, e->row, e->columns, e->a, end - state.end, e->sum_t);
+    ra_chunk_add_columns(e->u_rows, e->row, e->columns, e->a, end - state.end, e->sum_t);
   }
   while (seeing < count && sees_nothing(p, i + seeing)) seeing++;
-  finish_chunk(e, i, count, seeing, out, lse);
+  ra_finish_chunk(e, i, count, seeing, out, lse);
 }
 
 // --- Backward -----------------------------------------------------------------------------------------------------
 
 // h_rows, h_t of a chunk: [dout, -delta] / denominator, from lse = log denominator + x.mean.
-RA_KERNEL void load_gradients(const polynomial *e, const float *out, const float *lse, const float *dout, uint32_t i,
+RA_KERNEL void load_gradients(const ra_polynomial *e, const float *out, const float *lse, const float *dout, uint32_t i,
                               uint32_t count) {
   float shift[CHUNK];
   row_shifts(e, shift);
@@ -449,28 +402,23 @@ RA_KERNEL void add_rows(const float *x, size_t x_row, uint32_t count, uint32_t c
     for (uint32_t d = 0; d < columns; d++) y[n * y_row + d] += x[n * x_row + d];
 }
 
-// Where one query head and its key/value head begin in the arrays.
-typedef struct heads {
-  size_t q, k, v, out, lse;
-} heads;
-
-static heads heads_of(const polynomial *e, size_t head) {
+ra_heads ra_heads_of(const ra_polynomial *e, size_t head) {
   const ra_problem *p = e->p;
   size_t kv = head / ra_group(p), Nq = p->query_length, Nk = p->key_length;
-  return (heads){.q = ra_head(p, head, p->heads, Nq, e->D),
-                 .k = ra_head(p, kv, p->kv_heads, Nk, e->D),
-                 .v = ra_head(p, kv, p->kv_heads, Nk, e->Dv),
-                 .out = ra_head(p, head, p->heads, Nq, e->Dv),
-                 .lse = head * Nq};
+  return (ra_heads){.q = ra_head(p, head, p->heads, Nq, e->D),
+                    .k = ra_head(p, kv, p->kv_heads, Nk, e->D),
+                    .v = ra_head(p, kv, p->kv_heads, Nk, e->Dv),
+                    .out = ra_head(p, head, p->heads, Nq, e->Dv),
+                    .lse = head * Nq};
 }
 
 // The sweep forwards, one chunk of one query head: dq, and what the diagonal block gives to dk and dv.
-RA_KERNEL void backward_queries(const polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
+RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
   const ra_problem *p = e->p;
-  heads at = heads_of(e, head);
+  ra_heads at = ra_heads_of(e, head);
   ra_range state = ra_state_keys(p, i);
   uint32_t before = state.end, end = ra_key_limit(p, i + count - 1);
-  load_queries(e, x->q + at.q, i, count, before > state.first);
+  ra_load_queries(e, x->q + at.q, i, count, before > state.first);
   load_gradients(e, x->out + at.out, x->lse + at.lse, x->dout + at.out, i, count);
   ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
 
@@ -482,13 +430,13 @@ RA_KERNEL void backward_queries(const polynomial *e, const ra_arrays *x, size_t 
     uint32_t keys = end - before;
     load_keys(e, x->k + at.k, x->v + at.v, before, keys, 0);
     diagonal_weights(e, i, before, keys);
-    set_rows(e->u_rows, e->row, keys, e->h_t, e->columns, e->da);
+    ra_chunk_set_rows(e->u_rows, e->row, keys, e->h_t, e->columns, e->da);
     for (uint32_t n = 0; n < keys * CHUNK; n += 4)
       f32x4_store(e->da + n, f32x4_mul(f32x4_load(e->da + n), f32x4_load(e->a + n)));
-    add_columns(e->y_rows, e->Dp, e->D, e->da, keys, e->dx_t);
-    set_products(e->da, keys, e->x_rows, e->Dp, e->Dp, e->d_rows);
+    ra_chunk_add_columns(e->y_rows, e->Dp, e->D, e->da, keys, e->dx_t);
+    ra_chunk_set_products(e->da, keys, e->x_rows, e->Dp, e->Dp, e->d_rows);
     add_rows(e->d_rows, e->Dp, keys, e->D, x->dk + at.k + before * e->k_row, e->k_row);
-    set_products(e->a, keys, e->h_rows, e->row, e->Dvp, e->d_rows);
+    ra_chunk_set_products(e->a, keys, e->h_rows, e->row, e->Dvp, e->d_rows);
     add_rows(e->d_rows, e->Dvp, keys, e->Dv, x->dv + at.v + before * e->v_row, e->v_row);
   }
   // in the forward pass this was x = scale R q
@@ -498,14 +446,14 @@ RA_KERNEL void backward_queries(const polynomial *e, const ra_arrays *x, size_t 
 }
 
 // The sweep backwards: keys start .. edge-1 take their gradients from the state of all queries that saw them through Z.
-RA_KERNEL void retire_keys(const polynomial *e, const ra_arrays *x, size_t kv, uint32_t start) {
-  heads at = heads_of(e, kv * ra_group(e->p));
+RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t start) {
+  ra_heads at = ra_heads_of(e, kv * ra_group(e->p));
   while (e->state->edge > start) {
     uint32_t left = e->state->edge - start, count = left % CHUNK ? left % CHUNK : CHUNK, j = e->state->edge - count;
     load_keys(e, x->k + at.k, x->v + at.v, j, count, 1);
     ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
     ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
-    read_state(e, e->y_t);
+    ra_read_state(e, e->y_t);
     ra_transpose(e->sum_t, CHUNK, e->Dvp, CHUNK, e->d_rows, e->Dvp);
     add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + at.v + j * e->v_row, e->v_row);
     ra_transpose(e->u_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
@@ -517,15 +465,15 @@ RA_KERNEL void retire_keys(const polynomial *e, const ra_arrays *x, size_t kv, u
 }
 
 // One chunk of one query head joins Y.
-RA_KERNEL void append_queries(const polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
-  heads at = heads_of(e, head);
-  load_queries(e, x->q + at.q, i, count, 1);
+RA_KERNEL void append_queries(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
+  ra_heads at = ra_heads_of(e, head);
+  ra_load_queries(e, x->q + at.q, i, count, 1);
   load_gradients(e, x->out + at.out, x->lse + at.lse, x->dout + at.out, i, count);
-  update_state(e, e->x_t, e->h_rows);
+  ra_update_state(e, e->x_t, e->h_rows);
 }
 
 // dk is so far the gradient by y = R k - mean: take out its mean (the path through the mean), rotate back.
-RA_KERNEL void finish_keys(const polynomial *e, float *dk) {
+RA_KERNEL void finish_keys(const ra_polynomial *e, float *dk) {
   uint32_t Nk = e->p->key_length;
   for (uint32_t d = 0; d < e->D; d++) {
     double sum = 0;
@@ -559,15 +507,15 @@ static uint32_t units(const ra_problem *p, uint32_t pass) {
   return p->batch * p->kv_heads * plan_units(p, pass).per_head;
 }
 
-static void forward_queries(const polynomial *e, const ra_arrays *x, size_t kv, uint32_t block, uint32_t pass) {
+static void forward_queries(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t block, uint32_t pass) {
   const ra_problem *p = e->p;
   size_t group = ra_group(p);
-  heads of_keys = heads_of(e, kv * group);
+  ra_heads of_keys = ra_heads_of(e, kv * group);
   for (uint32_t i = block * UNIT, count; i < ra_min_u32(block * UNIT + UNIT, p->query_length); i += count) {
     count = ra_chunk_end(p, i) - i;
     append_keys(e, x->k + of_keys.k, x->v + of_keys.v, ra_state_keys(p, i));
     for (size_t head = kv * group; head < (kv + 1) * group; head++) {
-      heads at = heads_of(e, head);
+      ra_heads at = ra_heads_of(e, head);
       if (pass == RA_FORWARD)
         forward_chunk(e, x->q + at.q, x->k + at.k, x->v + at.v, i, count, x->out + at.out, x->lse + at.lse);
       else backward_queries(e, x, head, i, count);
@@ -575,7 +523,7 @@ static void forward_queries(const polynomial *e, const ra_arrays *x, size_t kv, 
   }
 }
 
-static void sweep_back(const polynomial *e, const ra_arrays *x, size_t kv, uint32_t block) {
+static void sweep_back(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t block) {
   const ra_problem *p = e->p;
   size_t group = ra_group(p);
   uint32_t start = block * UNIT, i, end = ra_min_u32(start + UNIT, p->query_length);
@@ -596,7 +544,7 @@ static void sweep_back(const polynomial *e, const ra_arrays *x, size_t kv, uint3
 
 static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *workspace, uint32_t first, uint32_t last) {
   ra_workspace_cursor cursor = {workspace, 0, 0};
-  polynomial e = arrange(p, pass, &cursor);
+  ra_polynomial e = ra_polynomial_arrange(p, pass, &cursor);
   plan n = plan_units(p, pass);
   uint32_t blocks = n.key_blocks + n.query_blocks, all = units(p, pass);
   if (first == 0) {
@@ -606,7 +554,7 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
   }
   for (uint32_t unit = first; unit < last; unit++) {
     uint32_t kv = unit / n.per_head, at = unit % n.per_head;
-    heads of_keys = heads_of(&e, kv * ra_group(p));
+    ra_heads of_keys = ra_heads_of(&e, kv * ra_group(p));
     if (at == 0) {
       ra_rotary_batch(&e.state->q_rotary, p, 1, kv / p->kv_heads);
       ra_rotary_batch(&e.state->k_rotary, p, 0, kv / p->kv_heads);
@@ -634,170 +582,6 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
 
 const ra_engine ra_polynomial_engine = {layout, units, run};
 
-// --- A state of its own -------------------------------------------------------------------------------------------
-
-// How a state begins. The waiting keys of all heads follow, then the sums of all heads.
-typedef struct stream {
-  uint32_t joined;  // 1 when some chunk is in the sums
-  uint32_t waiting; // keys beside them, below 32
-  uint32_t unused[2];
-} stream;
-
-// One head's part of a state.
-typedef struct stream_head {
-  float *y_rows; // [32][Dp] waiting keys, rotated
-  float *u_rows; // [32][row]
-  float *z;      // [rank][row]
-} stream_head;
-
-static int is_stream(const ra_problem *p) {
-  return ra_check(p) == RA_OK && p->method == RA_POLYNOMIAL && !p->causal && p->query_length == p->key_length &&
-         !p->key_positions && !p->segments;
-}
-
-// The layout of a state: sets head kv unless `head` is NULL. Without sums when not `whole`.
-static void lay_out_stream(const polynomial *e, uint32_t whole, ra_workspace_cursor *w, uint32_t kv,
-                           stream_head *head) {
-  uint32_t heads = e->p->batch * e->p->kv_heads;
-  size_t y = (size_t)CHUNK * e->Dp, u = (size_t)CHUNK * e->row, z = e->rank * e->row;
-  if (head) *head = (stream_head){NULL, NULL, NULL};
-  ra_take(w, 1, 1, sizeof(stream));
-  float *waiting = ra_take_floats(w, heads, y + u);
-  if (head) head->y_rows = waiting + kv * (y + u), head->u_rows = head->y_rows + y;
-  if (!whole) return;
-  if (e->rank > UINT32_MAX / e->row) w->overflow = 1;
-  float *sums = ra_take_floats(w, heads, z);
-  if (head) head->z = sums + kv * z;
-}
-
-size_t ra_state_bytes(const ra_problem *p, uint32_t whole) {
-  if (!is_stream(p)) return 0;
-  ra_workspace_cursor sizes = {NULL, 0, 0}, w = {NULL, 0, 0};
-  polynomial e = arrange(p, STREAM, &sizes);
-  if (sizes.overflow) return RA_SIZE_OVERFLOW;
-  lay_out_stream(&e, whole, &w, 0, NULL);
-  return w.overflow ? RA_SIZE_OVERFLOW : w.used;
-}
-
-size_t ra_state_workspace(const ra_problem *p) {
-  if (!is_stream(p)) return 0;
-  ra_workspace_cursor w = {NULL, 0, 0};
-  layout(p, STREAM, &w);
-  return w.overflow ? RA_SIZE_OVERFLOW : w.used;
-}
-
-// The workspace of a call. Nothing is centred: the means are 0.
-static polynomial open_stream(const ra_problem *p, void *workspace) {
-  ra_workspace_cursor cursor = {workspace, 0, 0};
-  polynomial e = arrange(p, STREAM, &cursor);
-  e.state->not_positive = 0;
-  ra_fill(e.k_mean, e.Dp, 0), ra_fill(e.v_mean, e.Dvp, 0);
-  ra_rotary_init(&e.state->q_rotary, p, 1, NULL, e.q_space);
-  return e;
-}
-
-// Without sums when the state is only its beginning.
-static stream_head head_of_stream(const polynomial *e, void *state, uint32_t whole, uint32_t kv) {
-  ra_workspace_cursor w = {state, 0, 0};
-  stream_head head;
-  lay_out_stream(e, whole, &w, kv, &head);
-  return head;
-}
-
-// Turns to one head of a state: its sums become those of *e.
-static stream_head open_stream_head(polynomial *e, void *state, uint32_t whole, uint32_t kv) {
-  stream_head head = head_of_stream(e, state, whole, kv);
-  e->z = head.z;
-  ra_rotary_batch(&e->state->q_rotary, e->p, 1, kv / e->p->kv_heads);
-  return head;
-}
-
-// The waiting keys are a chunk: it joins the sums. Needs the weights of the head.
-static void join_chunk(const polynomial *e, const stream_head *head) {
-  float live[CHUNK];
-  ra_transpose(head->y_rows, e->Dp, CHUNK, e->Dp, e->y_t, CHUNK);
-  live_tokens(CHUNK, live);
-  ra_features_lower(&e->f, e->y_t, live, e->lower);
-  update_state(e, e->y_t, head->u_rows);
-}
-
-int ra_state_append(const ra_problem *p, const ra_arrays *x, void *state, void *workspace) {
-  if (!is_stream(p)) return RA_ERROR_PROBLEM;
-  polynomial e = open_stream(p, workspace);
-  stream *s = state;
-  uint32_t fills = s->waiting + p->key_length >= CHUNK;
-  for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
-    stream_head head = open_stream_head(&e, state, fills, kv);
-    if (fills) take_weights(&e, kv);
-    const float *k = x->k + ra_head(p, kv, p->kv_heads, p->key_length, e.D);
-    const float *v = x->v + ra_head(p, kv, p->kv_heads, p->key_length, e.Dv);
-    for (uint32_t j = 0, waiting = s->waiting, count; j < p->key_length; j += count) {
-      count = ra_min_u32(CHUNK - waiting, p->key_length - j);
-      ra_rotary_rows(&e.state->q_rotary, k + j * e.k_row, e.k_row, head.y_rows + waiting * e.Dp, e.Dp, count, j,
-                     RA_ROTATE, 1.0f);
-      for (uint32_t n = 0; n < count; n++) {
-        float *u = head.u_rows + (waiting + n) * e.row;
-        memcpy(u, v + (j + n) * e.v_row, e.Dv * sizeof *u);
-        u[e.Dvp] = 1;
-      }
-      waiting += count;
-      if (waiting == CHUNK) join_chunk(&e, &head), waiting = 0;
-    }
-  }
-  s->joined |= fills;
-  s->waiting = (s->waiting + p->key_length) % CHUNK;
-  return RA_OK;
-}
-
-int ra_state_attend(const ra_problem *p, const ra_arrays *x, const void *state, void *workspace) {
-  if (!is_stream(p)) return RA_ERROR_PROBLEM;
-  polynomial e = open_stream(p, workspace);
-  const stream *s = state;
-  uint32_t group = ra_group(p);
-  float bound[CHUNK];
-  ra_fill(bound, CHUNK, (float)s->waiting);
-  for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
-    stream_head own = open_stream_head(&e, (void *)(uintptr_t)state, s->joined, kv); // only read
-    for (uint32_t head = kv * group; head < (kv + 1) * group; head++) {
-      heads at = heads_of(&e, head);
-      for (uint32_t i = 0; i < p->query_length; i += CHUNK) {
-        uint32_t count = ra_min_u32(CHUNK, p->query_length - i);
-        ra_fill(e.sum_t, (size_t)e.columns * CHUNK, 0);
-        load_queries(&e, x->q + at.q, i, count, s->joined != 0);
-        if (s->joined) read_state(&e, e.x_t);
-        if (s->waiting > 0) {
-          exponentials(&e, own.y_rows, s->waiting, bound);
-          add_columns(own.u_rows, e.row, e.columns, e.a, s->waiting, e.sum_t);
-        }
-        finish_chunk(&e, i, count, s->joined || s->waiting > 0 ? 0 : count, x->out + at.out, x->lse + at.lse);
-      }
-    }
-  }
-  return e.state->not_positive > 0 ? RA_NOT_POSITIVE : RA_OK;
-}
-
-int ra_state_merge(const ra_problem *p, void *state, const void *other, void *workspace) {
-  if (!is_stream(p)) return RA_ERROR_PROBLEM;
-  polynomial e = open_stream(p, workspace);
-  stream *s = state;
-  const stream *t = other;
-  uint32_t fills = s->waiting + t->waiting >= CHUNK;
-  for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
-    stream_head head = open_stream_head(&e, state, 1, kv), added = head_of_stream(&e, (void *)(uintptr_t)other, 1, kv);
-    if (fills) take_weights(&e, kv);
-    for (size_t n = 0; n < (size_t)e.f.rank * e.row; n += 4)
-      f32x4_store(head.z + n, f32x4_add(f32x4_load(head.z + n), f32x4_load(added.z + n)));
-    for (uint32_t n = 0, waiting = s->waiting; n < t->waiting; n++) {
-      memcpy(head.y_rows + waiting * e.Dp, added.y_rows + n * e.Dp, e.Dp * sizeof *head.y_rows);
-      memcpy(head.u_rows + waiting * e.row, added.u_rows + n * e.row, e.row * sizeof *head.u_rows);
-      if (++waiting == CHUNK) join_chunk(&e, &head), waiting = 0;
-    }
-  }
-  s->joined |= t->joined | fills;
-  s->waiting = (s->waiting + t->waiting) % CHUNK;
-  return RA_OK;
-}
-
 // --- Before the first call ----------------------------------------------------------------------------------------
 
 void ra_polynomial_warm_up(uint32_t calls) {
@@ -805,9 +589,9 @@ void ra_polynomial_warm_up(uint32_t calls) {
   volatile uint32_t nothing = 0; // nobody is to see that the calls are empty
   for (uint32_t n = 0; n < calls; n++) {
     uint32_t none = nothing;
-    add_columns(x, none, none, x, none, x);
-    set_rows(x, none, none, x, none, x);
-    set_products(x, none, x, none, none, x);
+    ra_chunk_add_columns(x, none, none, x, none, x);
+    ra_chunk_set_rows(x, none, none, x, none, x);
+    ra_chunk_set_products(x, none, x, none, none, x);
     add_to_state(x, x, none, x, none, none, x);
   }
 }
