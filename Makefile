@@ -48,7 +48,7 @@ WARNINGS := -Wall -Wextra -Wpedantic -Werror
 # Loops are unrolled where the source says so: the compiler's own unrolling costs a third of the size
 CFLAGS := -std=c11 -O3 $(WARNINGS) -fno-fast-math -fno-math-errno -ffp-contract=off -fno-unroll-loops
 # What is no kernel, and a fifth smaller so
-SMALL := attention sample stream
+SMALL := attention sample stream workspace
 TARGET_simd128 := -msimd128
 TARGET_relaxed := -msimd128 -mrelaxed-simd -DRA_RELAXED
 

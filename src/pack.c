@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: MIT
+//
+// See pack.h. Four rows at a time by four columns, then two, then one.
+
+#include "pack.h"
+
+void ra_transpose(const float *x, size_t x_row, size_t rows, size_t columns, float *y, size_t y_row) {
+  size_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    size_t c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      const float *from = x + r * x_row + c;
+      float *to = y + c * y_row + r;
+      f32x4 x0 = f32x4_load(from), x1 = f32x4_load(from + x_row);
+      f32x4 x2 = f32x4_load(from + 2 * x_row), x3 = f32x4_load(from + 3 * x_row);
+      f32x4_transpose(&x0, &x1, &x2, &x3);
+      f32x4_store(to, x0), f32x4_store(to + y_row, x1);
+      f32x4_store(to + 2 * y_row, x2), f32x4_store(to + 3 * y_row, x3);
+    }
+    for (; c < columns; c++)
+      for (size_t i = r; i < r + 4; i++) y[c * y_row + i] = x[i * x_row + c];
+  }
+  for (; r + 2 <= rows; r += 2) {
+    size_t c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      const float *from = x + r * x_row + c;
+      float *to = y + c * y_row + r;
+      f32x4 x0 = f32x4_load(from), x1 = f32x4_load(from + x_row);
+      f32x4_store_halves(to, to + y_row, f32x4_zip_low(x0, x1));
+      f32x4_store_halves(to + 2 * y_row, to + 3 * y_row, f32x4_zip_high(x0, x1));
+    }
+    for (; c < columns; c++)
+      for (size_t i = r; i < r + 2; i++) y[c * y_row + i] = x[i * x_row + c];
+  }
+  for (; r < rows; r++)
+    for (size_t c = 0; c < columns; c++) y[c * y_row + r] = x[r * x_row + c];
+}
