@@ -24,6 +24,16 @@ static const ra_engine *engine_of(const ra_problem *p) {
   }
 }
 
+// Whether the relative map, if there is one, is one of the two and stands alone.
+static int check_relative(const ra_problem *p) {
+  if (!ra_is_relative(p)) return 1;
+  if (p->relative_positions) return p->support_count == 0 && !p->cos_table && !p->query_positions && !p->key_positions;
+  int inside = p->support && p->weights && p->rotary_dim == 0;
+  for (uint32_t n = 0; inside && n < p->support_count; n++)
+    inside = p->support[2 * (size_t)n] < p->head_dim && p->support[2 * (size_t)n + 1] < p->head_dim;
+  return inside;
+}
+
 int ra_check(const ra_problem *p) {
   int sizes = p->batch >= 1 && p->kv_heads >= 1 && p->heads >= 1 && p->heads % p->kv_heads == 0 &&
               p->query_length >= 1 && p->key_length >= 1 && p->head_dim >= 1 && p->head_dim <= RA_MAX_HEAD_DIM &&
@@ -39,11 +49,12 @@ int ra_check(const ra_problem *p) {
               p->softcap >= 0 && p->softcap <= FLT_MAX && p->score_bound >= 0 &&
               (!p->bias || p->bias_heads == 1 || p->bias_heads == p->heads);
   int plain = !ra_is_modified(p) && !p->sinks && p->window_left < 0 && p->window_right < 0;
-  int known = p->method != RA_POLYNOMIAL || plain;
+  int known = (p->method != RA_POLYNOMIAL || plain) && (p->method == RA_NAIVE || !ra_is_relative(p));
   // units are counted in 32 bits
   uint64_t blocks = (uint64_t)p->query_length / 32 + p->key_length / 32 + 4;
   int units = sizes && (uint64_t)p->batch * p->heads <= UINT32_MAX / 4 / blocks;
-  return units && rotary && positions && engine && flags && masks && known ? RA_OK : RA_ERROR_PROBLEM;
+  return units && rotary && positions && engine && flags && masks && known && check_relative(p) ? RA_OK
+                                                                                                : RA_ERROR_PROBLEM;
 }
 
 // The first position of the segment that holds `position`, and of the next one.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
 // The oracle: RoPE attention and its gradient as the formulas of rope_attention.h say it, one row at a time, plain loops,
-// one float sum each. Never optimised. O(N^2 (D + Dv)) time; workspace two rows of length Nk and rotated copies of one head.
-// A unit is one query head.
+// one float sum each. Never optimised. O(N^2 (D + Dv)) time, with a relative map O(N^2 (D + |S| + Dv)); workspace two rows of
+// length Nk and rotated copies of one head. A unit is one query head.
 
 #include <math.h>
 #include <string.h>
@@ -14,6 +14,7 @@ typedef struct naive_workspace {
   float *dq, *dk; // the same, gradients
   float *s, *ds;  // [Nk] one row of scores and of their gradient
   float *slope;   // [Nk] derivative of a score by the product that it came from
+  float *mapped;  // [D] q W_t, or k W_t^T
 } naive_workspace;
 
 static naive_workspace arrange(const ra_problem *p, ra_workspace_cursor *w) {
@@ -25,6 +26,7 @@ static naive_workspace arrange(const ra_problem *p, ra_workspace_cursor *w) {
       .s = ra_take_floats(w, p->key_length, 1),
       .ds = ra_take_floats(w, p->key_length, 1),
       .slope = ra_take_floats(w, p->key_length, 1),
+      .mapped = ra_take_floats(w, p->head_dim, 1),
   };
 }
 
@@ -38,32 +40,55 @@ static uint32_t units(const ra_problem *p, uint32_t pass) {
   return p->batch * p->heads;
 }
 
-// y = R x, or R^T x (sign -1), for the queries or keys of a batch.
+// y = R x at a position, or R^T x (sign -1).
+static void turn(const ra_problem *p, double position, double factor, double sign, const float *x, float *y) {
+  size_t half = p->rotary_dim / 2;
+  for (size_t i = 0; i < half; i++) {
+    size_t first = p->interleaved ? 2 * i : i, second = p->interleaved ? 2 * i + 1 : half + i;
+    double cosine, sine;
+    if (p->cos_table) {
+      double row = position < 0 ? 0 : position < p->table_rows ? position : p->table_rows - 1;
+      cosine = p->cos_table[(size_t)row * half + i], sine = p->sin_table[(size_t)row * half + i];
+    } else {
+      cosine = cos(position * p->frequencies[i]), sine = sin(position * p->frequencies[i]);
+    }
+    float c = (float)(factor * cosine), s = (float)(sign * factor * sine);
+    float x1 = x[first], x2 = x[second];
+    y[first] = x1 * c - x2 * s;
+    y[second] = x1 * s + x2 * c;
+  }
+  for (size_t d = 2 * half; d < p->head_dim; d++) y[d] = x[d];
+}
+
+// The same for the queries or keys of a batch; copies where a relative map takes the place of R.
 static void rotate(const ra_problem *p, int queries, size_t batch, const float *x, size_t x_row, float *y, size_t y_row,
                    double sign) {
-  size_t D = p->head_dim, half = p->rotary_dim / 2, rows = queries ? p->query_length : p->key_length;
+  size_t rows = queries ? p->query_length : p->key_length;
   const double *positions = queries ? p->query_positions : p->key_positions;
   if (positions && p->position_batches > 1) positions += batch * rows;
   for (size_t n = 0; n < rows; n++) {
-    const float *x_n = x + n * x_row;
-    float *y_n = y + n * y_row;
     double position = positions ? positions[n] : (double)((int64_t)n + (queries ? p->query_offset : 0));
-    for (size_t i = 0; i < half; i++) {
-      size_t first = p->interleaved ? 2 * i : i, second = p->interleaved ? 2 * i + 1 : half + i;
-      double cosine, sine;
-      if (p->cos_table) {
-        double row = position < 0 ? 0 : position < p->table_rows ? position : p->table_rows - 1;
-        cosine = p->cos_table[(size_t)row * half + i], sine = p->sin_table[(size_t)row * half + i];
-      } else {
-        cosine = cos(position * p->frequencies[i]), sine = sin(position * p->frequencies[i]);
-      }
-      float c = (float)(p->rotary_factor * cosine), s = (float)(sign * p->rotary_factor * sine);
-      float x1 = x_n[first], x2 = x_n[second];
-      y_n[first] = x1 * c - x2 * s;
-      y_n[second] = x1 * s + x2 * c;
-    }
-    for (size_t d = 2 * half; d < D; d++) y_n[d] = x_n[d];
+    if (ra_is_relative(p)) memcpy(y + n * y_row, x + n * x_row, sizeof(float) * p->head_dim);
+    else turn(p, position, p->rotary_factor, sign, x + n * x_row, y + n * y_row);
   }
+}
+
+// What a key at distance t of query q is multiplied with, q W_t; transposed: what q is, k W_t^T. Without a relative map x.
+static const float *map(const ra_problem *p, const naive_workspace *w, uint32_t i, uint32_t j, int transposed,
+                        const float *x) {
+  size_t diagonal = (size_t)i + p->key_length - 1 - j;
+  if (!ra_is_relative(p)) return x;
+  if (p->relative_positions) {
+    double factor = (double)p->rotary_factor * p->rotary_factor; // of queries and of keys
+    turn(p, p->relative_positions[diagonal], factor, transposed ? -1 : 1, x, w->mapped);
+    return w->mapped;
+  }
+  memset(w->mapped, 0, sizeof(float) * p->head_dim);
+  for (size_t n = 0; n < p->support_count; n++) {
+    uint32_t a = p->support[2 * n], b = p->support[2 * n + 1];
+    w->mapped[transposed ? a : b] += p->weights[n * ra_diagonals(p) + diagonal] * x[transposed ? b : a];
+  }
+  return w->mapped;
 }
 
 static float dot(const float *a, const float *b, size_t count) {
@@ -73,21 +98,19 @@ static float dot(const float *a, const float *b, size_t count) {
 }
 
 // Scores of query i, as the modifiers leave them; slope[j] = ds_ij / d(scale q.k).
-static void scores(const ra_problem *p, size_t head, uint32_t i, const float *q_i, const float *k, ra_range keys,
-                   float *s, float *slope) {
+static void scores(const ra_problem *p, const naive_workspace *w, size_t head, uint32_t i, ra_range keys, float *s,
+                   float *slope) {
+  const float *q_i = w->q + (size_t)i * p->head_dim;
   size_t batch = head / p->heads, h = head % p->heads;
   for (uint32_t j = keys.first; j < keys.end; j++) {
     size_t at = batch * p->mask_batch + h * p->mask_head + i * p->mask_row + j;
-    s[j] = p->scale * dot(q_i, k + j * p->head_dim, p->head_dim);
+    s[j] = p->scale * dot(map(p, w, i, j, 0, q_i), w->k + (size_t)j * p->head_dim, p->head_dim);
     slope[j] = 1;
     if (p->softcap > 0) {
       float t = tanhf(s[j] / p->softcap);
       s[j] = p->softcap * t, slope[j] = 1 - t * t;
     }
-    if (p->bias) {
-      size_t length = (size_t)p->query_length + p->key_length - 1;
-      s[j] += p->bias[(p->bias_heads > 1 ? h : 0) * length + i + p->key_length - 1 - j];
-    }
+    if (p->bias) s[j] += p->bias[(p->bias_heads > 1 ? h : 0) * ra_diagonals(p) + i + p->key_length - 1 - j];
     if (p->mask) s[j] = p->mask[at] < -3.4657e29f ? -INFINITY : s[j] + p->mask[at];
     if (p->allowed && !p->allowed[at]) s[j] = -INFINITY;
   }
@@ -95,14 +118,14 @@ static void scores(const ra_problem *p, size_t head, uint32_t i, const float *q_
 
 static void forward_head(const ra_problem *p, const naive_workspace *w, size_t head, const float *v, size_t v_row,
                          float *out, size_t out_row, float *lse) {
-  size_t D = p->head_dim, Dv = p->value_dim;
+  size_t Dv = p->value_dim;
   for (uint32_t i = 0; i < p->query_length; i++) {
     float *out_i = out + i * out_row, sum = 0, max = p->sinks ? p->sinks[head % p->heads] : -INFINITY;
     ra_range keys = ra_keys_of(p, i);
     for (size_t d = 0; d < Dv; d++) out_i[d] = 0;
 
     // pass 1: scores and their maximum
-    scores(p, head, i, w->q + i * D, w->k, keys, w->s, w->ds);
+    scores(p, w, head, i, keys, w->s, w->ds);
     for (uint32_t j = keys.first; j < keys.end; j++)
       if (!(w->s[j] <= max)) max = w->s[j];
     lse[i] = -INFINITY;
@@ -124,8 +147,8 @@ static void forward_head(const ra_problem *p, const naive_workspace *w, size_t h
 static void backward_head(const ra_problem *p, const naive_workspace *w, size_t head, const ra_arrays *x,
                           const float *v, size_t v_row, const float *out, size_t out_row, const float *lse,
                           const float *dout, float *dv) {
-  size_t D = p->head_dim, Dv = p->value_dim, h = head % p->heads, length = (size_t)p->query_length + p->key_length - 1;
-  float *dbias = x->dbias ? x->dbias + (p->bias_heads > 1 ? h : 0) * length : NULL;
+  size_t D = p->head_dim, Dv = p->value_dim, h = head % p->heads;
+  float *dbias = x->dbias ? x->dbias + (p->bias_heads > 1 ? h : 0) * ra_diagonals(p) : NULL;
   memset(w->dq, 0, sizeof(float) * p->query_length * D);
   memset(w->dk, 0, sizeof(float) * p->key_length * D);
   for (uint32_t i = 0; i < p->query_length; i++) {
@@ -136,7 +159,7 @@ static void backward_head(const ra_problem *p, const naive_workspace *w, size_t 
     if (p->sinks && x->dsinks) x->dsinks[h] -= expf(p->sinks[h] - lse[i]) * delta;
 
     // undoes pass 1: in the forward pass this was s = scale q.k, then softcap and bias
-    scores(p, head, i, w->q + i * D, w->k, keys, w->s, w->slope);
+    scores(p, w, head, i, keys, w->s, w->slope);
     for (uint32_t j = keys.first; j < keys.end; j++) {
       float weight = expf(w->s[j] - lse[i]), ds = 0;
       if (weight != 0) {
@@ -148,10 +171,14 @@ static void backward_head(const ra_problem *p, const naive_workspace *w, size_t 
       w->ds[j] = p->scale * ds * w->slope[j];
     }
     for (uint32_t j = keys.first; j < keys.end; j++) {
-      for (size_t d = 0; d < D; d++) {
-        w->dq[i * D + d] += w->ds[j] * w->k[j * D + d];
-        w->dk[j * D + d] += w->ds[j] * w->q[i * D + d];
-      }
+      const float *q_i = w->q + i * D, *k_j = w->k + j * D;
+      const float *k_mapped = map(p, w, i, j, 1, k_j);
+      for (size_t d = 0; d < D; d++) w->dq[i * D + d] += w->ds[j] * k_mapped[d];
+      const float *q_mapped = map(p, w, i, j, 0, q_i);
+      for (size_t d = 0; d < D; d++) w->dk[j * D + d] += w->ds[j] * q_mapped[d];
+      for (size_t n = 0; x->dweights && n < p->support_count; n++)
+        x->dweights[n * ra_diagonals(p) + i + p->key_length - 1 - j] +=
+            w->ds[j] * q_i[p->support[2 * n]] * k_j[p->support[2 * n + 1]];
     }
   }
 }
@@ -163,7 +190,8 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
   size_t q_row = ra_row(p, p->heads, D), k_row = ra_row(p, p->kv_heads, D);
   size_t out_row = ra_row(p, p->heads, Dv), v_row = ra_row(p, p->kv_heads, Dv);
   if (first == 0 && pass == RA_BACKWARD) {
-    if (x->dbias) memset(x->dbias, 0, sizeof(float) * p->bias_heads * (Nq + Nk - 1));
+    if (x->dbias) memset(x->dbias, 0, sizeof(float) * p->bias_heads * ra_diagonals(p));
+    if (x->dweights) memset(x->dweights, 0, sizeof(float) * p->support_count * ra_diagonals(p));
     if (x->dsinks) memset(x->dsinks, 0, sizeof(float) * p->heads);
   }
   for (size_t head = first; head < last; head++) {

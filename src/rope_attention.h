@@ -24,7 +24,8 @@
 // A row with no allowed key gives out = 0, lse = -infinity and no gradient. Scores below -3.4e29 count as not allowed.
 //
 // The exact engine also takes s_ij = softcap tanh(scale q.k / softcap) + bias_{i-j} + mask_ij, and attention sinks: one more
-// key for each head, of score `sink` and value 0.
+// key for each head, of score `sink` and value 0. In place of a rotation by the difference of positions it takes one by any
+// number f(i - j), or any matrix W_{i - j} with few entries, s_ij = scale q_i W_{i-j} k_j^T (2505.11892, the general form).
 //
 // Size letters, everywhere in this folder: B batch, H heads, N length (Nq queries, Nk keys), D head size, Dv value size.
 //
@@ -123,6 +124,16 @@ typedef struct ra_problem {
   // What the caller knows: no |scale q.k| exceeds it; 0: nothing. Small ones spare the exact engine the search for maxima; then
   // |v| must be 0 or its largest entry from 1e-28 to 1e30 / Nk.
   float score_bound;
+
+  // Relative maps: one of the two, or neither. The naive engine only.
+  // Positions differ by relative_positions[i - j + Nk - 1] in the rotation, not in the mask; [Nq + Nk - 1] finite numbers, with
+  // frequencies and without query_positions and key_positions.
+  const float *relative_positions;
+  // s_ij = scale sum_n q_i[support[n][0]] weights[n][i - j + Nk - 1] k_j[support[n][1]]: W_t has few entries, in the same places
+  // for all t. support [support_count][2], each below D; a place that is named twice adds up. rotary_dim is 0.
+  const uint32_t *support;
+  uint32_t support_count; // 0: none
+  const float *weights;   // [support_count][Nq + Nk - 1]
 } ra_problem;
 
 // All contiguous, row-major, shapes as in layout 0. A pointer that the pass does not name may be NULL.
@@ -138,6 +149,7 @@ typedef struct ra_arrays {
   float *dv;         // [B][kv_heads][Nk][Dv], likewise
   float *dbias;      // [bias_heads][Nq + Nk - 1], summed over batches (and heads); or NULL
   float *dsinks;     // [H], summed over batches; or NULL
+  float *dweights;   // [support_count][Nq + Nk - 1], summed over batches and heads; or NULL
 } ra_arrays;
 
 // --- The contract: any engine, either pass -----------------------------------------------------------------------

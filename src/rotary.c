@@ -164,10 +164,13 @@ void ra_rotary_rows(ra_rotary *r, const float *x, size_t x_row, float *y, size_t
     for (size_t d = 2 * half; d < D; d++) y[n * y_row + d] = scale * x[n * x_row + d];
 }
 
-size_t ra_rotate_workspace(const ra_problem *p) { return ra_check(p) == RA_OK ? ra_rotary_bytes(p) : 0; }
+// Relative maps turn pairs, not rows.
+static int is_rotation(const ra_problem *p) { return ra_check(p) == RA_OK && !ra_is_relative(p); }
+
+size_t ra_rotate_workspace(const ra_problem *p) { return is_rotation(p) ? ra_rotary_bytes(p) : 0; }
 
 int ra_rotate(const ra_problem *p, float *x, uint32_t inverse, void *workspace) {
-  if (ra_check(p) != RA_OK || (inverse && p->rotary_factor == 0)) return RA_ERROR_PROBLEM;
+  if (!is_rotation(p) || (inverse && p->rotary_factor == 0)) return RA_ERROR_PROBLEM;
   ra_rotary r;
   size_t D = p->head_dim, row = ra_row(p, p->heads, D);
   ra_rotary_init(&r, p, 1, NULL, workspace);

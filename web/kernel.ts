@@ -314,6 +314,10 @@ export class Session {
       mask_row: g.mask?.strides.row ?? 0,
       sinks: at.sinks,
       score_bound: 0,
+      relative_positions: 0,
+      support: 0,
+      support_count: 0,
+      weights: 0,
     } satisfies Omit<Values<typeof PROBLEM>, 'method' | 'degree'>);
   }
 

@@ -52,6 +52,10 @@ export const PROBLEM = {
   mask_row: 'u32',
   sinks: 'address',
   score_bound: 'f32',
+  relative_positions: 'address',
+  support: 'address',
+  support_count: 'u32',
+  weights: 'address',
 } as const satisfies Fields;
 
 /** ra_arrays. */
@@ -67,6 +71,7 @@ export const ARRAYS = {
   dv: 'address',
   dbias: 'address',
   dsinks: 'address',
+  dweights: 'address',
 } as const satisfies Fields;
 
 /** ra_bounds. */

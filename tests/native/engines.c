@@ -15,6 +15,8 @@ typedef struct shape {
   float softcap;
   uint32_t bias_heads, mask,
       sinks; // mask: 1 added, for each query and key; 2 allowed, for each batch and head; 3 added, a row; sinks: 2 lowest
+  uint32_t
+      relative; // 1 positions, 2 the same as weights, 3 random weights, some places twice; 4, 5: 1, 2 of plain rotation
 } shape;
 
 static const shape SHAPES[] = {
@@ -41,6 +43,14 @@ static const shape SHAPES[] = {
     {1, 2, 1, 100, 300, 8, 8, 8, 0, 1, 150, 0.35f, 1, .segments = 1, .layout = 1},
     {1, 1, 1, 290, 200, 8, 8, 8, 0, 1, -30, 0.35f, 1, .segments = 1},
     {1, 1, 1, 290, 100, 8, 8, 8, 0, 0, -30, 0.35f, 1, .segments = 1},
+};
+
+// What relative maps meet.
+static const shape RELATIVE_SHAPES[] = {
+    {1, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0.7f, 1, .layout = 0},
+    {2, 4, 2, 45, 50, 6, 3, 6, 1, 1, 5, 0.35f, 1, .layout = 1},
+    {1, 2, 1, 129, 40, 5, 7, 4, 0, 0, -30, 0.45f, 1, .layout = 0},
+    {1, 1, 1, 140, 300, 16, 16, 16, 0, 1, 150, 0.25f, 1, .window = 2},
 };
 
 // What only the exact engine does.
@@ -83,13 +93,56 @@ static const shape EXACT_SHAPES[] = {
 typedef struct run {
   ra_problem p;
   ra_arrays x;
-  guarded q, k, v, out, lse, dout, dq, dk, dv, dbias, dsinks;
+  guarded q, k, v, out, lse, dout, dq, dk, dv, dbias, dsinks, dweights;
 } run;
 
 static double frequencies[64], query_positions[1024], key_positions[1024];
 static float coefficients[64], cos_table[4096], sin_table[4096], bias[4096], mask[1 << 19], sinks[16];
 static uint8_t allowed[1 << 19];
+static float relative_positions[1024], weights[64 * 1024];
+static uint32_t support[128];
 static const uint32_t segments[] = {0, 3, 40, 41, 200};
+
+// Pair i turned by an angle is W with the 2 x 2 rotation at (first, second).
+static void rotation_as_weights(ra_problem *p) {
+  size_t half = p->rotary_dim / 2, length = (size_t)p->query_length + p->key_length - 1;
+  p->support_count = 0;
+  for (size_t i = 0; i < half; i++) {
+    uint32_t first = (uint32_t)(p->interleaved ? 2 * i : i), second = (uint32_t)(p->interleaved ? 2 * i + 1 : half + i);
+    const uint32_t places[] = {first, first, first, second, second, first, second, second};
+    memcpy(support + 2 * p->support_count, places, sizeof places);
+    for (size_t n = 0; n < length; n++) {
+      double angle = relative_positions[n] * p->frequencies[i], factor = (double)p->rotary_factor * p->rotary_factor;
+      float c = (float)(factor * cos(angle)), t = (float)(factor * sin(angle));
+      const float four[] = {c, t, -t, c};
+      for (size_t e = 0; e < 4; e++) weights[(p->support_count + e) * length + n] = four[e];
+    }
+    p->support_count += 4;
+  }
+  for (uint32_t d = p->rotary_dim; d < p->head_dim; d++, p->support_count++) {
+    support[2 * p->support_count] = support[2 * p->support_count + 1] = d;
+    for (size_t n = 0; n < length; n++) weights[p->support_count * length + n] = 1;
+  }
+  p->rotary_dim = 0;
+}
+
+static void add_relative(ra_problem *p, const shape *s) {
+  uint64_t seed = 78;
+  size_t length = (size_t)s->Nq + s->Nk - 1;
+  for (size_t n = 0; n < length; n++) {
+    double t = (double)n - (s->Nk - 1.0) + s->offset; // near: as it is; far: slowly
+    relative_positions[n] = (float)(s->relative > 3 ? t : fabs(t) < 9 ? t : t / 4 + 0.1 * sin(t));
+  }
+  if (s->relative % 3 == 1) p->relative_positions = relative_positions;
+  if (s->relative == 2 || s->relative == 5) rotation_as_weights(p);
+  if (s->relative == 3) {
+    p->rotary_dim = 0, p->support_count = 2 * s->D + 3;
+    for (uint32_t n = 0; n < p->support_count; n++)
+      support[2 * n] = n * 5 % 7 % s->D, support[2 * n + 1] = n * n % 11 % s->D;
+    for (size_t n = 0; n < p->support_count * length; n++) weights[n] = check_random(&seed, 1);
+  }
+  if (p->support_count) p->support = support, p->weights = weights;
+}
 
 static ra_problem problem(const shape *s, uint32_t method, uint32_t degree) {
   uint64_t seed = 77;
@@ -154,6 +207,7 @@ static ra_problem problem(const shape *s, uint32_t method, uint32_t degree) {
     for (uint32_t h = 0; h < s->heads; h++) sinks[h] = s->sinks == 2 ? -1e30f : (float)h - 1;
     p.sinks = sinks;
   }
+  if (s->relative) add_relative(&p, s);
   return p;
 }
 
@@ -167,6 +221,7 @@ static run start(const shape *s, uint32_t method, uint32_t degree) {
   r.dv = guarded_new(keys * s->Dv, 9, 1);
   r.dbias = guarded_new(s->bias_heads ? (size_t)s->bias_heads * (s->Nq + s->Nk - 1) : 0, 10, 1);
   r.dsinks = guarded_new(s->sinks ? s->heads : 0, 11, 1);
+  r.dweights = guarded_new(r.p.support_count * ((size_t)s->Nq + s->Nk - 1), 12, 1);
   r.x = (ra_arrays){.q = r.q.data,
                     .k = r.k.data,
                     .v = r.v.data,
@@ -177,12 +232,14 @@ static run start(const shape *s, uint32_t method, uint32_t degree) {
                     .dk = r.dk.data,
                     .dv = r.dv.data,
                     .dbias = s->bias_heads ? r.dbias.data : NULL,
-                    .dsinks = s->sinks ? r.dsinks.data : NULL};
+                    .dsinks = s->sinks ? r.dsinks.data : NULL,
+                    .dweights = r.p.support_count ? r.dweights.data : NULL};
   return r;
 }
 
 static void finish(run *r) {
-  guarded *all[] = {&r->q, &r->k, &r->v, &r->out, &r->lse, &r->dout, &r->dq, &r->dk, &r->dv, &r->dbias, &r->dsinks};
+  guarded *all[] = {&r->q,  &r->k,  &r->v,  &r->out,   &r->lse,    &r->dout,
+                    &r->dq, &r->dk, &r->dv, &r->dbias, &r->dsinks, &r->dweights};
   for (size_t n = 0; n < sizeof all / sizeof *all; n++) {
     CHECK(guarded_intact(all[n]), "array %zu", n);
     guarded_free(all[n]);
@@ -205,11 +262,12 @@ static void compute(run *r, uint32_t slice) {
 }
 
 static void compare(const char *name, const shape *s, const run *r, const run *oracle, double tolerance) {
-  const guarded *got[] = {&r->out, &r->lse, &r->dq, &r->dk, &r->dv, &r->dbias, &r->dsinks};
-  const guarded *want[] = {&oracle->out, &oracle->lse,   &oracle->dq,    &oracle->dk,
-                           &oracle->dv,  &oracle->dbias, &oracle->dsinks};
-  static const char *const names[] = {"out", "lse", "dq", "dk", "dv", "dbias", "dsinks"};
-  for (int n = 0; n < 7; n++) {
+  const guarded *got[] = {&r->out, &r->lse, &r->dq, &r->dk, &r->dv, &r->dbias, &r->dsinks, &r->dweights};
+  const guarded *want[] = {&oracle->out, &oracle->lse,   &oracle->dq,     &oracle->dk,
+                           &oracle->dv,  &oracle->dbias, &oracle->dsinks, &oracle->dweights};
+  static const char *const names[] = {"out", "lse", "dq", "dk", "dv", "dbias", "dsinks", "dweights"};
+  for (int n = 0; n < 8; n++) {
+    if (got[n]->count != want[n]->count) continue;
     double top = 1e-30;
     for (size_t i = 0; i < want[n]->count; i++)
       if (isfinite(want[n]->data[i])) top = fmax(top, fabs((double)want[n]->data[i]));
@@ -235,6 +293,24 @@ static void engines_match_the_oracle(const shape *s) {
   compute(&bounded, 2);
   compare("bounded", s, &bounded, &oracle, 4e-6);
   finish(&oracle), finish(&exact), finish(&sliced), finish(&bounded);
+}
+
+// The oracle with a relative map is the oracle that rotates, when the map is that rotation; and positions are weights.
+static void relative_maps_agree(const shape *given) {
+  for (uint32_t relative = 0; relative < 4; relative += 3) { // 0: against plain rotation, 3: other maps
+    shape s = *given;
+    s.relative = relative ? 1 : 0;
+    run expected = start(&s, RA_NAIVE, 0);
+    compute(&expected, 1);
+    for (uint32_t form = 1; form < 3; form++) {
+      s.relative = relative ? form : form + 3;
+      run r = start(&s, RA_NAIVE, 0);
+      compute(&r, 1);
+      compare("relative", &s, &r, &expected, 2e-6); // angles from one position or from two; measured at most 5e-7
+      finish(&r);
+    }
+    finish(&expected);
+  }
 }
 
 static void polynomials_match_the_oracle(const shape *s) {
@@ -438,6 +514,26 @@ static void bad_problems_are_refused(void) {
   REFUSED(method = 3);
   REFUSED(query_offset = INT32_MAX);
   REFUSED(batch = 1u << 30);
+
+  static const shape relative = {2, 4, 2, 5, 6, 8, 8, 8, 0, 1, 0, 0.35f, 1, .relative = 1};
+  shape weighted = relative;
+  weighted.relative = 3;
+  good = problem(&relative, RA_NAIVE, 0);
+  CHECK(ra_workspace(&good, RA_FORWARD) > 0, "relative positions");
+  CHECK(ra_rotate_workspace(&good) == 0 && ra_rotate(&good, NULL, 0, NULL) == RA_ERROR_PROBLEM, "rotate");
+  REFUSED(method = RA_POLYNOMIAL);
+  REFUSED(query_positions = query_positions);
+  REFUSED(key_positions = key_positions);
+  REFUSED(cos_table = p.sin_table = cos_table; p.table_rows = 1);
+  REFUSED(support_count = 1);
+  good = problem(&weighted, RA_NAIVE, 0);
+  CHECK(ra_workspace(&good, RA_FORWARD) > 0, "weights");
+  REFUSED(method = RA_POLYNOMIAL);
+  REFUSED(support = NULL);
+  REFUSED(weights = NULL);
+  REFUSED(rotary_dim = 8);
+  REFUSED(head_dim = 6);
+  good = problem(&SHAPES[4], RA_EXACT, 0);
   CHECK(ra_run(&good, &(ra_arrays){0}, RA_FORWARD, NULL, 0, 1000) == RA_ERROR_UNITS, "units");
   CHECK(ra_workspace(&good, 2) == 0, "pass");
   p = good, p.method = RA_POLYNOMIAL, p.degree = 8, p.head_dim = p.value_dim = 1024, p.rotary_dim = 0;
@@ -469,6 +565,8 @@ int main(void) {
     states_match_the_oracle(&SHAPES[n]);
     samples_match_the_oracle(&SHAPES[n]);
   }
+  for (size_t n = 0; n < sizeof RELATIVE_SHAPES / sizeof *RELATIVE_SHAPES; n++)
+    relative_maps_agree(&RELATIVE_SHAPES[n]);
   for (size_t n = 0; n < sizeof EXACT_SHAPES / sizeof *EXACT_SHAPES; n++) engines_match_the_oracle(&EXACT_SHAPES[n]);
   bad_problems_are_refused();
   negative_sums_are_reported();
