@@ -49,6 +49,9 @@ WARNINGS := -Wall -Wextra -Wpedantic -Werror
 CFLAGS := -std=c11 -O3 $(WARNINGS) -fno-fast-math -fno-math-errno -ffp-contract=off -fno-unroll-loops
 # What is no kernel, and a fifth smaller so
 SMALL := attention sample stream workspace
+# C sources of KissFFT, which src/fft.c includes; src/kissfft has the vector type that they ask for
+KISSFFT := node_modules/kissfft-js/src
+KISSFFT_FLAGS := -Isrc/kissfft -isystem $(KISSFFT)
 TARGET_simd128 := -msimd128
 TARGET_relaxed := -msimd128 -mrelaxed-simd -DRA_RELAXED
 
@@ -65,14 +68,17 @@ WASM := dist/rope-attention.wasm dist/rope-attention.relaxed.wasm
 # $(1) simd128 or relaxed, $(2) the file in dist/
 define binary
 build/$(1)/cflags: FORCE | tools-wasm
-	@{ echo '$$(CFLAGS) $$(TARGET_$(1)) $$(SMALL)'; cat .toolchain/env; } | { $$(keep); }
+	@{ echo '$$(CFLAGS) $$(TARGET_$(1)) $$(SMALL) $$(KISSFFT_FLAGS)'; cat .toolchain/env; } | { $$(keep); }
 
 build/$(1)/ldflags: FORCE
 	@echo '$$(LDFLAGS) $$(SOURCES)' | { $$(keep); }
 
+build/$(1)/fft.o: node_modules/.stamp
+
 build/$(1)/%.o: src/%.c build/$(1)/cflags
 	@echo 'emcc $$< ($(1))'
-	@$$(EMCC) $$(CFLAGS) $$(if $$(filter $$*,$$(SMALL)),-Os) $$(TARGET_$(1)) -MMD -MP -c $$< -o $$@
+	@$$(EMCC) $$(CFLAGS) $$(if $$(filter $$*,$$(SMALL)),-Os) $$(if $$(filter $$*,fft),$$(KISSFFT_FLAGS)) $$(TARGET_$(1)) \
+	  -MMD -MP -c $$< -o $$@
 
 $(2): $$(SOURCES:src/%.c=build/$(1)/%.o) build/$(1)/ldflags scripts/check-wasm.mjs
 	@echo 'link $(2)'
@@ -127,9 +133,11 @@ define native
 build/native/$(1)/cflags: FORCE
 	@echo '$$(NATIVE_CFLAGS) $$(SOURCES)' | { $$(keep); }
 
+build/native/$(1)/src/fft.o: node_modules/.stamp
+
 build/native/$(1)/src/%.o: src/%.c build/native/$(1)/cflags | tools-native
 	@mkdir -p $$(@D)
-	@$(1) $$(NATIVE_CFLAGS) -MMD -MP -c $$< -o $$@
+	@$(1) $$(NATIVE_CFLAGS) $$(if $$(filter $$*,fft),$$(KISSFFT_FLAGS)) -MMD -MP -c $$< -o $$@
 
 build/native/$(1)/tests/%.o: tests/native/%.c build/native/$(1)/cflags | tools-native
 	@mkdir -p $$(@D)
@@ -180,7 +188,7 @@ bench-peers: build $(PEERS)/node_modules/.stamp | tools-browser ## against other
 
 # --- order -----------------------------------------------------------------------------------------------------------
 
-C_FILES := $(wildcard src/*.[ch] tests/native/*.[ch])
+C_FILES := $(wildcard src/*.[ch] src/kissfft/*.h tests/native/*.[ch])
 
 .PHONY: lint format
 lint: build | tools-lint ## formatting and static checks of C, ESLint, types of everything

@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: MIT
+//
+// See convolution.h. Spectra lie as [block][2S][8], the even frequencies first; a number is four real parts, four imaginary
+// parts. Sums over blocks go through tiles of 16 frequencies, so that a spectrum is read once however many blocks there are.
+
+#include "convolution.h"
+
+#include <math.h>
+
+#include "fft.h"
+#include "pack.h"
+
+enum {
+  TILE = 16,         // frequencies of a tile
+  TOGETHER = 4,      // blocks of results whose sums run together: eight accumulators
+  LONGEST = 1 << 14, // of a block: 512 KB of numbers, as much again of twiddle factors; L2 caches hold little more
+  SHORTEST = RA_STRIP,
+};
+
+static uint32_t ceil_div(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
+
+// Multiply-adds of four columns, by operations: transforms of every block, products of every two. `log` is log2 S in whole
+// steps. One operation in a transform takes as long as one in a product (measured, within a tenth).
+static double cost(uint32_t Nq, uint32_t Nk, uint32_t S, double log) {
+  double rows = ceil_div(Nq, S), columns = ceil_div(Nk, S);
+  return (rows + columns) * 10 * S * log + rows * columns * 16 * S;
+}
+
+uint32_t ra_convolution_block(uint32_t Nq, uint32_t Nk) {
+  uint32_t best = SHORTEST, longer = Nq > Nk ? Nq : Nk;
+  double least = INFINITY, log = 5;
+  for (uint32_t power = SHORTEST; power <= LONGEST && power / 2 < longer; power *= 2, log++)
+    for (uint32_t odd = 1; odd <= 5; odd += 2) {
+      uint32_t S = odd == 1 ? power : odd == 3 ? power / 2 * 3 : power / 4 * 5; // between this power and the next
+      if (S % RA_STRIP != 0 || S > LONGEST) continue;
+      double extra = odd == 1 ? 0 : odd == 3 ? 0.585 : 0.322, own = cost(Nq, Nk, S, log + extra);
+      if (own < least) least = own, best = S;
+    }
+  return best;
+}
+
+void ra_convolution_layout(ra_convolution *c, uint32_t Nq, uint32_t Nk, uint32_t S, int gradient,
+                           ra_workspace_cursor *w) {
+  *c = (ra_convolution){.Nq = Nq, .Nk = Nk, .S = S, .rows = ceil_div(Nq, S), .columns = ceil_div(Nk, S)};
+  size_t diagonals = (size_t)c->rows + c->columns - 1;
+  c->plan = ra_take(w, 1, ra_fft_bytes(S), 1);
+  c->turn = ra_take_floats(w, 2, S);
+  c->kernel = ra_take_floats(w, diagonals, 4 * (size_t)S);
+  c->change = gradient ? ra_take_floats(w, diagonals, 4 * (size_t)S) : NULL;
+  c->even = ra_take_floats(w, S, 8);
+  c->odd = ra_take_floats(w, S, 8);
+  c->half = ra_take_floats(w, S, 8);
+  c->tile = ra_take_floats(w, diagonals + 1, TILE * 8);
+}
+
+size_t ra_convolution_floats(const ra_convolution *c) {
+  return (size_t)(c->rows > c->columns ? c->rows : c->columns) * c->S * 16;
+}
+
+void ra_convolution_init(ra_convolution *c) {
+  ra_fft_init(c->plan, c->S);
+  for (uint32_t n = 0; n < c->S; n++) {
+    double angle = 3.14159265358979323846 * n / c->S;
+    c->turn[n] = (float)cos(angle), c->turn[c->S + n] = (float)sin(angle);
+  }
+}
+
+// --- One block ----------------------------------------------------------------------------------------------------
+
+// Lanes of four columns from `lanes` [.][32] become numbers, or the reverse.
+RA_INLINE void load_four(const float *lanes, f32x4 *a) {
+  for (int i = 0; i < 4; i++) a[i] = f32x4_load(lanes + i * RA_STRIP);
+  f32x4_transpose(&a[0], &a[1], &a[2], &a[3]);
+}
+
+RA_INLINE void store_four(float *lanes, f32x4 *a) {
+  f32x4_transpose(&a[0], &a[1], &a[2], &a[3]);
+  for (int i = 0; i < 4; i++) f32x4_store(lanes + i * RA_STRIP, a[i]);
+}
+
+void ra_convolution_put(const ra_convolution *c, uint32_t n, const float *lanes) {
+  const float *cosine = c->turn + n, *sine = cosine + c->S;
+  float *even = c->even + (size_t)n * 8, *odd = c->odd + (size_t)n * 8;
+  for (uint32_t at = 0; at < RA_STRIP; at += 4) {
+    f32x4 re[4], im[4];
+    load_four(lanes + at, re), load_four(lanes + 4 * RA_STRIP + at, im);
+    RA_UNROLLED
+    for (int i = 0; i < 4; i++, even += 8, odd += 8) { // times e^(-i pi n/S)
+      f32x4 c_n = f32x4_load_splat(cosine + at + i), s_n = f32x4_load_splat(sine + at + i);
+      f32x4_store(even, re[i]), f32x4_store(even + 4, im[i]);
+      f32x4_store(odd, f32x4_madd(im[i], s_n, f32x4_mul(re[i], c_n)));
+      f32x4_store(odd + 4, f32x4_sub(f32x4_mul(im[i], c_n), f32x4_mul(re[i], s_n)));
+    }
+  }
+}
+
+void ra_convolution_get(const ra_convolution *c, uint32_t n, float *lanes) {
+  const float *cosine = c->turn + n, *sine = cosine + c->S;
+  const float *even = c->even + (size_t)n * 8, *odd = c->odd + (size_t)n * 8;
+  for (uint32_t at = 0; at < RA_STRIP; at += 4) {
+    f32x4 re[4], im[4];
+    RA_UNROLLED
+    for (int i = 0; i < 4; i++, even += 8, odd += 8) { // conj(even) + e^(i pi n/S) conj(odd)
+      f32x4 c_n = f32x4_load_splat(cosine + at + i), s_n = f32x4_load_splat(sine + at + i);
+      f32x4 o_r = f32x4_load(odd), o_i = f32x4_load(odd + 4);
+      re[i] = f32x4_add(f32x4_load(even), f32x4_madd(o_i, s_n, f32x4_mul(o_r, c_n)));
+      im[i] = f32x4_sub(f32x4_sub(f32x4_mul(o_r, s_n), f32x4_mul(o_i, c_n)), f32x4_load(even + 4));
+    }
+    store_four(lanes + at, re), store_four(lanes + 4 * RA_STRIP + at, im);
+  }
+}
+
+void ra_convolution_transform(const ra_convolution *c, uint32_t block, float *spectra) {
+  float *to = spectra + (size_t)block * c->S * 16;
+  ra_fft(c->plan, c->even, to);
+  ra_fft(c->plan, c->odd, to + (size_t)c->S * 8);
+}
+
+void ra_convolution_invert(const ra_convolution *c, uint32_t block, const float *spectra) {
+  const float *from = spectra + (size_t)block * c->S * 16;
+  ra_fft(c->plan, from, c->even);
+  ra_fft(c->plan, from + (size_t)c->S * 8, c->odd);
+}
+
+// --- The kernel ---------------------------------------------------------------------------------------------------
+
+// Where lag t is in an array of lags; beyond its end for lags that there are none of.
+static size_t place(const ra_convolution *c, int64_t t) {
+  int64_t at = t + c->Nk - 1;
+  return at >= 0 && at < (int64_t)c->Nq + c->Nk - 1 ? (size_t)at : SIZE_MAX;
+}
+
+static float lag(const ra_convolution *c, const float *lags, int64_t t) {
+  size_t at = place(c, t);
+  return at == SIZE_MAX ? 0 : lags[at];
+}
+
+// Four blocks at a time, one in each lane. Block d of 2S numbers: lags d S + m at m < S, lags (d-1) S + m at S + m, m > 0.
+void ra_convolution_kernel(ra_convolution *c, const float *lags) {
+  int64_t S = c->S, first = 1 - (int64_t)c->columns, last = (int64_t)c->rows - 1;
+  float scale = 0.5f / (float)S;
+  c->least = INT32_MAX, c->most = INT32_MIN;
+  for (int64_t d0 = first; d0 <= last; d0 += 4) {
+    ra_fill(c->even, (size_t)S * 8, 0), ra_fill(c->odd, (size_t)S * 8, 0);
+    for (int64_t d = d0; d < d0 + 4 && d <= last; d++) {
+      float *even = c->even + (d - d0), *odd = c->odd + (d - d0);
+      int live = 0;
+      for (int64_t m = 0; m < S; m++, even += 8, odd += 8) {
+        float ahead = lag(c, lags, d * S + m), behind = m > 0 ? lag(c, lags, (d - 1) * S + m) : 0;
+        even[0] = ahead + behind;
+        odd[0] = (ahead - behind) * c->turn[m], odd[4] = -(ahead - behind) * c->turn[S + m];
+        live |= ahead != 0 || behind != 0;
+      }
+      if (live && d < c->least) c->least = (int32_t)d;
+      if (live) c->most = (int32_t)d;
+    }
+    for (int half = 0; half < 2; half++) {
+      ra_fft(c->plan, half ? c->odd : c->even, c->half);
+      for (int64_t d = d0; d < d0 + 4 && d <= last; d++) {
+        float *to = c->kernel + (size_t)(d - first) * S * 4 + half * S * 2;
+        const float *from = c->half + (d - d0);
+        for (int64_t m = 0; m < S; m++) to[2 * m] = scale * from[8 * m], to[2 * m + 1] = scale * from[8 * m + 4];
+      }
+    }
+  }
+  if (c->change) ra_fill(c->change, (size_t)(last - first + 1) * S * 4, 0);
+}
+
+void ra_convolution_change(const ra_convolution *c, float *dlags) {
+  int64_t S = c->S, first = 1 - (int64_t)c->columns, last = (int64_t)c->rows - 1;
+  float scale = 0.5f / (float)S;
+  ra_fill(dlags, (size_t)c->Nq + c->Nk - 1, 0);
+  for (int64_t d0 = first; d0 <= last; d0 += 4) {
+    for (int half = 0; half < 2; half++) {
+      ra_fill(c->half, (size_t)S * 8, 0);
+      for (int64_t d = d0; d < d0 + 4 && d <= last; d++) {
+        const float *from = c->change + (size_t)(d - first) * S * 4 + half * S;
+        float *to = c->half + (d - d0);
+        for (int64_t m = 0; m < S; m++) to[8 * m] = from[m], to[8 * m + 4] = -from[2 * S + m];
+      }
+      ra_fft(c->plan, c->half, half ? c->odd : c->even);
+    }
+    for (int64_t d = d0; d < d0 + 4 && d <= last; d++) {
+      const float *even = c->even + (d - d0), *odd = c->odd + (d - d0);
+      for (int64_t m = 0; m < S; m++, even += 8, odd += 8) {
+        float turned = odd[0] * c->turn[m] + odd[4] * c->turn[S + m];
+        size_t ahead = place(c, d * S + m), behind = place(c, (d - 1) * S + m);
+        if (ahead != SIZE_MAX) dlags[ahead] += scale * (even[0] + turned);
+        if (behind != SIZE_MAX && m > 0) dlags[behind] += scale * (even[0] - turned);
+      }
+    }
+  }
+}
+
+// --- Products in the frequency domain -----------------------------------------------------------------------------
+
+// y[r] = sum_n t[r - n] z[n] for R rows at one frequency, imaginary parts times `sign`; t goes on by `t_row` with r, the other
+// way with n. z [count][TILE][8].
+RA_INLINE void multiply_at(const int R, const float *t, ptrdiff_t t_row, const float *z, uint32_t count, f32x4 sign,
+                           float *y, size_t y_row) {
+  f32x4 re[TOGETHER], im[TOGETHER], zero = f32x4_splat(0);
+  RA_UNROLLED
+  for (int r = 0; r < R; r++) re[r] = im[r] = zero;
+  RA_ROLLED
+  for (uint32_t n = 0; n < count; n++, t -= t_row, z += TILE * 8) {
+    f32x4 z_r = f32x4_load(z), z_i = f32x4_load(z + 4), minus = f32x4_sub(zero, z_i);
+    RA_UNROLLED
+    for (int r = 0; r < R; r++) {
+      f32x4 t_r = f32x4_load_splat(t + r * t_row), t_i = f32x4_load_splat(t + r * t_row + 1);
+      re[r] = f32x4_madd(t_i, minus, f32x4_madd(t_r, z_r, re[r]));
+      im[r] = f32x4_madd(t_i, z_r, f32x4_madd(t_r, z_i, im[r]));
+    }
+  }
+  RA_UNROLLED
+  for (int r = 0; r < R; r++) f32x4_store(y + r * y_row, re[r]), f32x4_store(y + r * y_row + 4, f32x4_mul(sign, im[r]));
+}
+
+// The same at all frequencies of a tile.
+RA_KERNEL void multiply_tile(int R, const float *t, ptrdiff_t t_row, const float *z, uint32_t count, f32x4 sign,
+                             float *y, size_t y_row) {
+  for (uint32_t f = 0; f < TILE; f++, t += 2, z += 8, y += 8) {
+    if (R == TOGETHER) multiply_at(TOGETHER, t, t_row, z, count, sign, y, y_row);
+    else
+      for (int r = 0; r < R; r++) multiply_at(1, t + r * t_row, t_row, z, count, sign, y + r * y_row, y_row);
+  }
+}
+
+// tile [blocks][TILE][8] = frequencies f .. of all blocks, imaginary parts times `sign`.
+RA_KERNEL void load_tile(const float *spectra, size_t row, uint32_t blocks, f32x4 sign, float *tile) {
+  for (uint32_t n = 0; n < blocks; n++, tile += TILE * 8)
+    for (uint32_t f = 0; f < TILE * 8; f += 8) {
+      f32x4_store(tile + f, f32x4_load(spectra + n * row + f));
+      f32x4_store(tile + f + 4, f32x4_mul(sign, f32x4_load(spectra + n * row + f + 4)));
+    }
+}
+
+static int64_t clip(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+void ra_convolution_multiply(const ra_convolution *c, int adjoint, float *spectra) {
+  // conj(sum T z) or, of the transpose, conj(sum conj(T) z) = sum T conj(z)
+  f32x4 one = f32x4_splat(1), minus = f32x4_splat(-1), sign_in = adjoint ? minus : one,
+        sign_out = adjoint ? one : minus;
+  uint32_t out = adjoint ? c->columns : c->rows, in = adjoint ? c->rows : c->columns;
+  size_t row = (size_t)c->S * 16;
+  ptrdiff_t t_row = (ptrdiff_t)c->S * (adjoint ? -4 : 4);
+  for (uint32_t f = 0; f < 2 * c->S; f += TILE) {
+    load_tile(spectra + (size_t)f * 8, row, in, sign_in, c->tile);
+    for (uint32_t a = 0; a < out; a += TOGETHER) {
+      uint32_t R = out - a < TOGETHER ? out - a : TOGETHER;
+      // inputs b whose blocks are not zero for one of the R results: d = a - b, or b - a
+      int64_t low = adjoint ? (int64_t)a + c->least : (int64_t)a - c->most;
+      int64_t high = adjoint ? (int64_t)a + R + c->most : (int64_t)a + R - c->least;
+      uint32_t first = (uint32_t)clip(low, 0, in), end = (uint32_t)clip(high, first, in);
+      if (c->least > c->most) end = first;
+      ptrdiff_t d = adjoint ? (ptrdiff_t)first - a : (ptrdiff_t)a - first;
+      if (first == end) d = 0;
+      const float *t = c->kernel + (d + (ptrdiff_t)c->columns - 1) * (ptrdiff_t)c->S * 4 + f * 2;
+      multiply_tile((int)R, t, t_row, c->tile + (size_t)first * TILE * 8, end - first, sign_out,
+                    spectra + a * row + (size_t)f * 8, row);
+    }
+  }
+}
+
+// Four frequencies: dre, dim [4] += sum over `count` pairs of blocks of conj(x) y, summed over the lanes.
+RA_INLINE void correlate_four(const float *x, const float *y, uint32_t count, float *dre, float *dim) {
+  f32x4 re[4], im[4], zero = f32x4_splat(0);
+  RA_UNROLLED
+  for (int f = 0; f < 4; f++) re[f] = im[f] = zero;
+  RA_ROLLED
+  for (uint32_t n = 0; n < count; n++, x += TILE * 8, y += TILE * 8) RA_UNROLLED
+  for (int f = 0; f < 4; f++) {
+    f32x4 x_r = f32x4_load(x + 8 * f), x_i = f32x4_load(x + 8 * f + 4);
+    f32x4 y_r = f32x4_load(y + 8 * f), y_i = f32x4_load(y + 8 * f + 4);
+    re[f] = f32x4_madd(x_i, y_i, f32x4_madd(x_r, y_r, re[f]));
+    im[f] = f32x4_madd(f32x4_sub(zero, x_i), y_r, f32x4_madd(x_r, y_i, im[f]));
+  }
+  f32x4_transpose(&re[0], &re[1], &re[2], &re[3]), f32x4_transpose(&im[0], &im[1], &im[2], &im[3]);
+  f32x4_store(dre, f32x4_add(f32x4_load(dre), f32x4_add(f32x4_add(re[0], re[1]), f32x4_add(re[2], re[3]))));
+  f32x4_store(dim, f32x4_add(f32x4_load(dim), f32x4_add(f32x4_add(im[0], im[1]), f32x4_add(im[2], im[3]))));
+}
+
+RA_KERNEL void correlate_tile(const float *x, const float *y, uint32_t count, float *dre, float *dim) {
+  for (uint32_t f = 0; f < TILE; f += 4) correlate_four(x + f * 8, y + f * 8, count, dre + f, dim + f);
+}
+
+void ra_convolution_correlate(const ra_convolution *c, const float *x_spectra, const float *y_spectra) {
+  f32x4 one = f32x4_splat(1);
+  size_t row = (size_t)c->S * 16;
+  float *x = c->tile, *y = c->tile + (size_t)c->columns * TILE * 8;
+  for (uint32_t f = 0; f < 2 * c->S; f += TILE) {
+    load_tile(x_spectra + (size_t)f * 8, row, c->columns, one, x);
+    load_tile(y_spectra + (size_t)f * 8, row, c->rows, one, y);
+    for (int64_t d = c->least; d <= c->most; d++) {
+      uint32_t first = (uint32_t)(d > 0 ? d : 0), end = (uint32_t)clip((int64_t)c->columns + d, first, c->rows);
+      float *change = c->change + (size_t)(d + c->columns - 1) * c->S * 4 + f;
+      correlate_tile(x + (size_t)(first - d) * TILE * 8, y + (size_t)first * TILE * 8, end - first, change,
+                     change + 2 * c->S);
+    }
+  }
+}
