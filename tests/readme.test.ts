@@ -9,19 +9,23 @@ import * as rope from '../dist/index.js';
 const readme = readFileSync(new URL('../README.md', import.meta.url), 'utf8');
 
 describe('README', () => {
-  it('has an example of at most ten lines that runs and prints what it says, and one that goes on from there', async () => {
-    const [[, example], [, streaming]] = [...readme.matchAll(/```js\n([\s\S]*?)```/g)];
+  it('has an example of at most ten lines that runs and prints what it says, and two that go on from there', async () => {
+    const [[, example], [, streaming], [, fitting]] = [...readme.matchAll(/```js\n([\s\S]*?)```/g)];
     const lines = example.trim().split('\n').filter((line) => line !== '');
     expect(lines.length).toBeLessThanOrEqual(10);
-    const body = (example + streaming).replace("import { createRopeAttention } from 'rope-attention';", '');
+    const body = (example + streaming + fitting).replace(/import .* from 'rope-attention';/g, '');
     const log = jest.fn();
     const AsyncFunction = (async () => {}).constructor as new (...args: string[]) => (...args: unknown[]) => Promise<void>;
-    await new AsyncFunction('createRopeAttention', 'console', body)(rope.createRopeAttention, { log });
+    await new AsyncFunction('createRopeAttention', 'gradientParts', 'console', body)(rope.createRopeAttention, rope.gradientParts, { log });
     const heads = (n: number) => n * 512 * 64;
     expect(log.mock.calls).toEqual([
       [expect.stringMatching(/^(exact|polynomial)/), heads(8), heads(8), heads(2), heads(2)],
       [2, expect.any(Number), expect.any(Number), 8 * 16, expect.any(Number)],
+      ...[1, 2, 3].map(() => [expect.any(Number), expect.stringMatching(/^(exact|polynomial)/)]),
+      [expect.any(Number), expect.any(Number), 153, expect.any(Number)],
     ]);
+    const losses = log.mock.calls.slice(2, 5).map(([loss]) => loss as number);
+    expect(losses).toEqual([...losses].sort((a, b) => b - a));
   });
 
   it('names functions that exist', async () => {

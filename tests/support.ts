@@ -6,7 +6,7 @@ import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 
 import { createRopeAttention } from '../dist/index.js';
 import { hasRelaxedSimd } from '../dist/probe.js';
-import type { BackwardArgs, Layout, Options, RopeAttention, Shape } from '../dist/index.js';
+import type { AttentionLossArgs, BackwardArgs, Layout, LossShape, Options, RopeAttention, Shape } from '../dist/index.js';
 
 export type Floats = Float32Array | Float64Array;
 
@@ -89,6 +89,28 @@ export function problem(setting: Setting, seed: number, entries?: (r: Random) =>
   const n = lengths(setting.shape);
   const next = entries ? () => entries(r) : r.normal;
   return { ...setting, q: draw(n.q, next), k: draw(n.k, next), v: draw(n.v, r.normal), dOutput: draw(n.output, r.normal) };
+}
+
+/** The arrays of `attentionLoss`: tokens, weights, target. */
+export const TRAINING_ARRAYS = ['a1', 'a2', 'a3', 'x1', 'x2', 'y', 'e'] as const;
+
+/** A training problem of normal tokens and target, and of weights such that entries of q, k and v have the deviation `size`. */
+export function training<T extends { shape: LossShape }>(setting: T, seed: number, size = 1): T & AttentionLossArgs {
+  const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim } = fullShape(setting.shape);
+  const { modelDim = heads * headDim } = setting.shape;
+  const { normal } = random(seed);
+  const token = (length: number, width = modelDim) => draw(batch * length * width, normal);
+  const weight = (width: number) => draw(modelDim * width, () => (normal() * size) / Math.sqrt(modelDim));
+  return {
+    ...setting,
+    a1: token(queryLength),
+    a2: token(keyLength),
+    a3: token(keyLength),
+    x1: weight(heads * headDim),
+    x2: weight(kvHeads * headDim),
+    y: weight(kvHeads * valueDim),
+    e: token(queryLength, heads * valueDim),
+  };
 }
 
 /** x [batch, heads, length, dim] in another layout, or from another layout to this one. */

@@ -9,7 +9,7 @@ import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 
 import { createRopeAttention, createRopeAttentionWorker } from '../dist/index.js';
 import type { CreateWorkerOptions, ForwardArgs, RemoteRopeAttention } from '../dist/index.js';
-import { problem } from './support.js';
+import { problem, training } from './support.js';
 
 const dist = new URL('../dist/', import.meta.url);
 
@@ -41,6 +41,11 @@ describe('results', () => {
     const rotation = { x: small.q, shape: small.shape, queryOffset: 5 };
     expect(plain(await remote.rotate(rotation))).toEqual(plain(local.rotate(rotation)));
     expect(await remote.plan(smallForward)).toEqual(local.plan(smallForward));
+    const fitted = training({ shape: small.shape }, 3);
+    const [far, near] = [await remote.attentionLoss(fitted), local.attentionLoss(fitted)];
+    expect(far.loss).toBe(near.loss);
+    for (const name of ['dx1', 'dx2', 'dy'] as const) expect(plain(far[name])).toEqual(plain(near[name]));
+    expect(plain(far.saved.output)).toEqual(plain(near.saved.output));
     local.dispose();
   });
 
@@ -98,6 +103,16 @@ describe('progress', () => {
     expect(seen[0]).toBeGreaterThanOrEqual(0);
   });
 
+  test('of attentionLoss as well, over all of its parts', async () => {
+    const seen: number[] = [];
+    const args = training({ shape: { heads: 1, queryLength: 6000, headDim: 64 }, method: 'exact' as const }, 4);
+    await remote.attentionLoss({ ...args, onProgress: (fraction) => seen.push(fraction) });
+    expect(seen.length).toBeGreaterThan(5);
+    expect(seen).toEqual([...seen].sort((a, b) => a - b));
+    expect(seen.filter((fraction) => fraction === 1)).toHaveLength(1);
+    expect(seen.at(-1)).toBe(1);
+  });
+
   test('a function that throws ends its call with that error', async () => {
     const reason = new Error('enough');
     const call = remote.forward({
@@ -134,6 +149,14 @@ describe('cancellation', () => {
     // The worker is free again long before the call would have ended.
     await remote.forward(smallForward);
     expect(performance.now() - told).toBeLessThan(whole / 2);
+  });
+
+  test('stops attentionLoss between its parts', async () => {
+    const controller = new AbortController();
+    const args = training({ shape: { heads: 1, queryLength: 6000, headDim: 64 }, method: 'exact' as const }, 4);
+    const onProgress = (fraction: number) => (fraction > 0.2 ? controller.abort() : undefined);
+    await expect(remote.attentionLoss({ ...args, signal: controller.signal, onProgress })).rejects.toThrow('aborted');
+    await expect(remote.forward(smallForward)).resolves.toBeDefined();
   });
 
   test('a signal that is aborted already rejects at once', async () => {

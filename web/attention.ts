@@ -29,9 +29,11 @@ import type { Measured } from './sampling.js';
 import { unsampledOnly } from './scores.js';
 import { StreamingState } from './streaming.js';
 import { rank } from './theory.js';
+import { lossSteps } from './training.js';
 import type { BackwardArgs, BackwardResult, CreateOptions, ForwardArgs, ForwardResult, PlanArgs } from './types.js';
-import type { AttentionState, Report, RopeAttention, RotateArgs, StateOptions } from './types.js';
-import { readCall, readCreate, readRotate, type Call } from './validate.js';
+import type { AttentionLossArgs, AttentionLossResult, AttentionState, Report, RopeAttention } from './types.js';
+import type { RotateArgs, StateOptions } from './types.js';
+import { readCall, readCreate, readLoss, readRotate, type Call } from './validate.js';
 
 /** Milliseconds of work between two yields, about. */
 const SLICE = 30;
@@ -106,6 +108,10 @@ export class Attention implements RopeAttention {
     return drain(this.planSteps(args));
   }
 
+  attentionLoss(args: AttentionLossArgs): AttentionLossResult {
+    return drain(this.attentionLossSteps(args));
+  }
+
   createState(options: StateOptions): AttentionState {
     return new StreamingState(this.#kernel, options);
   }
@@ -115,26 +121,17 @@ export class Attention implements RopeAttention {
   }
 
   *forwardSteps(args: ForwardArgs): Generator<number, ForwardResult> {
-    return yield* this.#compute('forward', readCall('forward', args), ['forward'], (session, report) => ({
-      output: session.result('out'),
-      lse: session.result('lse'),
-      report,
-    }));
+    return yield* this.#forward('forward', readCall('forward', args));
   }
 
   *backwardSteps(args: BackwardArgs): Generator<number, BackwardResult> {
-    const call = readCall('backward', args);
-    const passes: Pass[] = call.inputs.output ? ['backward'] : ['forward', 'backward'];
-    return yield* this.#compute('backward', call, passes, (session, report) => {
-      const [dBias, dSinks] = [session.vector('dbias'), session.vector('dsinks')];
-      return {
-        dq: session.result('dq'),
-        dk: session.result('dk'),
-        dv: session.result('dv'),
-        ...(dBias && { dBias }),
-        ...(dSinks && { dSinks }),
-        report,
-      };
+    return yield* this.#backward('backward', readCall('backward', args));
+  }
+
+  *attentionLossSteps(args: AttentionLossArgs): Generator<number, AttentionLossResult> {
+    return yield* lossSteps(readLoss(args), {
+      forward: (call) => this.#forward('attentionLoss', call),
+      backward: (call) => this.#backward('attentionLoss', call),
     });
   }
 
@@ -184,30 +181,61 @@ export class Attention implements RopeAttention {
     }
   }
 
-  /** The whole of a call: `read` copies the results out of the finished session. */
+  *#forward(name: string, call: Call): Generator<number, ForwardResult> {
+    return yield* this.#compute(name, call, ['forward'], (session, report) => ({
+      output: session.result('out'),
+      lse: session.result('lse'),
+      report,
+    }));
+  }
+
+  *#backward(name: string, call: Call): Generator<number, BackwardResult> {
+    const passes: Pass[] = call.inputs.output ? ['backward'] : ['forward', 'backward'];
+    return yield* this.#compute(name, call, passes, (session, report) => {
+      const [dBias, dSinks] = [session.vector('dbias'), session.vector('dsinks')];
+      return {
+        dq: session.result('dq'),
+        dk: session.result('dk'),
+        dv: session.result('dv'),
+        ...(dBias && { dBias }),
+        ...(dSinks && { dSinks }),
+        report,
+      };
+    });
+  }
+
+  /** The whole of a pass for the call `name`: `read` copies the results out of the finished session. */
   *#compute<T>(
-    name: 'forward' | 'backward',
+    name: string,
     call: Call,
     passes: readonly Pass[],
     read: (session: Session, report: Report) => T,
   ): Generator<number, T> {
     const start = performance.now();
     const { problem, inputs } = call;
-    const task: Task = { name, problem, pass: name, passes, hasValues: true, predict: false };
+    const pass = passes[passes.length - 1];
+    let task: Task = { name, problem, pass, passes, hasValues: true, predict: false };
     const session = this.#kernel.open(name, problem);
     try {
       const plan = yield* this.#plan(session, task, inputs);
       const misses: string[] = [];
       let progress = 0;
-      for (const [n, attempt] of plan.attempts.entries()) {
+      const attempts = [...plan.attempts];
+      for (let attempt = attempts.shift(); attempt; attempt = attempts.shift()) {
         // A polynomial may yet miss: it gets nine tenths of what is left. 1 is for the very end.
         const share = attempt.degree === null ? 0.99 : 0.9;
         const end = progress + (1 - progress) * share;
         const outcome = yield* this.#attempt(session, task, plan, attempt, progress, end);
         progress = end;
-        const last = n === plan.attempts.length - 1;
         if (outcome.miss !== null) {
+          const last = attempts.length === 0;
           const miss = `degree ${attempt.degree} ${outcome.miss}`;
+          if (outcome.coefficients && reliesOnGiven(task)) {
+            task = { ...task, passes: ['forward', 'backward'] };
+            attempts.unshift(attempt);
+            misses.push(`${miss} with the given output and lse, which were computed again`);
+            continue;
+          }
           // Nothing was computed: there is nothing to report.
           if (last && !outcome.coefficients) refuseMiss({ ...task, problem: { ...problem, onMiss: 'error' } }, miss);
           if (last) refuseMiss(task, miss);
@@ -355,6 +383,15 @@ function drain<T>(steps: Generator<number, T>): T {
 
 function simdOf(kernel: Kernel): 'simd128' | 'relaxed-simd' {
   return kernel.relaxed ? 'relaxed-simd' : 'simd128';
+}
+
+/**
+ * Whether gradients of a polynomial may be off because the output and lse that were given are: those of a lower degree may
+ * keep the tolerance of an output and yet not serve gradients. Forced degrees are taken to be that of the forward pass.
+ */
+function reliesOnGiven({ problem, pass, passes }: Task): boolean {
+  const forced = problem.method === 'polynomial' && problem.degree !== null;
+  return pass === 'backward' && passes.length === 1 && !forced;
 }
 
 /** The error that a plan goes by: the proved one where that was asked for. */

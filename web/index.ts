@@ -5,6 +5,7 @@
 export { createRopeAttention } from './attention.js';
 export { createRopeAttentionWorker } from './worker-client.js';
 export { mergeStates } from './merge.js';
+export { gradientParts } from './gradient-parts.js';
 export { reference } from './reference.js';
 export { rotaryFrequencies } from './scaling.js';
 export * as theory from './theory.js';
@@ -13,8 +14,11 @@ export type {
   ReferenceBackwardArgs,
   ReferenceForward,
   ReferenceForwardArgs,
+  ReferenceLoss,
+  ReferenceLossArgs,
   ReferenceRotateArgs,
 } from './reference.js';
+export type { GradientMatrices, GradientParts, GradientPartsArgs, LowRank } from './gradient-parts.js';
 export type { MergeOptions } from './merge.js';
 export type { RotaryFrequencies, RotaryFrequenciesArgs } from './scaling.js';
 export type * from './types.js';

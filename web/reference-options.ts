@@ -176,7 +176,7 @@ export function readScores(name: string, sizes: Sizes, args: Omit<Widened<Option
   return { allowed, modify, diagonal, sinkOf };
 }
 
-function checkLength(name: string, what: string, x: ArrayLike<number>, lengths: readonly number[]): void {
+export function checkLength(name: string, what: string, x: ArrayLike<number>, lengths: readonly number[]): void {
   if (lengths.includes(x.length)) return;
   throw new RangeError(`${name}: ${what} has ${x.length} values, shape needs ${[...new Set(lengths)].join(' or ')}`);
 }

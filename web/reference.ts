@@ -14,10 +14,11 @@
 //   dq_i   = R^T scale sum_j dT_ij (R k)_j
 //   dk_j   = R^T scale sum_i dT_ij (R q)_i
 //
-// Papers: Su et al. 2021 (RoPE, arXiv 2104.09864); the names of the chain in Alman, Song (arXiv 2412.17316v3) are
-// s = P, l = dout, beta = dP, gamma = dS.
+// Papers: Su et al. 2021 (RoPE, arXiv 2104.09864); the names of the chain in arXiv 2412.17316v3 are s = P, l = dout, beta = dP,
+// gamma = dS, and gradient-parts.ts computes them as matrices.
 
-import { readLayout, readRotation, readScores, readSizes } from './reference-options.js';
+import { checkLength, readLayout, readRotation, readScores, readSizes } from './reference-options.js';
+import type { AttentionLossArgs } from './types.js';
 import type { ReferenceForwardArgs, ReferenceRotateArgs, Values } from './reference-options.js';
 
 export type { ReferenceForwardArgs, ReferenceRotateArgs, Values } from './reference-options.js';
@@ -27,6 +28,10 @@ export type ReferenceBackwardArgs = ReferenceForwardArgs & {
   lse?: Values;
   saved?: { output: Values; lse: Values };
 };
+
+export type ReferenceLossArgs = Omit<ReferenceForwardArgs, 'q' | 'k' | 'v' | 'shape' | 'layout'> &
+  Pick<AttentionLossArgs, 'shape'> &
+  Record<'a1' | 'a2' | 'a3' | 'x1' | 'x2' | 'y' | 'e', Values>;
 
 export interface ReferenceForward {
   /** [batch, heads, queryLength, valueDim] */
@@ -45,7 +50,20 @@ export interface ReferenceBackward {
   dSinks?: Float64Array;
 }
 
-function dot(x: Float64Array, y: Float64Array): number {
+export interface ReferenceLoss {
+  loss: number;
+  /** The shapes of x1, x2 and y. */
+  dx1: Float64Array;
+  dx2: Float64Array;
+  dy: Float64Array;
+  /** As of `backward`. */
+  dBias?: Float64Array;
+  dSinks?: Float64Array;
+  /** [batch, queryLength, heads * valueDim] */
+  output: Float64Array;
+}
+
+export function dot(x: Float64Array, y: Float64Array): number {
   let sum = 0;
   for (let d = 0; d < x.length; d++) sum += x[d] * y[d];
   return sum;
@@ -57,7 +75,7 @@ function accumulate(y: Float64Array, a: number, x: Float64Array): void {
 }
 
 /** Rows of q and k, rotated, rows of v, and the softmax of every query row in turn. */
-function prepare(name: string, args: ReferenceForwardArgs) {
+export function prepare(name: string, args: ReferenceForwardArgs) {
   for (const option of ['relativePositions', 'relative'] as const) {
     if (args[option] !== undefined) throw new RangeError(`${name}: option ${option} is not supported by the reference`);
   }
@@ -173,5 +191,56 @@ function rotate(args: ReferenceRotateArgs): Float64Array {
   return join(turned, heads, queryLength);
 }
 
+/** A B, or A^T B where a is [inner, rows], with all sizes but `inner` from the arrays. */
+export function multiply(a: Values, b: Values, inner: number, transposed = false): Float64Array {
+  const [rows, columns] = [a.length / inner, b.length / inner];
+  return Float64Array.from({ length: rows * columns }, (_, entry) => {
+    const [r, c] = [Math.floor(entry / columns), entry % columns];
+    let sum = 0;
+    for (let n = 0; n < inner; n++) sum += (transposed ? a[n * rows + r] : a[r * inner + n]) * b[n * columns + c];
+    return sum;
+  });
+}
+
+/** The training problem as a call of `forward`: q = a1 x1, k = a2 x2, v = a3 y, whose rows hold all heads. */
+export function prepareLoss(name: string, args: ReferenceLossArgs) {
+  const { a1, a2, a3, x1, x2, y, e, shape, ...options } = args;
+  const { modelDim: width, ...rest } = shape;
+  const { batch, heads, kvHeads, headDim, valueDim, ...lengths } = readSizes(name, { shape: rest });
+  const modelDim = width ?? heads * headDim;
+  const [queries, keys] = [batch * lengths.queryLength, batch * lengths.keyLength];
+  checkLength(name, 'a1', a1, [queries * modelDim]);
+  checkLength(name, 'a2', a2, [keys * modelDim]);
+  checkLength(name, 'a3', a3, [keys * modelDim]);
+  checkLength(name, 'x1', x1, [modelDim * heads * headDim]);
+  checkLength(name, 'x2', x2, [modelDim * kvHeads * headDim]);
+  checkLength(name, 'y', y, [modelDim * kvHeads * valueDim]);
+  checkLength(name, 'e', e, [queries * heads * valueDim]);
+  const [q, k, v] = [multiply(a1, x1, modelDim), multiply(a2, x2, modelDim), multiply(a3, y, modelDim)];
+  return { call: { ...options, q, k, v, shape: rest, layout: 'bnhd' as const }, queries, keys };
+}
+
+/**
+ * 1/2 |output - e|_F^2 for attention of q = a1 x1, k = a2 x2, v = a3 y, and its gradients by x1, x2, y in float64, arguments as for
+ * `RopeAttention.attentionLoss`: dout = output - e, dx1 = a1^T dq, dx2 = a2^T dk, dy = a3^T dv.
+ *
+ * @throws RangeError as `forward` does.
+ */
+function attentionLoss(args: ReferenceLossArgs): ReferenceLoss {
+  const { a1, a2, a3, e } = args;
+  const { call, queries, keys } = prepareLoss('reference.attentionLoss', args);
+  const { output } = forward(call);
+  const residual = output.map((value, n) => value - e[n]);
+  const { dq, dk, dv, ...others } = backward({ ...call, dOutput: residual });
+  return {
+    loss: dot(residual, residual) / 2,
+    dx1: multiply(a1, dq, queries, true),
+    dx2: multiply(a2, dk, keys, true),
+    dy: multiply(a3, dv, keys, true),
+    ...others,
+    output,
+  };
+}
+
 /** Float64 attention, naive and slow: what the engines approximate. Nothing but plain loops; no WebAssembly. */
-export const reference = { forward, backward, rotate };
+export const reference = { forward, backward, rotate, attentionLoss };

@@ -121,7 +121,7 @@ export type Method = 'auto' | 'exact' | 'polynomial' | 'toeplitz';
 /** `certified`: the bound is proved from norms. `sampled`: the error is measured on exact rows of a seeded sample. */
 export type Guarantee = 'certified' | 'sampled';
 
-/** What to compute; the same for `forward`, `backward` and `plan`. */
+/** What to compute; the same for `forward`, `backward` and `plan` (and, but for `layout`, `attentionLoss`). */
 export interface Options {
   shape: Shape;
   /** `false`: no rotation. Default `{}`. */
@@ -219,6 +219,47 @@ export interface RotateArgs {
   layout?: Layout;
   /** Rotate back. Default false. */
   inverse?: boolean;
+}
+
+/** Sizes of `attentionLoss`. */
+export interface LossShape extends Shape {
+  /** d, the size of a token: columns of a1, a2, a3, rows of x1, x2, y. Default heads * headDim. */
+  modelDim?: number;
+}
+
+/**
+ * The papers' training problem (arXiv 2402.04497, 2412.17316): tokens, weights, target. One head and one batch are theirs, with
+ * their scale being 1/headDim. The rows of q = a1 x1, k = a2 x2 and v = a3 y hold all heads, head after head.
+ */
+export interface AttentionLossArgs extends Omit<Options, 'shape' | 'layout'> {
+  shape: LossShape;
+  /** Tokens of the queries, [batch, queryLength, modelDim]. */
+  a1: Float32Array;
+  /** Tokens of the keys and of the values, [batch, keyLength, modelDim]; in self-attention all three are the same. */
+  a2: Float32Array;
+  a3: Float32Array;
+  /** Weights: [modelDim, heads * headDim], [modelDim, kvHeads * headDim], [modelDim, kvHeads * valueDim]. */
+  x1: Float32Array;
+  x2: Float32Array;
+  y: Float32Array;
+  /** What the output should be, [batch, queryLength, heads * valueDim]. */
+  e: Float32Array;
+}
+
+export interface AttentionLossResult {
+  /** 1/2 |output - e|_F^2, over all heads and batches. */
+  loss: number;
+  /** Gradients of the loss by x1, x2 and y. */
+  dx1: Float32Array;
+  dx2: Float32Array;
+  dy: Float32Array;
+  /** As of `backward`; there when `bias`, `sinks` are. */
+  dBias?: Float32Array;
+  dSinks?: Float32Array;
+  /** The forward pass: output [batch, queryLength, heads * valueDim], lse, and its report. */
+  saved: ForwardResult;
+  /** Of the backward pass. */
+  report: Report;
 }
 
 /** What a call did and how sure it is. */
@@ -366,6 +407,12 @@ export interface RopeAttention {
   backward(args: BackwardArgs): BackwardResult;
   rotate(args: RotateArgs): Float32Array;
   plan(args: PlanArgs): Report;
+  /**
+   * 1/2 |softmax attention of a1 x1, a2 x2, a3 y - e|_F^2 and its gradients, through any engine: what it takes besides attention
+   * is linear in the lengths. `tolerance` is that of both passes: of the output, and of the gradients by a1 x1, a2 x2, a3 y for the
+   * residual output - e as it was computed. Where the output is close to e, an error of the output is large beside the residual.
+   */
+  attentionLoss(args: AttentionLossArgs): AttentionLossResult;
   /** An empty state, or that of `from`, which works with the memory of this instance. */
   createState(options: StateOptions): AttentionState;
   /** Frees the memory; every later call throws an Error that says so. May be called again. */
@@ -396,6 +443,7 @@ export interface RemoteRopeAttention {
   backward(args: BackwardArgs & RemoteControls): Promise<BackwardResult>;
   rotate(args: RotateArgs & RemoteControls): Promise<Float32Array>;
   plan(args: PlanArgs & RemoteControls): Promise<Report>;
+  attentionLoss(args: AttentionLossArgs & RemoteControls): Promise<AttentionLossResult>;
   /** Ends the worker; calls under way reject. */
   dispose(): void;
 }

@@ -6,12 +6,14 @@
 import { readBoolean, readChoice, readFinite, readFloats, readInteger, readNumber, readRecord, wrong, type Given } from './check.js';
 import { readRotary, type Rotation } from './rotation.js';
 import { exactOnly, readScores, type Scores } from './scores.js';
-import type { BackwardArgs, CreateOptions, ForwardArgs, Layout, PlanArgs, RotateArgs, Shape } from './types.js';
+import type { AttentionLossArgs, BackwardArgs, CreateOptions, ForwardArgs, Layout, PlanArgs, RotateArgs, Shape } from './types.js';
 
 /** The largest headDim and valueDim (RA_MAX_HEAD_DIM), and degree (RA_MAX_DEGREE). */
 const MAX_DIM = 1024;
 const MAX_DEGREE = 8;
 const INT32_MAX = 2 ** 31 - 1;
+/** Floats in 4 GiB. */
+const MOST_VALUES = 2 ** 30;
 /** Smallest tolerance: what float32 sums keep at moderate lengths. */
 export const TOLERANCE_FLOOR = 1e-6;
 
@@ -55,6 +57,12 @@ export interface Call {
   inputs: Inputs;
 }
 
+/** The training problem: tokens, weights, target. */
+export interface Training extends Record<(typeof TRAINING)[number], Float32Array> {
+  problem: Problem;
+  modelDim: number;
+}
+
 const SHAPE = ['batch', 'heads', 'kvHeads', 'queryLength', 'keyLength', 'headDim', 'valueDim'];
 const OPTIONS = [
   'shape',
@@ -73,6 +81,7 @@ const OPTIONS = [
   'relativePositions',
   'relative',
 ].concat(['method', 'tolerance', 'guarantee', 'degree', 'seed', 'onMiss', 'checkFinite']);
+const TRAINING = ['a1', 'a2', 'a3', 'x1', 'x2', 'y', 'e'] as const;
 const LATER = ['relativePositions', 'relative'];
 
 /** The options of each call, by name. */
@@ -81,6 +90,7 @@ export const ARGUMENTS = {
   backward: ['q', 'k', 'v', 'dOutput', 'output', 'lse', 'saved', ...OPTIONS],
   plan: ['q', 'k', 'v', 'dOutput', ...OPTIONS],
   rotate: ['x', 'shape', 'rotary', 'queryOffset', 'layout', 'inverse'],
+  attentionLoss: [...TRAINING, ...OPTIONS.filter((option) => option !== 'layout')],
 } as const;
 export type CallName = keyof typeof ARGUMENTS;
 
@@ -136,6 +146,35 @@ export function readRotate(args: RotateArgs): { geometry: Geometry; x: Float32Ar
   return { geometry, x, inverse: readBoolean('rotate', 'inverse', given['inverse'], false) };
 }
 
+/** Checks the arguments of `attentionLoss`. */
+export function readLoss(args: AttentionLossArgs): Training {
+  const name = 'attentionLoss';
+  const given = readRecord(name, 'its argument', args, ARGUMENTS[name]);
+  const { modelDim: width, ...shape } = readRecord(name, 'shape', given['shape'], [...SHAPE, 'modelDim']);
+  const problem = readProblem(name, { ...given, shape, layout: 'bnhd' });
+  const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim } = problem;
+  const modelDim = width === undefined ? heads * headDim : readInteger(name, 'shape.modelDim', width, 1, INT32_MAX);
+  for (const [array, values] of Object.entries(sizesOf(name, problem))) {
+    if (values > MOST_VALUES)
+      throw new RangeError(`${name}: ${array} would have ${values} values, WebAssembly memory holds ${MOST_VALUES}`);
+  }
+  const sizes: Record<(typeof TRAINING)[number], number[]> = {
+    a1: [batch, queryLength, modelDim],
+    a2: [batch, keyLength, modelDim],
+    a3: [batch, keyLength, modelDim],
+    x1: [modelDim, heads, headDim],
+    x2: [modelDim, kvHeads, headDim],
+    y: [modelDim, kvHeads, valueDim],
+    e: [batch, queryLength, heads, valueDim],
+  };
+  const checkFinite = readBoolean(name, 'checkFinite', given['checkFinite'], false);
+  const read = (option: (typeof TRAINING)[number]) => {
+    const array = readFloats(name, option, given[option], valuesOf(name, option, ...sizes[option]));
+    return [option, checkFinite ? readFinite(name, option, array) : array];
+  };
+  return { problem, modelDim, ...(Object.fromEntries(TRAINING.map(read)) as Record<(typeof TRAINING)[number], Float32Array>) };
+}
+
 /** Checks what `createRopeAttention` and the worker share; `wasm` is looked at when it is loaded. */
 export function readCreate(
   name: string,
@@ -158,19 +197,20 @@ export function readCreate(
 
 /** Values in each array of a call. */
 export function sizesOf(name: string, g: Geometry): { q: number; k: number; v: number; output: number; lse: number } {
-  const product = (array: string, ...factors: number[]) => {
-    const values = factors.reduce((a, b) => a * b);
-    if (values > Number.MAX_SAFE_INTEGER)
-      throw new RangeError(`${name}: shape needs ${values} values of ${array}, which is beyond any array`);
-    return values;
-  };
   return {
-    q: product('q', g.batch, g.heads, g.queryLength, g.headDim),
-    k: product('k', g.batch, g.kvHeads, g.keyLength, g.headDim),
-    v: product('v', g.batch, g.kvHeads, g.keyLength, g.valueDim),
-    output: product('output', g.batch, g.heads, g.queryLength, g.valueDim),
-    lse: product('lse', g.batch, g.heads, g.queryLength),
+    q: valuesOf(name, 'q', g.batch, g.heads, g.queryLength, g.headDim),
+    k: valuesOf(name, 'k', g.batch, g.kvHeads, g.keyLength, g.headDim),
+    v: valuesOf(name, 'v', g.batch, g.kvHeads, g.keyLength, g.valueDim),
+    output: valuesOf(name, 'output', g.batch, g.heads, g.queryLength, g.valueDim),
+    lse: valuesOf(name, 'lse', g.batch, g.heads, g.queryLength),
   };
+}
+
+function valuesOf(name: string, array: string, ...factors: number[]): number {
+  const values = factors.reduce((a, b) => a * b);
+  if (values > Number.MAX_SAFE_INTEGER)
+    throw new RangeError(`${name}: shape needs ${values} values of ${array}, which is beyond any array`);
+  return values;
 }
 
 function readProblem(name: string, given: Given): Problem {

@@ -5,6 +5,8 @@
 
 import { builtin } from './host.js';
 import type {
+  AttentionLossArgs,
+  AttentionLossResult,
   BackwardArgs,
   BackwardResult,
   CreateWorkerOptions,
@@ -13,7 +15,7 @@ import type {
   PlanArgs,
 } from './types.js';
 import type { RemoteControls, RemoteRopeAttention, Report, RopeAttention, RotateArgs } from './types.js';
-import { readCall, readCreate, readRotate, type CallName } from './validate.js';
+import { readCall, readCreate, readLoss, readRotate, type CallName } from './validate.js';
 import type { Reply, Request } from './worker.js';
 
 const NAME = 'createRopeAttentionWorker';
@@ -93,6 +95,10 @@ class Remote implements RemoteRopeAttention, Listener {
 
   plan(args: PlanArgs & RemoteControls): Promise<Report> {
     return this.#call('plan', args, (rest) => readCall('plan', rest as PlanArgs));
+  }
+
+  attentionLoss(args: AttentionLossArgs & RemoteControls): Promise<AttentionLossResult> {
+    return this.#call('attentionLoss', args, (rest) => readLoss(rest as AttentionLossArgs));
   }
 
   dispose(): void {

@@ -6,7 +6,15 @@
 
 import { createAttention, type Attention } from './attention.js';
 import { builtin } from './host.js';
-import type { BackwardArgs, CreateOptions, ForwardArgs, PlanArgs, RopeAttention, RotateArgs } from './types.js';
+import type {
+  AttentionLossArgs,
+  BackwardArgs,
+  CreateOptions,
+  ForwardArgs,
+  PlanArgs,
+  RopeAttention,
+  RotateArgs,
+} from './types.js';
 import type { CallName } from './validate.js';
 
 /** To the worker. `create` comes first and once. */
@@ -100,6 +108,8 @@ function begin(instance: Attention, name: CallName, args: unknown): Generator<nu
       return instance.rotateSteps(args as RotateArgs);
     case 'plan':
       return instance.planSteps(args as PlanArgs);
+    case 'attentionLoss':
+      return instance.attentionLossSteps(args as AttentionLossArgs);
   }
 }
 
@@ -122,10 +132,8 @@ function createPause(): () => Promise<void> {
 
 /** Results own their buffers, so these can be handed over instead of copied. */
 function buffersOf(value: unknown): ArrayBuffer[] {
-  const arrays = ArrayBuffer.isView(value)
-    ? [value]
-    : Object.values(value as object).filter((one) => ArrayBuffer.isView(one));
-  return arrays.map((array) => (array as Float32Array<ArrayBuffer>).buffer);
+  if (ArrayBuffer.isView(value)) return [(value as Float32Array<ArrayBuffer>).buffer];
+  return typeof value === 'object' && value !== null ? Object.values(value).flatMap(buffersOf) : [];
 }
 
 function describe(error: unknown): { type: 'TypeError' | 'RangeError' | 'Error'; message: string } {
