@@ -6,10 +6,9 @@
 //
 //   error       output, dq, dk, dv of each degree against float64, by rank; beside it what float32 alone costs
 //   best rank   the polynomial's error of s, in the Frobenius norm, against the best there is at this rank (Eckart, Young 1936)
-//   spectra     singular values of s, beta and gamma, by ml-matrix. O(N^3)
+//   spectra     singular values of s, beta and gamma, by gradientParts. O(N^3)
 
-import { Matrix, SVD } from 'ml-matrix';
-import { reference, theory } from '../dist/index.js';
+import { gradientParts, reference, theory } from '../dist/index.js';
 import { uniformInputs } from './inputs.mjs';
 import { attempt, polynomial } from './measure.mjs';
 import { finite, halfRange, outputError, relativeError } from './statistics.mjs';
@@ -80,23 +79,17 @@ function errorsAt({ attention, length, headDim, degrees, entryBound, seed }) {
   });
 }
 
-/** s, beta and gamma in float64: the output for v = identity is s itself. */
+/** s, beta and gamma in float64, for the residual dOutput. */
 function matricesAt({ attention, matrix: length, matrixDim: headDim, entryBound, seed }) {
   const { q, k, v, dOutput } = uniformInputs({ length, headDim, bound: entryBound, seed });
-  const identity = new Float32Array(length * length);
-  for (let i = 0; i < length; i++) identity[i * length + i] = 1;
-  const call = { q, k, v: identity, shape: { heads: 1, queryLength: length, headDim, valueDim: length } };
-  const s = reference.forward(call).output;
-  const rowsOf = (array, dim) => Array.from({ length }, (_, i) => Array.from(array.subarray(i * dim, (i + 1) * dim)));
-  const softmax = new Matrix(rowsOf(s, length));
-  const beta = new Matrix(rowsOf(dOutput, headDim)).mmul(new Matrix(rowsOf(v, headDim)).transpose());
-  const product = Matrix.mul(softmax, beta);
-  const delta = product.sum('row');
-  const gamma = Matrix.sub(product, new Matrix(softmax).mulColumnVector(delta));
-
-  const values = { s: singularValues(softmax), beta: singularValues(beta), gamma: singularValues(gamma) };
+  const shape = { heads: 1, queryLength: length, headDim };
+  const e = reference.forward({ q, k, v, shape }).output.map((value, n) => value - dOutput[n]);
+  const weights = identity(headDim);
+  const parts = gradientParts({ a1: q, a2: k, a3: v, x1: weights, x2: weights, y: weights, e, shape });
+  const { s, singularValues } = parts;
+  const values = { s: singularValues.s, beta: singularValues.beta, gamma: singularValues.gamma };
   const spectra = Object.entries(values).flatMap(([name, sigma]) =>
-    sigma.flatMap((value, n) =>
+    Array.from(sigma).flatMap((value, n) =>
       value >= FLOOR * sigma[0]
         ? [{ matrix: name, entryBound, series: `B = ${entryBound}`, index: n + 1, relative: value / sigma[0] }]
         : [],
@@ -106,7 +99,7 @@ function matricesAt({ attention, matrix: length, matrixDim: headDim, entryBound,
   const size = Math.hypot(...values.s);
   const base = { entryBound, panel: `B = ${entryBound}` };
   const tail = (rank) => Math.hypot(...values.s.slice(rank)) / size;
-  const optimum = values.s.map((_, n) => ({
+  const optimum = Array.from(values.s, (_, n) => ({
     ...base,
     series: 'best of this rank',
     degree: null,
@@ -114,6 +107,8 @@ function matricesAt({ attention, matrix: length, matrixDim: headDim, entryBound,
     error: finite(tail(n + 1)),
   }));
   const best = optimum.filter((row) => row.error > FLOOR);
+  // The engine's output for v = identity is its s.
+  const call = { q, k, v: identity(length), shape: { ...shape, valueDim: length } };
   for (let degree = 0; theory.rank(headDim, degree) < length; degree++) {
     const got = attempt(() => attention.forward({ ...call, ...polynomial(degree) }));
     const error = got ? finite(relativeError(got.output, s)) : null;
@@ -122,9 +117,8 @@ function matricesAt({ attention, matrix: length, matrixDim: headDim, entryBound,
   return { spectra, best };
 }
 
-function singularValues(matrix) {
-  const { diagonal } = new SVD(matrix, { computeLeftSingularVectors: false, computeRightSingularVectors: false });
-  return Array.from(diagonal);
+function identity(size) {
+  return Float32Array.from({ length: size * size }, (_, n) => Number(n % (size + 1) === 0));
 }
 
 function errorFigure(rows, { headDim, length }) {
