@@ -53,7 +53,8 @@ typedef struct exact {
   const ra_problem *p;
   exact_state *state;
   uint32_t D, Dv, Dp, Dvp;             // Dp, Dvp: padded to 8
-  int narrow;                          // scores are plain and within NARROW
+  int narrow;                          // scores are within NARROW, and plain or only capped
+  int near;                            // softcap bends scores by little: ra_tanh_near
   uint32_t panels, strips;             // groups of PANEL keys, of 8 queries (backward: of 32, times 4)
   size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays; dq, dk, dv, dout alike
   float cap, inverse_cap;              // softcap in powers of two; 0: none
@@ -93,7 +94,9 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
   e.out_row = ra_row(p, p->heads, e.Dv);
   e.cap = (float)(p->softcap * RA_LOG2_E);
   e.inverse_cap = p->softcap > 0 ? 1 / e.cap : 0;
-  e.narrow = p->score_bound > 0 && p->score_bound * RA_LOG2_E <= NARROW && !ra_is_modified(p);
+  e.near = p->softcap > 0 && p->score_bound > 0 && p->score_bound <= p->softcap * RA_TANH_NEAR;
+  e.narrow = p->score_bound > 0 && p->score_bound * RA_LOG2_E <= NARROW && !p->bias && !p->mask && !p->allowed &&
+             (p->softcap == 0 || e.near);
   size_t diagonals = (size_t)p->query_length + p->key_length + 2 * PAD;
   e.state = ra_take(w, 1, 1, sizeof(exact_state));
   e.q_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
@@ -235,37 +238,60 @@ RA_KERNEL void biased_block(const exact *e, const float *k_panel, const float *q
 }
 
 // softcap, then bias and mask, less the reference; `slope` is set to the derivative of softcap.
-RA_INLINE f32x4 capped(const exact *e, f32x4 value, const float *bias, const float *mask, const float *reference,
-                       f32x4 *slope) {
-  f32x4 t = ra_tanh(f32x4_mul(value, f32x4_splat(e->inverse_cap)), ra_exp2_load());
+RA_INLINE f32x4 capped(const exact *e, f32x4 value, const int near, const float *bias, const float *mask,
+                       const float *reference, f32x4 *slope) {
+  f32x4 x = f32x4_mul(value, f32x4_splat(e->inverse_cap));
+  const ra_tanh_constants *constants = ra_tanh_load();
+  f32x4 t = near ? f32x4_mul(x, ra_tanh_near(x, constants)) : ra_tanh(x, constants);
   *slope = f32x4_sub(f32x4_splat(1), f32x4_mul(t, t));
   return f32x4_sub(added(bias, mask, f32x4_mul(f32x4_splat(e->cap), t)), f32x4_load(reference));
 }
 
 // A forward tile of plain scores, queries from i, keys from key0: s and mask [keys][8], and the maxima.
-RA_KERNEL void cap_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *mask,
+RA_INLINE void cap_rows(const exact *e, const int near, uint32_t i, uint32_t key0, uint32_t keys, const float *mask,
                         const float *reference, float *s, f32x4 max[2]) {
-  f32x4 slope;
-  max[0] = max[1] = f32x4_splat(-INFINITY);
+  f32x4 slope, max0 = f32x4_splat(-INFINITY), max1 = max0;
   for (uint32_t n = 0; n < keys; n++, s += LANES) {
     const float *bias = e->bias ? e->bias + diagonal(e, i, key0 + n) : NULL, *mask_n = mask ? mask + n * LANES : NULL;
-    f32x4 s0 = capped(e, f32x4_load(s), bias, mask_n, reference, &slope);
-    f32x4 s1 = capped(e, f32x4_load(s + 4), bias ? bias + 4 : NULL, mask_n ? mask_n + 4 : NULL, reference + 4, &slope);
+    f32x4 s0 = capped(e, f32x4_load(s), near, bias, mask_n, reference, &slope);
+    f32x4 s1 =
+        capped(e, f32x4_load(s + 4), near, bias ? bias + 4 : NULL, mask_n ? mask_n + 4 : NULL, reference + 4, &slope);
     f32x4_store(s, s0), f32x4_store(s + 4, s1);
-    max[0] = f32x4_max(max[0], s0), max[1] = f32x4_max(max[1], s1);
+    max0 = f32x4_max(max0, s0), max1 = f32x4_max(max1, s1);
   }
+  max[0] = max0, max[1] = max1;
+}
+
+RA_KERNEL void cap_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *mask,
+                        const float *reference, float *s, f32x4 max[2]) {
+  cap_rows(e, 0, i, key0, keys, mask, reference, s, max);
+}
+
+RA_KERNEL void cap_near_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *mask,
+                             const float *reference, float *s, f32x4 max[2]) {
+  cap_rows(e, 1, i, key0, keys, mask, reference, s, max);
 }
 
 // A backward block: s [keys][32], slope likewise.
-RA_KERNEL void cap_block(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *reference, float *s) {
+RA_INLINE void cap_chunk(const exact *e, const int near, uint32_t i, uint32_t key0, uint32_t keys,
+                         const float *reference, float *s) {
   for (uint32_t n = 0; n < keys; n++)
     for (uint32_t c = 0; c < QUERY_CHUNK; c += 4) {
       const float *bias = e->bias ? e->bias + diagonal(e, i, key0 + n) + c : NULL;
       uint32_t at = n * QUERY_CHUNK + c;
-      f32x4 slope;
-      f32x4_store(s + at, capped(e, f32x4_load(s + at), bias, e->mask ? e->mask + at : NULL, reference + c, &slope));
+      f32x4 slope, value = f32x4_load(s + at);
+      f32x4_store(s + at, capped(e, value, near, bias, e->mask ? e->mask + at : NULL, reference + c, &slope));
       f32x4_store(e->slope + at, slope);
     }
+}
+
+RA_KERNEL void cap_block(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *reference, float *s) {
+  cap_chunk(e, 0, i, key0, keys, reference, s);
+}
+
+RA_KERNEL void cap_near_block(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *reference,
+                              float *s) {
+  cap_chunk(e, 1, i, key0, keys, reference, s);
 }
 
 // dbias of the diagonals that ds [keys][32] crosses.
@@ -386,6 +412,20 @@ RA_KERNEL void weigh_tile(float *s, uint32_t keys, float *sum) { weights_of_tile
 
 RA_KERNEL void weigh_narrow_tile(float *s, uint32_t keys, float *sum) { weights_of_tile(s, keys, 1, sum); }
 
+// Softcap of narrow scores that it bends by little: cap tanh(s / cap) = s q(s / cap). A pass of its own: 17 % of the plain kernel at
+// D = 16, where one with that of the weights takes 30.
+RA_KERNEL void bend_tile(float *s, uint32_t keys, float inverse_cap) {
+  const ra_tanh_constants *constants = ra_tanh_load();
+  f32x4 inverse = f32x4_splat(inverse_cap);
+  RA_ROLLED
+  for (uint32_t n = 0; n < keys; n++) {
+    f32x4 s0 = f32x4_load(s), s1 = f32x4_load(s + 4);
+    f32x4_store(s, f32x4_mul(s0, ra_tanh_near(f32x4_mul(s0, inverse), constants)));
+    f32x4_store(s + 4, f32x4_mul(s1, ra_tanh_near(f32x4_mul(s1, inverse), constants)));
+    s += LANES;
+  }
+}
+
 // Keys from key0, panel by panel, that all lanes may see: of 0 .. keys, a multiple of PANEL. Ranges rise along the lanes.
 static uint32_t open_keys(ra_range first, ra_range last, uint32_t key0, uint32_t keys) {
   if (last.first > key0 || first.end <= key0) return 0;
@@ -398,7 +438,8 @@ static void modified_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t pa
   const float *k_panel = e->k_panel + (size_t)key0 * e->D;
   if (e->cap > 0) {
     score_tile(k_panel, q_strip, e->D, panels, e->zero, s, max);
-    cap_tile(e, i, key0, PANEL * panels, mask, reference, s, max);
+    if (e->near) cap_near_tile(e, i, key0, PANEL * panels, mask, reference, s, max);
+    else cap_tile(e, i, key0, PANEL * panels, mask, reference, s, max);
   } else if (e->bias || e->mask) biased_tile(e, k_panel, q_strip, panels, i, key0, mask, reference, s, max);
   else score_tile(k_panel, q_strip, e->D, panels, reference, s, max);
 }
@@ -414,6 +455,7 @@ RA_KERNEL void forward_tile(const exact *e, uint32_t head, uint32_t strip, uint3
   if (e->narrow) {
     uint32_t count = ra_min_u32(open, keys);
     narrow_tile(e->k_panel + (size_t)key0 * e->D, q_strip, e->D, whole / PANEL, reference, e->s);
+    if (e->near) bend_tile(e->s, whole, e->inverse_cap);
     weigh_narrow_tile(e->s, count, sum);
     if (count < keys) {
       mask_tile(e->s + count * LANES, whole - count, range, key0 + count, max);
@@ -624,7 +666,8 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
                    s);
     else product_tiles(k_panel, q_strip, e->D, panels, e->cap > 0 ? e->zero : lse2, s);
   }
-  if (e->cap > 0) cap_block(e, query0, key0, PANEL * panels, e->lse2 + query0, e->weight);
+  if (e->near) cap_near_block(e, query0, key0, PANEL * panels, e->lse2 + query0, e->weight);
+  else if (e->cap > 0) cap_block(e, query0, key0, PANEL * panels, e->lse2 + query0, e->weight);
   uint32_t open = last == query0 + QUERY_CHUNK - 1 ? open_keys(of_first, of_last, key0, PANEL * panels) : 0;
   if (open < PANEL * panels) mask_block(e, e->weight + open * QUERY_CHUNK, PANEL * panels - open, query0, key0 + open);
   weigh_block(e->weight, PANEL * panels);

@@ -121,8 +121,8 @@ typedef struct ra_problem {
   size_t mask_batch, mask_head, mask_row; // strides in elements, 0 where all have the same; keys are contiguous
   const float *sinks;                     // [H], or NULL
 
-  // What the caller knows: no |scale q.k| exceeds it; 0: nothing. Small ones spare the exact engine the search for maxima; then
-  // |v| must be 0 or its largest entry from 1e-28 to 1e30 / Nk.
+  // What the caller knows: no |scale q.k| exceeds it; 0: nothing. Small ones spare the exact engine the search for maxima, and
+  // most of softcap; then |v| must be 0 or its largest entry from 1e-28 to 1e30 / Nk.
   float score_bound;
 
   // Relative maps: one of the two, or neither. The naive engine only.
