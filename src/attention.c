@@ -48,7 +48,7 @@ int ra_check(const ra_problem *p) {
   int masks = p->window_left >= -1 && p->window_right >= -1 && (!p->segments || p->segment_count >= 1) &&
               p->softcap >= 0 && p->softcap <= FLT_MAX && p->score_bound >= 0 &&
               (!p->bias || p->bias_heads == 1 || p->bias_heads == p->heads);
-  int plain = !ra_is_modified(p) && !p->sinks && p->window_left < 0 && p->window_right < 0;
+  int plain = !ra_is_modified(p) && !p->sinks;
   int known = (p->method != RA_POLYNOMIAL || plain) && (p->method == RA_NAIVE || !ra_is_relative(p));
   // units are counted in 32 bits
   uint64_t blocks = (uint64_t)p->query_length / 32 + p->key_length / 32 + 4;
@@ -87,11 +87,11 @@ ra_range ra_keys_of(const ra_problem *p, uint32_t i) {
 
 uint32_t ra_chunk_start(const ra_problem *p, uint32_t i) {
   uint32_t start = i / RA_CHUNK * RA_CHUNK;
-  if (!p->segments) return start;
   int64_t first, end, position = (int64_t)i + p->query_offset;
+  if (!p->segments) return start;
   segment_of(p, position, &first, &end);
-  // positions before 0 belong to the first segment
-  return first <= position && first - p->query_offset > start ? (uint32_t)(first - p->query_offset) : start;
+  if (p->segment_count == 1 || position < p->segments[1]) return start; // the first one holds all positions before it
+  return first - p->query_offset > start ? (uint32_t)(first - p->query_offset) : start;
 }
 
 uint32_t ra_chunk_end(const ra_problem *p, uint32_t i) {
@@ -104,10 +104,20 @@ uint32_t ra_chunk_end(const ra_problem *p, uint32_t i) {
 }
 
 ra_range ra_state_keys(const ra_problem *p, uint32_t i) {
-  ra_range keys = ra_keys_of(p, i);
-  int64_t position = (int64_t)i + p->query_offset;
-  if (p->causal && position < keys.end) keys.end = position > keys.first ? (uint32_t)position : keys.first;
-  return keys;
+  int64_t first = 0, end = INT64_MAX, behind = INT64_MAX; // behind: what the chunk's first query may see ends there
+  int64_t position = (int64_t)i / RA_CHUNK * RA_CHUNK + p->query_offset;
+  if (p->segments) segment_of(p, (int64_t)i + p->query_offset, &first, &end);
+  if (p->window_right >= 0) behind = position + p->window_right + 1;
+  if (p->causal) behind = position;
+  if (p->window_left >= 0) {
+    int64_t from = position + RA_CHUNK - 1 - p->window_left;
+    if (behind != INT64_MAX) from += (behind - from) & (RA_CHUNK - 1);
+    if (from > first) first = from;
+  }
+  if (end > p->key_length) end = p->key_length;
+  if (behind < end) end = behind;
+  if (first > p->key_length) first = p->key_length;
+  return (ra_range){(uint32_t)first, (uint32_t)(end < first ? first : end)};
 }
 
 // The first query whose range of keys ends, or begins, behind key j; ends and beginnings rise with i.

@@ -36,6 +36,11 @@ ra_range ra_keys_of(const ra_problem *p, uint32_t i);
 
 static inline uint32_t ra_key_limit(const ra_problem *p, uint32_t i) { return ra_keys_of(p, i).end; }
 
+// Where key j is among keys j0 .. j0 + count - 1; the nearer end for keys elsewhere.
+static inline uint32_t ra_place(uint32_t j, uint32_t j0, uint32_t count) {
+  return j <= j0 ? 0 : ra_min_u32(j - j0, count);
+}
+
 // The first query whose range of keys ends behind key j: none before it sees j. Nq when there is none.
 uint32_t ra_query_start(const ra_problem *p, uint32_t j);
 
@@ -55,8 +60,10 @@ static inline size_t ra_diagonals(const ra_problem *p) { return (size_t)p->query
 uint32_t ra_chunk_start(const ra_problem *p, uint32_t i);
 uint32_t ra_chunk_end(const ra_problem *p, uint32_t i);
 
-// Keys that the polynomial engine takes through its state for a chunk of queries that begins at i: all of its segment when not
-// causal, else those of them at positions before the chunk's first query. The chunk's other keys are done exactly.
+// Keys that the polynomial engine takes through its state for the chunk that begins at query i; both ends rise with i. They are
+// keys that all its queries see: those of its segment; when causal, at positions before the chunk; in a window, from that
+// of the last query to that of the first, a multiple of 32 of them, so that keys leave the state by the batches in which they
+// joined. The chunk's other keys are done exactly.
 ra_range ra_state_keys(const ra_problem *p, uint32_t i);
 
 // Where rows are: floats from one token to the next, and to the first token of a head (flat: batch * heads + head).

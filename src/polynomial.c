@@ -11,8 +11,8 @@
 //
 //   Z = W sum_j phi(y_j) u_j^T   over the keys seen so far;   [numerator, denominator]_i = phi(x_i)^T Z
 //
-// Causal: queries go in chunks of 32. Keys before the chunk come through Z, keys beside it are done exactly, with exp.
-// Backward is the derivative of exactly this function, c_m held fixed. With h_i = [dout_i, -dout_i.out_i] / denominator_i
+// Causal, or in a window: queries go in chunks of 32. Keys that all queries of a chunk see come through Z, which keys leave as
+// they joined it; the others, at the edges of what the queries see, are done exactly, with exp. Backward is the derivative of exactly this function, c_m held fixed. With h_i = [dout_i, -dout_i.out_i] / denominator_i
 // the gradient by A_ij is h_i.u_j, and so
 //
 //   dphi(x_i) = Z h_i                       a sweep forwards, with the same Z
@@ -36,7 +36,8 @@
 
 enum {
   CHUNK = RA_CHUNK,
-  UNIT = 256, // tokens of a unit
+  UNIT = 256,   // tokens of a unit
+  TURNOVER = 4, // tokens that leave a sum, for each that is in it, before it is made anew
 };
 
 ra_polynomial ra_polynomial_arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) {
@@ -234,24 +235,49 @@ RA_KERNEL void load_keys(const ra_polynomial *e, const float *k, const float *v,
   if (features) ra_features_lower(&e->f, e->y_t, live, e->lower);
 }
 
-static void clear_state(const ra_polynomial *e) { ra_fill(e->z, (size_t)e->f.rank * e->row, 0); }
+static void clear_state(const ra_polynomial *e) {
+  ra_fill(e->z, (size_t)e->f.rank * e->row, 0);
+  e->state->gone = 0;
+}
 
-// The state becomes that of these keys: those that are not in it join; it begins anew where another segment does.
-RA_KERNEL void append_keys(const ra_polynomial *e, const float *k, const float *v, ra_range keys) {
-  if (keys.first >= keys.end) return;
-  if (e->state->first != keys.first) {
-    clear_state(e);
-    e->state->first = e->state->edge = keys.first;
-  }
-  while (e->state->edge < keys.end) {
-    uint32_t count = ra_min_u32(CHUNK, keys.end - e->state->edge);
-    load_keys(e, k, v, e->state->edge, count, 1);
+// Tokens leave a sum by subtraction, which leaves the rounding of what it held. So it is made anew once TURNOVER times as many
+// have left as stay, and where that costs no more than to subtract.
+static int is_worn(const ra_polynomial *e, uint32_t leaving, uint32_t staying) {
+  return leaving >= staying || e->state->gone + leaving > TURNOVER * (uint64_t)staying;
+}
+
+static void negate(float *rows, size_t count) {
+  for (size_t n = 0; n < count; n++) rows[n] = -rows[n];
+}
+
+// Keys join the state, or leave it.
+RA_KERNEL void add_keys(const ra_polynomial *e, const float *k, const float *v, ra_range keys, int leave) {
+  for (uint32_t j = keys.first, count; j < keys.end; j += count) {
+    count = ra_min_u32(CHUNK, keys.end - j);
+    load_keys(e, k, v, j, count, 1);
+    if (leave) negate(e->u_rows, (size_t)CHUNK * e->row);
     ra_update_state(e, e->y_t, e->u_rows);
-    e->state->edge += count;
   }
 }
 
-void ra_exponentials(const ra_polynomial *e, const float *y_rows, uint32_t keys, const float *bound) {
+// The state becomes that of these keys, which rise from call to call.
+static void move_state(const ra_polynomial *e, const float *k, const float *v, ra_range keys) {
+  ra_polynomial_state *s = e->state;
+  if (keys.first >= keys.end) return;
+  uint32_t staying = s->edge > keys.first ? s->edge - keys.first : 0, leaving = keys.first - s->first;
+  if (staying == 0 || (leaving > 0 && is_worn(e, leaving, staying))) {
+    clear_state(e);
+    s->edge = keys.first;
+  } else {
+    add_keys(e, k, v, (ra_range){s->first, keys.first}, 1);
+    s->gone += leaving;
+  }
+  s->first = keys.first;
+  add_keys(e, k, v, (ra_range){s->edge, keys.end}, 0);
+  s->edge = keys.end;
+}
+
+void ra_exponentials(const ra_polynomial *e, const float *y_rows, uint32_t keys, const float *first, const float *end) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0);
   ra_chunk_set_rows(y_rows, e->Dp, keys, e->x_t, e->D, e->a);
@@ -260,19 +286,32 @@ void ra_exponentials(const ra_polynomial *e, const float *y_rows, uint32_t keys,
       float *at = e->a + n * CHUNK + c;
       f32x4 exponent = f32x4_min(f32x4_splat(128), f32x4_mul(f32x4_load(at), to_log2)); // 2^128 and on: infinity
       f32x4 weight = ra_exp2(exponent, constants);
-      f32x4_store(at, f32x4_where_less(f32x4_splat((float)n), f32x4_load(bound + c), weight, zero));
+      weight = f32x4_where_less(f32x4_splat((float)n), f32x4_load(end + c), weight, zero);
+      f32x4_store(at, f32x4_where_less(f32x4_splat((float)n), f32x4_load(first + c), zero, weight));
     }
 }
 
-// a of the keys j .. j + keys - 1 beside the queries from i, which see those that are allowed; columns past the chunk's
-// queries mean nothing.
-static void diagonal_weights(const ra_polynomial *e, uint32_t i, uint32_t j, uint32_t keys) {
-  float bound[CHUNK];
+// a of the keys j .. j + keys - 1 for the queries from i, which see those that are allowed; columns past the chunk's queries
+// mean nothing.
+static void edge_weights(const ra_polynomial *e, uint32_t i, uint32_t j, uint32_t keys) {
+  float first[CHUNK], end[CHUNK];
   for (uint32_t n = 0; n < CHUNK; n++) {
-    uint32_t limit = ra_key_limit(e->p, i + n);
-    bound[n] = limit <= j ? 0.0f : (float)ra_min_u32(limit - j, keys);
+    ra_range seen = ra_keys_of(e->p, i + n);
+    first[n] = (float)ra_place(seen.first, j, keys), end[n] = (float)ra_place(seen.end, j, keys);
   }
-  ra_exponentials(e, e->y_rows, keys, bound);
+  ra_exponentials(e, e->y_rows, keys, first, end);
+}
+
+// What the queries i .. i + count - 1 of a chunk see beside the keys of its state: a range on either side, or all when there
+// are none.
+typedef struct edges {
+  ra_range side[2];
+} edges;
+
+static edges edges_of(const ra_problem *p, uint32_t i, uint32_t count, ra_range state) {
+  ra_range seen = {ra_keys_of(p, i).first, ra_key_limit(p, i + count - 1)};
+  if (state.first >= state.end) return (edges){{seen, {0, 0}}};
+  return (edges){{{seen.first, state.first}, {state.end, seen.end}}};
 }
 
 // The row constants x_i.mean that centring took off the scores.
@@ -323,13 +362,12 @@ void ra_take_weights(const ra_polynomial *e, uint32_t kv) {
 static void prepare_head(const ra_polynomial *e, uint32_t kv, const float *k, const float *v) {
   ra_take_weights(e, kv);
   take_means(e, k, v);
-  clear_state(e);
   e->state->first = e->state->edge = 0;
 }
 
 // --- Forward ------------------------------------------------------------------------------------------------------
 
-void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_t seeing, float *out, float *lse) {
+void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, ra_range seeing, float *out, float *lse) {
   float shift[CHUNK], inverse[CHUNK];
   row_shifts(e, shift);
   const float *denominator = e->sum_t + (size_t)e->Dvp * CHUNK;
@@ -339,7 +377,7 @@ void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_
     inverse[n] = good ? 1 / sum : 0;
     if (n >= count) continue;
     lse[i + n] = good ? (float)(log((double)sum) + shift[n]) : -INFINITY;
-    if (!good && n >= seeing) e->state->not_positive++;
+    if (!good && n >= seeing.first && n < seeing.end) e->state->not_positive++;
   }
   for (uint32_t d = 0; d < e->Dv; d++) {
     f32x4 mean = f32x4_load_splat(e->v_mean + d);
@@ -352,26 +390,34 @@ void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_
   ra_transpose(e->sum_t, CHUNK, e->Dv, count, out + i * e->out_row, e->out_row);
 }
 
-static int sees_nothing(const ra_problem *p, uint32_t i) {
-  ra_range keys = ra_keys_of(p, i);
-  return keys.first >= keys.end;
+// Those of the queries i .. i + count - 1, counted from i, that see some key.
+static ra_range seeing_queries(const ra_problem *p, uint32_t i, uint32_t count) {
+  ra_range seeing = {count, count}, keys;
+  for (uint32_t n = count; n-- > 0;) {
+    keys = ra_keys_of(p, i + n);
+    if (keys.first < keys.end) seeing.first = n;
+    else if (seeing.first == count) seeing.end = n;
+  }
+  if (seeing.first > seeing.end) seeing.end = seeing.first;
+  return seeing;
 }
 
 RA_KERNEL void forward_chunk(const ra_polynomial *e, const float *q, const float *k, const float *v, uint32_t i,
                              uint32_t count, float *out, float *lse) {
   const ra_problem *p = e->p;
   ra_range state = ra_state_keys(p, i);
-  uint32_t end = ra_key_limit(p, i + count - 1), seeing = 0;
+  edges beside = edges_of(p, i, count, state);
   ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
   ra_load_queries(e, q, i, count, state.end > state.first);
   if (state.end > state.first) ra_read_state(e, e->x_t);
-  if (end > state.end) {
-    load_keys(e, k, v, state.end, end - state.end, 0);
-    diagonal_weights(e, i, state.end, end - state.end);
-    ra_chunk_add_columns(e->u_rows, e->row, e->columns, e->a, end - state.end, e->sum_t);
-  }
-  while (seeing < count && sees_nothing(p, i + seeing)) seeing++;
-  ra_finish_chunk(e, i, count, seeing, out, lse);
+  for (int side = 0; side < 2; side++)
+    for (uint32_t j = beside.side[side].first, keys; j < beside.side[side].end; j += keys) {
+      keys = ra_min_u32(CHUNK, beside.side[side].end - j);
+      load_keys(e, k, v, j, keys, 0);
+      edge_weights(e, i, j, keys);
+      ra_chunk_add_columns(e->u_rows, e->row, e->columns, e->a, keys, e->sum_t);
+    }
+  ra_finish_chunk(e, i, count, seeing_queries(p, i, count), out, lse);
 }
 
 // --- Backward -----------------------------------------------------------------------------------------------------
@@ -412,44 +458,98 @@ ra_heads ra_heads_of(const ra_polynomial *e, size_t head) {
                     .lse = head * Nq};
 }
 
-// The sweep forwards, one chunk of one query head: dq, and what the diagonal block gives to dk and dv.
+// What keys j .. j + count - 1 at an edge give to dx_t of the chunk of queries from i, and it to their dk and dv.
+RA_KERNEL void backward_edge(const ra_polynomial *e, const ra_arrays *x, ra_heads at, uint32_t i, uint32_t j,
+                             uint32_t count) {
+  // in the forward pass this was sum += A u, A = exp(x.y)
+  load_keys(e, x->k + at.k, x->v + at.v, j, count, 0);
+  edge_weights(e, i, j, count);
+  ra_chunk_set_rows(e->u_rows, e->row, count, e->h_t, e->columns, e->da);
+  for (uint32_t n = 0; n < count * CHUNK; n += 4)
+    f32x4_store(e->da + n, f32x4_mul(f32x4_load(e->da + n), f32x4_load(e->a + n)));
+  ra_chunk_add_columns(e->y_rows, e->Dp, e->D, e->da, count, e->dx_t);
+  ra_chunk_set_products(e->da, count, e->x_rows, e->Dp, e->Dp, e->d_rows);
+  add_rows(e->d_rows, e->Dp, count, e->D, x->dk + at.k + j * e->k_row, e->k_row);
+  ra_chunk_set_products(e->a, count, e->h_rows, e->row, e->Dvp, e->d_rows);
+  add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + at.v + j * e->v_row, e->v_row);
+}
+
+// The sweep forwards, one chunk of one query head: dq, and what the edges give to dk and dv.
 RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
   const ra_problem *p = e->p;
   ra_heads at = ra_heads_of(e, head);
   ra_range state = ra_state_keys(p, i);
-  uint32_t before = state.end, end = ra_key_limit(p, i + count - 1);
-  ra_load_queries(e, x->q + at.q, i, count, before > state.first);
+  edges beside = edges_of(p, i, count, state);
+  ra_load_queries(e, x->q + at.q, i, count, state.end > state.first);
   load_gradients(e, x->out + at.out, x->lse + at.lse, x->dout + at.out, i, count);
   ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
 
   // in the forward pass this was sum = phi(x) Z
-  if (before > state.first) read_state_backward(e, e->x_t, e->h_t);
-
-  // in the forward pass this was sum += A u, A = exp(x.y)
-  if (end > before) {
-    uint32_t keys = end - before;
-    load_keys(e, x->k + at.k, x->v + at.v, before, keys, 0);
-    diagonal_weights(e, i, before, keys);
-    ra_chunk_set_rows(e->u_rows, e->row, keys, e->h_t, e->columns, e->da);
-    for (uint32_t n = 0; n < keys * CHUNK; n += 4)
-      f32x4_store(e->da + n, f32x4_mul(f32x4_load(e->da + n), f32x4_load(e->a + n)));
-    ra_chunk_add_columns(e->y_rows, e->Dp, e->D, e->da, keys, e->dx_t);
-    ra_chunk_set_products(e->da, keys, e->x_rows, e->Dp, e->Dp, e->d_rows);
-    add_rows(e->d_rows, e->Dp, keys, e->D, x->dk + at.k + before * e->k_row, e->k_row);
-    ra_chunk_set_products(e->a, keys, e->h_rows, e->row, e->Dvp, e->d_rows);
-    add_rows(e->d_rows, e->Dvp, keys, e->Dv, x->dv + at.v + before * e->v_row, e->v_row);
-  }
+  if (state.end > state.first) read_state_backward(e, e->x_t, e->h_t);
+  for (int side = 0; side < 2; side++)
+    for (uint32_t j = beside.side[side].first, keys; j < beside.side[side].end; j += keys) {
+      keys = ra_min_u32(CHUNK, beside.side[side].end - j);
+      backward_edge(e, x, at, i, j, keys);
+    }
   // in the forward pass this was x = scale R q
   ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);
   ra_rotary_rows(&e->state->q_rotary, e->d_rows, e->Dp, x->dq + at.q + i * e->q_row, e->q_row, count, i,
                  RA_ROTATE_TRANSPOSE, p->scale);
 }
 
-// The sweep backwards: keys start .. edge-1 take their gradients from the state of all queries that saw them through Z.
+// One chunk of one query head joins Y, or leaves it.
+RA_KERNEL void add_queries(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count,
+                           int leave) {
+  ra_heads at = ra_heads_of(e, head);
+  ra_load_queries(e, x->q + at.q, i, count, 1);
+  load_gradients(e, x->out + at.out, x->lse + at.lse, x->dout + at.out, i, count);
+  if (leave) negate(e->h_rows, (size_t)CHUNK * e->row);
+  ra_update_state(e, e->x_t, e->h_rows);
+}
+
+// The same for all chunks of these queries that see keys through a state, and all heads of the group.
+static void add_group(const ra_polynomial *e, const ra_arrays *x, size_t kv, ra_range queries, int leave) {
+  size_t group = ra_group(e->p);
+  for (uint32_t i = queries.first, end; i < queries.end; i = end) {
+    ra_range keys = ra_state_keys(e->p, i);
+    end = ra_chunk_end(e->p, i);
+    for (size_t head = kv * group; keys.first < keys.end && head < (kv + 1) * group; head++)
+      add_queries(e, x, head, i, end - i, leave);
+  }
+}
+
+// Those chunks leave Y that saw no key before the edge. Returns the first key that all see which stay; the edge when none do.
+static uint32_t drop_queries(const ra_polynomial *e, const ra_arrays *x, size_t kv) {
+  ra_polynomial_state *s = e->state;
+  uint32_t top = s->queries.end, first = s->edge, start;
+  for (; top > s->queries.first; top = start) {
+    start = ra_chunk_start(e->p, top - 1);
+    first = ra_state_keys(e->p, start).first;
+    if (first < s->edge) break;
+  }
+  ra_range leaving = {top, s->queries.end}, staying = {s->queries.first, top};
+  s->queries.end = top;
+  if (leaving.end > top && is_worn(e, leaving.end - top, top - staying.first)) {
+    clear_state(e);
+    add_group(e, x, kv, staying, 0);
+  } else {
+    add_group(e, x, kv, leaving, 1);
+    s->gone += leaving.end - top;
+  }
+  return top > staying.first ? first : s->edge;
+}
+
+// The sweep backwards: keys start .. edge-1 take their gradients from the state of the queries that saw them through Z.
 RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t start) {
   ra_heads at = ra_heads_of(e, kv * ra_group(e->p));
   while (e->state->edge > start) {
-    uint32_t left = e->state->edge - start, count = left % CHUNK ? left % CHUNK : CHUNK, j = e->state->edge - count;
+    uint32_t first = drop_queries(e, x, kv);
+    if (first == e->state->edge) { // nobody saw these
+      e->state->edge = start;
+      return;
+    }
+    uint32_t left = e->state->edge - (first > start ? first : start), count = left % CHUNK ? left % CHUNK : CHUNK,
+             j = e->state->edge - count;
     load_keys(e, x->k + at.k, x->v + at.v, j, count, 1);
     ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
     ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
@@ -462,14 +562,6 @@ RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv
     add_rows(e->d_rows, e->Dp, count, e->D, x->dk + at.k + j * e->k_row, e->k_row);
     e->state->edge = j;
   }
-}
-
-// One chunk of one query head joins Y.
-RA_KERNEL void append_queries(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
-  ra_heads at = ra_heads_of(e, head);
-  ra_load_queries(e, x->q + at.q, i, count, 1);
-  load_gradients(e, x->out + at.out, x->lse + at.lse, x->dout + at.out, i, count);
-  ra_update_state(e, e->x_t, e->h_rows);
 }
 
 // dk is so far the gradient by y = R k - mean: take out its mean (the path through the mean), rotate back.
@@ -488,17 +580,17 @@ RA_KERNEL void finish_keys(const ra_polynomial *e, float *dk) {
 
 // --- Units --------------------------------------------------------------------------------------------------------
 //
-// Per key/value head. Forward: blocks of 256 keys that every query sees through the state (all keys when not causal), then
-// blocks of 256 queries of all heads of the group. Backward: the same, then the query blocks again from the last to the first,
-// then the key blocks from the last to the first. With segments there are no such keys: a query block brings its own.
+// Per key/value head. Forward: blocks of 256 keys of the first chunk's state (all keys when there is no mask), then blocks of
+// 256 queries of all heads of the group, each bringing its own. Backward: the same, then the query blocks again from the last
+// to the first, then the key blocks from the last to the first.
 
 typedef struct plan {
   uint32_t key_blocks, query_blocks, per_head;
 } plan;
 
 static plan plan_units(const ra_problem *p, uint32_t pass) {
-  uint32_t keys = p->segments ? 0 : ra_state_keys(p, 0).end;
-  plan n = {ra_ceil_div(keys, UNIT), ra_ceil_div(p->query_length, UNIT), 0};
+  ra_range keys = ra_state_keys(p, 0);
+  plan n = {ra_ceil_div(keys.end - keys.first, UNIT), ra_ceil_div(p->query_length, UNIT), 0};
   n.per_head = (n.key_blocks + n.query_blocks) * (pass == RA_FORWARD ? 1 : 2);
   return n;
 }
@@ -513,7 +605,7 @@ static void forward_queries(const ra_polynomial *e, const ra_arrays *x, size_t k
   ra_heads of_keys = ra_heads_of(e, kv * group);
   for (uint32_t i = block * UNIT, count; i < ra_min_u32(block * UNIT + UNIT, p->query_length); i += count) {
     count = ra_chunk_end(p, i) - i;
-    append_keys(e, x->k + of_keys.k, x->v + of_keys.v, ra_state_keys(p, i));
+    move_state(e, x->k + of_keys.k, x->v + of_keys.v, ra_state_keys(p, i));
     for (size_t head = kv * group; head < (kv + 1) * group; head++) {
       ra_heads at = ra_heads_of(e, head);
       if (pass == RA_FORWARD)
@@ -525,27 +617,24 @@ static void forward_queries(const ra_polynomial *e, const ra_arrays *x, size_t k
 
 static void sweep_back(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t block) {
   const ra_problem *p = e->p;
-  size_t group = ra_group(p);
+  ra_range *queries = &e->state->queries;
   uint32_t start = block * UNIT, i, end = ra_min_u32(start + UNIT, p->query_length);
   for (; end > start; end = i) {
     i = ra_chunk_start(p, end - 1);
     ra_range keys = ra_state_keys(p, i);
-    if (keys.first == e->state->first) retire_keys(e, x, kv, keys.end);
+    retire_keys(e, x, kv, keys.end);
     if (keys.first >= keys.end) continue;
-    if (keys.first != e->state->first) { // another segment
-      retire_keys(e, x, kv, e->state->first);
-      clear_state(e);
-      e->state->first = keys.first, e->state->edge = keys.end;
-    }
-    for (size_t head = kv * group; head < (kv + 1) * group; head++) append_queries(e, x, head, i, end - i);
+    if (queries->first == queries->end) queries->end = end;
+    queries->first = i;
+    add_group(e, x, kv, (ra_range){i, end}, 0);
   }
-  if (p->segments && block == 0) retire_keys(e, x, kv, e->state->first);
 }
 
 static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *workspace, uint32_t first, uint32_t last) {
   ra_workspace_cursor cursor = {workspace, 0, 0};
   ra_polynomial e = ra_polynomial_arrange(p, pass, &cursor);
   plan n = plan_units(p, pass);
+  ra_range keys = ra_state_keys(p, 0);
   uint32_t blocks = n.key_blocks + n.query_blocks, all = units(p, pass);
   if (first == 0) {
     e.state->not_positive = 0;
@@ -565,16 +654,16 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
       }
     }
     if (at == blocks) { // keys that no query saw through the state are done
-      ra_range keys = ra_state_keys(p, ra_chunk_start(p, p->query_length - 1));
       clear_state(&e);
-      e.state->first = keys.first, e.state->edge = keys.end;
+      e.state->queries = (ra_range){p->query_length, p->query_length};
+      e.state->edge = ra_state_keys(p, ra_chunk_start(p, p->query_length - 1)).end;
     }
     if (at < n.key_blocks)
-      append_keys(&e, x->k + of_keys.k, x->v + of_keys.v,
-                  (ra_range){0, ra_min_u32((at + 1) * UNIT, ra_state_keys(p, 0).end)});
+      move_state(&e, x->k + of_keys.k, x->v + of_keys.v,
+                 (ra_range){keys.first, ra_min_u32(keys.first + (at + 1) * UNIT, keys.end)});
     else if (at < blocks) forward_queries(&e, x, kv, at - n.key_blocks, pass);
     else if (at < blocks + n.query_blocks) sweep_back(&e, x, kv, blocks + n.query_blocks - 1 - at);
-    else retire_keys(&e, x, kv, (n.per_head - 1 - at) * UNIT);
+    else retire_keys(&e, x, kv, keys.first + (n.per_head - 1 - at) * UNIT);
     if (pass == RA_BACKWARD && at == n.per_head - 1) finish_keys(&e, x->dk + of_keys.k);
   }
   return last == all && e.state->not_positive > 0 ? RA_NOT_POSITIVE : RA_OK;

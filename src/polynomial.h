@@ -15,6 +15,8 @@
 typedef struct ra_polynomial_state {
   ra_rotary q_rotary, k_rotary;
   uint32_t first, edge;  // keys first .. edge-1 are in Z (forward sweep); keys edge .. are done (backward sweep)
+  ra_range queries;      // those in Y (backward sweep)
+  uint32_t gone;         // tokens that have left Z, or Y, since it was made
   uint32_t not_positive; // rows whose denominator was not positive and finite
 } ra_polynomial_state;
 
@@ -36,7 +38,7 @@ typedef struct ra_polynomial {
   float *x_t, *y_t;       // [D][32]
   float *u_rows;          // [32][row]
   float *sum_t;           // [columns][32] numerators and denominators, du
-  float *a;               // [32 keys][32] weights of the diagonal block
+  float *a;               // [32 keys][32] weights of keys at an edge
   // backward
   float *h_rows, *h_t;    // [32][row], [columns][32]; u_t in the backward sweep
   float *da;              // [32][32]
@@ -62,13 +64,13 @@ void ra_take_weights(const ra_polynomial *e, uint32_t kv);
 
 // --- Products of a chunk: 32 tokens are the columns, two operations for each row, token and term -------------------------
 
-// c[r][32] += sum_n a[n][r] * b[n][32]: numerators from state and features, from u and diagonal weights, dx from dA.
+// c[r][32] += sum_n a[n][r] * b[n][32]: numerators from state and features, from u and weights at an edge, dx from dA.
 void ra_chunk_add_columns(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c);
 
-// c[r][32] = sum_d a[r][d] * b[d][32]: dphi from state and h, diagonal scores from keys and queries.
+// c[r][32] = sum_d a[r][d] * b[d][32]: dphi from state and h, scores at an edge from keys and queries.
 void ra_chunk_set_rows(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c);
 
-// c[r][columns] = sum_i a[r][i] * b[i][columns] over a chunk, columns a multiple of 8: dk, dv of the diagonal block.
+// c[r][columns] = sum_i a[r][i] * b[i][columns] over a chunk, columns a multiple of 8: dk, dv at an edge.
 void ra_chunk_set_products(const float *a, uint32_t rows, const float *b, size_t b_row, uint32_t columns, float *c);
 
 // --- Chunks --------------------------------------------------------------------------------------------------------
@@ -85,10 +87,10 @@ void ra_read_state(const ra_polynomial *e, const float *x_t);
 // z += W phi(tokens) rows
 void ra_update_state(const ra_polynomial *e, const float *x_t, const float *rows);
 
-// a[n][i] = exp(x_i.y_n) for keys n < bound[i] of y_rows [keys][Dp], 0 elsewhere.
-void ra_exponentials(const ra_polynomial *e, const float *y_rows, uint32_t keys, const float *bound);
+// a[n][i] = exp(x_i.y_n) for keys first[i] <= n < end[i] of y_rows [keys][Dp], 0 elsewhere.
+void ra_exponentials(const ra_polynomial *e, const float *y_rows, uint32_t keys, const float *first, const float *end);
 
-// sum_t of queries i .. i + count - 1 becomes their rows of out and lse. Those from `seeing` on have seen a key.
-void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_t seeing, float *out, float *lse);
+// sum_t of queries i .. i + count - 1 becomes their rows of out and lse. Those of `seeing`, counted from i, have seen a key.
+void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, ra_range seeing, float *out, float *lse);
 
 #endif

@@ -107,8 +107,7 @@ typedef struct ra_problem {
   uint32_t table_rows; // positions past the end take the last row
 
   // Masks that give each query, i at position i + query_offset, a range of keys.
-  int32_t window_left, window_right; // not the polynomial engine; -1: unbounded; else key j is allowed when
-                                     // -right <= i + query_offset - j <= left
+  int32_t window_left, window_right; // -1: unbounded; else key j is allowed when -right <= i + query_offset - j <= left
   const uint32_t *segments;          // [segment_count] ascending first positions, or NULL: no attention across segments
   uint32_t segment_count;
 
@@ -239,7 +238,7 @@ uint32_t RA_API(ra_sample_scores)(const ra_problem *p, const ra_arrays *x, uint3
                                   uint32_t count, uint32_t stride, float *scores, void *workspace);
 
 // Up to 8 rows of the forward pass, and of dq unless dq is NULL, with exp (coefficients NULL) or with the polynomial
-// coefficients[degree + 1] as the polynomial engine would use it (exact inside the causal diagonal block), directly from
+// coefficients[degree + 1] as the polynomial engine would use it (exact at the edges of causal masks and windows), directly from
 // the scores: O(count Nk (D + Dv)). out [count][Dv], lse [count], dq [count][D]. The gradient reads x->dout only.
 // RA_NOT_POSITIVE when a row's weights do not add up to a positive finite number.
 int RA_API(ra_sample_rows)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,

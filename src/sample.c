@@ -242,27 +242,35 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
 
 // Eight queries: where they are, what they see, and x = scale R q as lanes. Lanes past `count` repeat the last one.
 typedef struct lanes {
-  uint32_t i[LANES], before[LANES]; // before: keys that the polynomial engine takes through its state
-  ra_range keys[LANES];
-  size_t head[LANES];  // flat head in [B][H]
-  uint32_t first, end; // all keys are within: first is a multiple of TILE
+  uint32_t i[LANES];
+  ra_range keys[LANES], state[LANES]; // state: keys that the polynomial engine takes through its state
+  size_t head[LANES];                 // flat head in [B][H]
+  uint32_t end;                       // of all their keys
 } lanes;
 
 static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count) {
-  lanes l = {.first = UINT32_MAX, .end = 0};
+  lanes l = {.end = 0};
   for (uint32_t n = 0; n < LANES; n++) {
     uint32_t row = rows[n < count ? n : count - 1];
     l.i[n] = row % e->p->query_length;
     l.head[n] = kv_head * e->group + row / e->p->query_length;
     l.keys[n] = ra_keys_of(e->p, l.i[n]);
-    l.before[n] = ra_state_keys(e->p, ra_chunk_start(e->p, l.i[n])).end;
+    l.state[n] = ra_state_keys(e->p, ra_chunk_start(e->p, l.i[n]));
     if (l.keys[n].end > l.end) l.end = l.keys[n].end;
-    if (l.keys[n].first / TILE * TILE < l.first) l.first = l.keys[n].first / TILE * TILE;
     const float *q_n = x->q + ra_head(e->p, l.head[n], e->p->heads, e->Nq, e->D) + l.i[n] * e->q_row;
     ra_rotary_rows(&e->state->q_rotary, q_n, e->D, e->rows + n * e->Dp, e->Dp, 1, l.i[n], RA_ROTATE, e->p->scale);
   }
   ra_transpose(e->rows, e->Dp, LANES, e->D, e->strip, LANES);
   return l;
+}
+
+// The first tile at key j or behind it, both multiples of TILE, that some lane sees a key of; at least l->end when there is none.
+static uint32_t next_tile(const lanes *l, uint32_t j) {
+  uint32_t next = UINT32_MAX;
+  for (int i = 0; i < LANES; i++)
+    if (l->keys[i].first < l->keys[i].end && l->keys[i].end > j)
+      next = ra_min_u32(next, l->keys[i].first > j ? l->keys[i].first / TILE * TILE : j);
+  return next;
 }
 
 uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
@@ -272,8 +280,11 @@ uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
   sample e = arrange(p, &cursor);
   lanes l = load_lanes(&e, x, kv_head, rows, count);
   uint32_t written = 0;
-  for (uint64_t j = ((uint64_t)l.first + stride - 1) / stride * stride; j < l.end; j += stride) {
+  for (uint64_t j = 0; j < l.end; j += stride) {
     float s[LANES];
+    uint64_t tile = next_tile(&l, (uint32_t)j / TILE * TILE);
+    if (tile > j) j = (tile + stride - 1) / stride * stride;
+    if (j >= l.end) break;
     ra_set_rows(e.k_rows + j * e.Dp, e.Dp, 1, e.strip, LANES, (uint32_t)e.D, s, LANES);
     for (uint32_t n = 0; n < count; n++)
       if (l.keys[n].first <= j && j < l.keys[n].end) scores[written++] = s[n];
@@ -281,7 +292,7 @@ uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
   return written;
 }
 
-// What weighs a score: exp(s - reference), or a polynomial for the keys before `before`.
+// What weighs a score: exp(s - reference), or a polynomial for the keys of the state.
 typedef struct weigher {
   const float *coefficients; // [degree + 1], NULL for exp
   uint32_t degree;
@@ -301,18 +312,20 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
                   float *weight) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0);
-  float first[LANES], end[LANES], before[LANES];
+  float first[LANES], end[LANES], from[LANES], to[LANES];
   for (int i = 0; i < LANES; i++) {
-    first[i] = l->keys[i].first <= j0 ? 0.0f : (float)ra_min_u32(l->keys[i].first - j0, count);
-    end[i] = l->keys[i].end <= j0 ? 0.0f : (float)ra_min_u32(l->keys[i].end - j0, count);
-    before[i] = w->coefficients == NULL || l->before[i] <= j0 ? 0.0f : (float)ra_min_u32(l->before[i] - j0, count);
+    first[i] = (float)ra_place(l->keys[i].first, j0, count), end[i] = (float)ra_place(l->keys[i].end, j0, count);
+    from[i] = (float)ra_place(l->state[i].first, j0, count), to[i] = (float)ra_place(l->state[i].end, j0, count);
   }
   for (uint32_t n = 0; n < count; n++)
     for (int h = 0; h < LANES; h += 4) {
       f32x4 key = f32x4_splat((float)n), s_n = f32x4_load(s + n * LANES + h);
       f32x4 exponent = f32x4_mul(f32x4_sub(s_n, f32x4_load(w->reference + h)), to_log2);
       f32x4 value = ra_exp2(f32x4_min(f32x4_splat(128), exponent), constants); // from 2^128 on: infinity
-      if (w->coefficients) value = f32x4_where_less(key, f32x4_load(before + h), horner(w, derivative, s_n), value);
+      if (w->coefficients) {
+        f32x4 p = f32x4_where_less(key, f32x4_load(to + h), horner(w, derivative, s_n), value);
+        value = f32x4_where_less(key, f32x4_load(from + h), value, p);
+      }
       value = f32x4_where_less(key, f32x4_load(end + h), value, zero);
       f32x4_store(weight + n * LANES + h, f32x4_where_less(key, f32x4_load(first + h), zero, value));
     }
@@ -329,9 +342,9 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   double sum[LANES] = {0};
 
   // pass 1: scores, and for exp their maximum
-  if (l.first < l.end)
-    ra_set_rows(e.k_rows + (size_t)l.first * e.Dp, e.Dp, l.end - l.first, e.strip, LANES, (uint32_t)e.D,
-                e.s + (size_t)l.first * LANES, LANES);
+  for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE))
+    ra_set_rows(e.k_rows + (size_t)j * e.Dp, e.Dp, ra_min_u32(TILE, l.end - j), e.strip, LANES, (uint32_t)e.D,
+                e.s + (size_t)j * LANES, LANES);
   for (int i = 0; i < LANES && !coefficients; i++) {
     w.reference[i] = l.keys[i].first < l.keys[i].end ? e.s[(size_t)l.keys[i].first * LANES + i] : 0;
     for (uint32_t j = l.keys[i].first; j < l.keys[i].end; j++)
@@ -340,7 +353,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
 
   // pass 2: weights, their sums, weighted values
   ra_fill(e.sum_t, e.Dv * LANES, 0);
-  for (uint32_t j = l.first; j < l.end; j += TILE) {
+  for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE)) {
     uint32_t keys = ra_min_u32(TILE, l.end - j);
     float tile[LANES] = {0};
     weigh(&l, &w, e.s + (size_t)j * LANES, j, keys, 0, e.weight);
@@ -371,7 +384,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
     delta[n] = (float)dot;
     inverse[n] = sum[n] > 0 ? (float)(1 / sum[n]) : 0;
   }
-  for (uint32_t j = l.first; j < l.end; j += TILE) {
+  for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE)) {
     uint32_t keys = ra_min_u32(TILE, l.end - j);
     weigh(&l, &w, e.s + (size_t)j * LANES, j, keys, 1, e.weight);
     ra_set_rows(v + j * e.v_row, e.v_row, keys, e.v_strip, LANES, (uint32_t)e.Dv, e.ds, LANES);
@@ -424,6 +437,12 @@ static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32
   ra_add_columns(e->rows, e->Dp, (uint32_t)e->D, e->ds, LANES, count, e->d_t, LANES);
 }
 
+static int some_between(const uint32_t *keys, uint32_t first, uint32_t end) {
+  int some = 0;
+  for (int n = 0; n < LANES; n++) some |= keys[n] >= first && keys[n] < end;
+  return some;
+}
+
 int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys, uint32_t count,
                       float *dk, float *dv, void *workspace) {
   if (ra_check(p) != RA_OK || count == 0 || count > LANES) return RA_ERROR_PROBLEM;
@@ -441,8 +460,11 @@ int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   ra_fill(e.sum_t, e.Dv * LANES, 0);
   ra_fill(e.d_t, e.Dp * LANES, 0);
   for (size_t head = kv_head * e.group; head < (kv_head + 1) * e.group; head++)
-    for (uint32_t i = ra_query_start(p, first), end = ra_query_end(p, last); i < end; i += TILE)
-      add_queries(&e, x, head, i, ra_min_u32(TILE, end - i), lane_keys);
+    for (uint32_t i = ra_query_start(p, first), end = ra_query_end(p, last), count; i < end; i += count) {
+      count = ra_min_u32(TILE, end - i);
+      if (some_between(lane_keys, ra_keys_of(p, i).first, ra_key_limit(p, i + count - 1)))
+        add_queries(&e, x, head, i, count, lane_keys);
+    }
   ra_transpose(e.d_t, LANES, e.D, LANES, e.rows, e.Dp);
   for (uint32_t n = 0; n < count; n++) {
     ra_transpose(e.sum_t + n, LANES, e.Dv, 1, dv + n * e.Dv, e.Dv);

@@ -33,7 +33,7 @@ typedef struct stream_head {
 
 static int is_stream(const ra_problem *p) {
   return ra_check(p) == RA_OK && p->method == RA_POLYNOMIAL && !p->causal && p->query_length == p->key_length &&
-         !p->key_positions && !p->segments;
+         !p->key_positions && !p->segments && p->window_left < 0 && p->window_right < 0;
 }
 
 // The layout of a state: sets head kv unless `head` is NULL. Without sums when not `whole`.
@@ -135,8 +135,8 @@ int ra_state_attend(const ra_problem *p, const ra_arrays *x, const void *state, 
   ra_polynomial e = open_stream(p, workspace);
   const stream *s = state;
   uint32_t group = ra_group(p);
-  float bound[CHUNK];
-  ra_fill(bound, CHUNK, (float)s->waiting);
+  float none[CHUNK] = {0}, waiting[CHUNK];
+  ra_fill(waiting, CHUNK, (float)s->waiting);
   for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
     stream_head own = open_stream_head(&e, (void *)(uintptr_t)state, s->joined, kv); // only read
     for (uint32_t head = kv * group; head < (kv + 1) * group; head++) {
@@ -147,10 +147,11 @@ int ra_state_attend(const ra_problem *p, const ra_arrays *x, const void *state, 
         ra_load_queries(&e, x->q + at.q, i, count, s->joined != 0);
         if (s->joined) ra_read_state(&e, e.x_t);
         if (s->waiting > 0) {
-          ra_exponentials(&e, own.y_rows, s->waiting, bound);
+          ra_exponentials(&e, own.y_rows, s->waiting, none, waiting);
           ra_chunk_add_columns(own.u_rows, e.row, e.columns, e.a, s->waiting, e.sum_t);
         }
-        ra_finish_chunk(&e, i, count, s->joined || s->waiting > 0 ? 0 : count, x->out + at.out, x->lse + at.lse);
+        ra_range seeing = {0, s->joined || s->waiting > 0 ? count : 0};
+        ra_finish_chunk(&e, i, count, seeing, x->out + at.out, x->lse + at.lse);
       }
     }
   }

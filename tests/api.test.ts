@@ -167,7 +167,6 @@ const COMMON: Case[] = [
   [{ window: ['a', 2] }, TypeError, "@: window[0] must be a number, got 'a'"],
   [{ window: [-2, 0] }, RangeError, '@: window[0] must be an integer from -1 to 2147483647, got -2'],
   [{ window: [0, 1.5] }, RangeError, '@: window[1] must be an integer from -1 to 2147483647, got 1.5'],
-  [{ window: [3, -1], method: 'polynomial' }, RangeError, "@: method 'polynomial' has no window; 'auto' and 'exact' have it"],
   [{ segments: 3 }, TypeError, '@: segments must be a Uint32Array or an array of numbers, got 3'],
   [{ segments: Int32Array.of(0, 2) }, TypeError, '@: segments must be a Uint32Array or an array of numbers, got a Int32Array'],
   [{ segments: [] }, RangeError, '@: segments must begin with 0, got none'],

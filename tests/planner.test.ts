@@ -265,8 +265,8 @@ describe('the choice', () => {
   });
 
   test.each([
-    [{ window: [100, -1] as const }, 'exact: no polynomial has window'],
-    [{ segments: [0, 700], window: [100, 100] as const }, 'exact: no polynomial has window'],
+    [{ window: [100, -1] as const }, 'exact: no polynomial is predicted cheaper at this size'],
+    [{ segments: [0, 700], window: [100, 100] as const }, 'exact: no polynomial is predicted cheaper at this size'],
     [{ softcap: 3 }, 'exact: no polynomial has softcap'],
     [{ bias: new Float32Array(4095) }, 'exact: no polynomial has bias'],
     [{ mask: new Uint8Array(2048).fill(1), maskShape: [1, 1, 1, 2048] as const }, 'exact: no polynomial has mask'],
@@ -278,6 +278,28 @@ describe('the choice', () => {
     expect(attention.forward(args).report).toMatchObject({ method: 'exact', reason });
     expect(attention.plan(args).reason).toBe(reason);
     expect(attention.backward({ ...full, ...options }).report.reason).toBe(reason);
+  });
+
+  test.each([
+    { causal: true, window: [1500, -1] },
+    { causal: true, window: [1500, -1], queryOffset: 1000 },
+    { window: [900, 900] },
+    { window: [-1, 1200] },
+    { window: [1300, -1], segments: [0, 1000] },
+  ] as const)('a wide window by a polynomial, output and gradients within the tolerance: %p', (options) => {
+    const shape = { heads: 2, kvHeads: 1, queryLength: 4000, headDim: 8 };
+    const args = { ...problem({ shape }, 12, uniform(0.5)), ...options };
+    const tolerance = 0.02;
+    const saved = attention.forward({ ...withoutGradient(args), tolerance });
+    const got = attention.backward({ ...args, saved, tolerance });
+    expect([saved.report.method, got.report.method]).toEqual(['polynomial', 'polynomial']);
+    expect(outputError(withoutGradient(args), saved.output)).toBeLessThanOrEqual(tolerance);
+    const exact = attention.backward({ ...args, method: 'exact' });
+    for (const name of ['dq', 'dk', 'dv'] as const)
+      expect(relativeFrobenius(got[name], exact[name])).toBeLessThanOrEqual(tolerance);
+    const certified = { guarantee: 'certified', method: 'polynomial', onMiss: 'report' } as const;
+    const proved = attention.forward({ ...withoutGradient(args), tolerance, ...certified });
+    expect(outputError(withoutGradient(args), proved.output)).toBeLessThanOrEqual(proved.report.errorBound!);
   });
 
   test('the same seed gives the same call, another seed another sample', () => {

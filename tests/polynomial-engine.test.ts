@@ -13,7 +13,7 @@ import { UNIT, add, binaries, describeSetting, draw, eachBinary, forwardArgs, fu
 import { maxDifference, problem, random, relativeFrobenius, slopeError } from './support.js';
 import { RESULTS } from './yardstick.js';
 import type { Kernel } from '../dist/kernel.js';
-import type { Problem, Setting } from './support.js';
+import type { Floats, Problem, Setting } from './support.js';
 
 // --- Settings ---------------------------------------------------------------------------------------------------------
 
@@ -55,7 +55,8 @@ const valueCases: Case[] = [1, 2, 3, 4, 5, 7, 8, 9, 16, 20, 33, 64, 80, 128].map
 }));
 
 const shape = { heads, queryLength: 70, headDim: 6 };
-const optionCases: Case[] = [
+const long = { ...shape, queryLength: 330 };
+const optionCases: Case[] = ([
   { shape: { ...shape, batch: 3 } },
   { shape: { ...shape, heads: 3 }, causal: true },
   { shape: { ...shape, batch: 2, heads: 6, kvHeads: 2, keyLength: 20, valueDim: 5 } },
@@ -83,7 +84,24 @@ const optionCases: Case[] = [
     { shape: { ...shape, batch: 2, heads: 4, kvHeads: 2, keyLength: 150 }, segments: [0, 31, 100], causal, queryOffset: 60 },
     { shape: { ...shape, keyLength: 40 }, segments: [0, 10, 38, 60], causal, queryOffset: -20 },
   ]),
-].map((setting) => ({ setting, degree: 3 }));
+] as Setting[])
+  .concat([
+    ...[0, 30, 31, 62, 63, 64, 65, 93, 100, 127, 1000].map((left) => ({ shape: long, causal: true, window: [left, -1] as const })),
+    ...[0, 31, 32, 100, 1000].map((right) => ({ shape: long, window: [-1, right] as const })),
+    ...[0, 50, 128].map((left) => ({ shape: long, window: [left, -1] as const })),
+    { shape: long, window: [0, 0] },
+    { shape: long, window: [20, 20] },
+    { shape: long, window: [60, 40] },
+    { shape: long, window: [0, 200] },
+    { shape: long, window: [70, 9], causal: true },
+    { shape: { ...long, keyLength: 250 }, window: [100, 30], queryOffset: -40 },
+    { shape: { ...long, keyLength: 250 }, window: [100, 30], queryOffset: 70 },
+    { shape: { ...long, keyLength: 600 }, window: [150, -1], causal: true, queryOffset: 290 },
+    { shape: { ...long, batch: 2, heads: 4, kvHeads: 2, valueDim: 5 }, window: [96, 20] },
+    { shape: long, window: [100, 30], segments: [0, 20, 150, 151, 300] },
+    { shape: long, window: [100, -1], causal: true, segments: [0, 7, 200] },
+  ])
+  .map((setting) => ({ setting, degree: 3 }));
 
 const slopes = (
   [
@@ -91,6 +109,8 @@ const slopes = (
     { setting: { shape: { heads: 2, queryLength: 33, headDim: 16 } }, degree: 2 },
     { setting: { shape: { heads, queryLength: 70, headDim: 6 }, causal: true }, degree: 3 },
     { setting: { shape: { heads, queryLength: 70, headDim: 20 }, causal: true }, degree: 1 },
+    { setting: { shape: { heads: 2, kvHeads: 1, queryLength: 300, headDim: 6 }, causal: true, window: [100, -1] }, degree: 3 },
+    { setting: { shape: { heads, queryLength: 300, keyLength: 260, headDim: 6 }, window: [40, 90], queryOffset: 20 }, degree: 3 },
     {
       setting: {
         shape: { heads: 4, kvHeads: 2, queryLength: 40, keyLength: 100, headDim: 3, valueDim: 7 },
@@ -124,6 +144,27 @@ const groups = [
   ['value sizes', withModels(valueCases, 3000)],
   ['options', withModels(optionCases, 4000)],
 ] as const;
+
+/**
+ * Tokens that repeat, so that late rows are to be what early ones are, and these are in the reach of the model. One key of each
+ * period is much larger than the others.
+ */
+const PERIOD = 512;
+const periodic = [true, false].map((causal) => ({
+  causal,
+  make: lazy(() => {
+    const window = causal ? ([300, -1] as const) : ([250, 100] as const);
+    const setting = (queryLength: number) => ({ shape: { heads, queryLength, headDim: 2 }, rotary: false as const, causal, window });
+    const one = problem(setting(PERIOD), 35, entries);
+    one.k.set([3, -3], 200);
+    const repeated = (count: number): Problem => {
+      const again = (x: Float32Array) => Float32Array.from({ length: x.length * count }, (_, n) => x[n % x.length]);
+      return { ...setting(count * PERIOD), q: again(one.q), k: again(one.k), v: again(one.v), dOutput: again(one.dOutput) };
+    };
+    const coefficients = [minimax(3, 2).coefficients];
+    return { args: repeated(2 ** 17 / PERIOD), coefficients, model: polynomialModel(repeated(3), coefficients) };
+  }),
+}));
 
 /**
  * Roundings, 2^-24, of the largest sum of magnitudes that makes up an entry. The most seen over all cases and both binaries:
@@ -232,6 +273,24 @@ describe.each(binaries)('the engine, $name', (binary) => {
       expect(result.output.subarray(6 * i, 6 * i + 6).map(Math.abs)).toEqual(new Float32Array(6));
       expect(result.dq.subarray(6 * i, 6 * i + 6).map(Math.abs)).toEqual(new Float32Array(6));
     }
+  });
+
+  // Keys leave the sums as others join: what rounding leaves behind must not grow along the sequence.
+  describe('a window is as exact at the end of 2^17 tokens as at their beginning', () => {
+    test.each(periodic)('causal $causal', ({ make }) => {
+      const { args, coefficients, model } = make();
+      const result = runEngine(kernel, args, coefficients);
+      expect(result.positive).toBe(true);
+      const last = args.shape.queryLength / PERIOD - 2;
+      for (const name of RESULTS) {
+        const count = (model[name].length / 3) | 0;
+        const rows = (of: Floats, n: number) => of.subarray(n * count, (n + 1) * count);
+        const atol = MODEL_TOLERANCE[name] * UNIT * model.terms[name];
+        expect(rows(result[name], last)).toBeAllclose(rows(result[name], 1), { atol, name });
+        // The mean that is taken out of dk is that of all keys: of other ones in the model.
+        if (name !== 'dk') expect(rows(result[name], last)).toBeAllclose(rows(model[name], 1), { atol, name });
+      }
+    });
   });
 
   test('a call repeated gives the same bits', () => {

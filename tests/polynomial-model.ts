@@ -3,8 +3,9 @@
 // What the polynomial engine computes, in float64 and without features: every weight a_ij written out.
 //
 //   x_i = scale R q_i,  y_j = R k_j - mean of R k,  s_ij = x_i . y_j
-//   a_ij = p(s_ij)        all pairs of a segment; when causal, keys before the block of 32 queries, cut at segments, that i is in
-//        = exp(s_ij)      when causal, the other keys that i may see
+//   a_ij = p(s_ij)        all pairs of a segment; when causal, keys before the block of 32 queries that i is in; in a window,
+//                         those of them that all queries of the block see, whose number is a multiple of 32
+//        = exp(s_ij)      the other keys that i may see
 //   den_i = sum_j a_ij,   out_i = sum_j a_ij v_j / den_i,   lse_i = log den_i + x_i . mean
 //
 // and the gradient is the derivative of that, p held fixed, the mean key included:
@@ -32,7 +33,10 @@ export interface ModelResult extends ByResult<Float64Array> {
 /** @param coefficients for each key/value head, [batch * kvHeads][degree + 1]. */
 export function polynomialModel(args: ModelArgs, coefficients: readonly ArrayLike<number>[]): ModelResult {
   const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim } = fullShape(args.shape);
-  const { rotary = {}, scale = 1 / Math.sqrt(headDim), causal = false, queryOffset = 0, segments = [0] } = args;
+  const { rotary = {}, scale = 1 / Math.sqrt(headDim), causal = false, queryOffset = 0 } = args;
+  const { segments = [0], window = [-1, -1] } = args;
+  const left = window[0] < 0 ? Infinity : window[0];
+  const right = causal ? 0 : window[1] < 0 ? Infinity : window[1];
   const keyShape = { batch, heads: kvHeads, queryLength: keyLength, headDim };
   const q = reference.rotate({ x: args.q, shape: args.shape, rotary, queryOffset });
   const k = reference.rotate({ x: args.k, shape: keyShape, rotary });
@@ -80,9 +84,14 @@ export function polynomialModel(args: ModelArgs, coefficients: readonly ArrayLik
     const position = i + queryOffset;
     const segment = Math.max(Array.from(segments).filter((start) => start <= position).length, 1);
     const [start, end] = [segments[segment - 1], segments[segment] ?? Infinity];
-    const [first, seen] = [clamp(start), Math.min(clamp(end), causal ? clamp(position + 1) : keyLength)];
-    const block = Math.max(BLOCK * Math.floor(i / BLOCK), start <= position ? start - queryOffset : 0);
-    const byPolynomial = causal ? clamp(block + queryOffset) : seen;
+    const first = Math.max(clamp(start), clamp(position - left));
+    const seen = Math.min(clamp(end), clamp(position + right + 1));
+    // Of the whole block, wherever segments cut it; when causal without the query's own key.
+    const block = BLOCK * Math.floor(i / BLOCK) + queryOffset;
+    const behind = causal ? block : block + right + 1;
+    const from = block + BLOCK - 1 - left;
+    const odd = Number.isFinite(behind - from) ? (((behind - from) % BLOCK) + BLOCK) % BLOCK : 0;
+    const [stateFrom, stateTo] = [Math.max(start, from + odd), Math.min(end, behind)];
     if (seen <= first) continue;
 
     // a, da/ds, and the sums of magnitudes of the terms of either
@@ -90,7 +99,7 @@ export function polynomialModel(args: ModelArgs, coefficients: readonly ArrayLik
       const j = first + n;
       const [x_r, y_j] = [row(x, r, headDim), row(y, keyHead * keyLength + j, headDim)];
       const [s, size] = [dot(x_r, y_j), absDot(x_r, y_j)];
-      if (j < byPolynomial) return polynomialWeight(coefficients[keyHead], s, size);
+      if (j >= stateFrom && j < stateTo) return polynomialWeight(coefficients[keyHead], s, size);
       const a = Math.exp(s);
       return { a, slope: a, sizeA: a * (1 + size), sizeSlope: a * (1 + size) };
     });

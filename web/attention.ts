@@ -26,7 +26,7 @@ import {
   type Task,
 } from './planner.js';
 import type { Measured } from './sampling.js';
-import { unsampledOnly } from './scores.js';
+import { exactOnly } from './scores.js';
 import { StreamingState } from './streaming.js';
 import { rank } from './theory.js';
 import { lossSteps } from './training.js';
@@ -315,7 +315,7 @@ export class Attention implements RopeAttention {
     const notes: string[] = [];
     let { passes } = task;
     const given = task.pass === 'backward' && passes.length === 1 && task.problem.method === 'auto';
-    const unknown = unsampledOnly(task.problem);
+    const unknown = exactOnly(task.problem);
     if (given && unknown.length > 0) {
       notes.push(`the given output and lse were not checked, as sampled rows have no ${unknown.join(' or ')}`);
     } else if (given) {

@@ -9,7 +9,7 @@
 // output themselves, one part in 2^24 of |v|.
 
 import type { Bounds } from './kernel.js';
-import { relativeError } from './polynomial.js';
+import { relativeError, TURNOVER } from './polynomial.js';
 import { certifiedBound, rank } from './theory.js';
 import type { Geometry } from './validate.js';
 
@@ -18,7 +18,7 @@ const UNIT = 2 ** -24;
 
 /**
  * The engine sums over keys in chunks of 32 and then over chunks, over features in blocks of 48 and then over blocks (which
- * end with each degree), and over the keys of the exact diagonal block last.
+ * end with each degree), and over the keys at the exact edges last: one batch when causal, up to three in a window.
  */
 const KEY_CHUNK = 32;
 const FEATURE_BLOCK = 48;
@@ -54,7 +54,8 @@ export function scoreBound(g: Geometry, bounds: readonly Bounds[]): number {
  * A sum of n float32 terms by chains of at most n additions and products is within gamma_n = n u / (1 - n u) of the sum of
  * magnitudes. Numerator and denominator are sums over keys and features of c_m (multinomial) q^a k^a [v, 1], whose
  * magnitudes add up to at most S = sum |c_m| R^m for each key, against weights of at least min p: the quotient moves by at
- * most 2 gamma_n S / min p times the largest |v| that is summed. The scores themselves are off by the rounding of rotated
+ * most 2 gamma_n S / min p times the largest |v| that is summed. A window's sum may hold the rounding of up to TURNOVER keys
+ * for each that is in it, which came and went. The scores themselves are off by the rounding of rotated
  * q and k, `delta`, which changes weights by the factor exp(+-delta).
  *
  * @param t relative error of the polynomial on [-radius, radius], so that min p >= (1 - t) exp(-radius).
@@ -69,15 +70,19 @@ export function roundingBound(
   valueRatio: number,
 ): number {
   const degree = coefficients.length - 1;
-  const overKeys = KEY_CHUNK + Math.ceil(g.keyLength / KEY_CHUNK);
+  const [left, right] = g.causal ? [g.window[0], 0] : g.window;
+  const inState = left < 0 ? g.keyLength : Math.min(g.keyLength, right < 0 ? Infinity : left + right + 1);
+  const terms = left < 0 ? 1 : 1 + 2 * TURNOVER; // for each key in the state
+  const edges = left >= 0 ? 3 : right >= 0 ? 1 : 0;
+  const overKeys = KEY_CHUNK + terms * (Math.ceil(inState / KEY_CHUNK) + 1);
   const overFeatures =
-    FEATURE_BLOCK + Math.ceil(rank(g.headDim, degree) / FEATURE_BLOCK) + degree + (g.causal ? KEY_CHUNK : 0);
+    FEATURE_BLOCK + Math.ceil(rank(g.headDim, degree) / FEATURE_BLOCK) + degree + edges * KEY_CHUNK;
   const products = 2 * degree + 6; // features of q and k, weights, [v, 1], the quotient
   const chain = (overKeys + overFeatures + products) * UNIT;
   const gamma = chain < 1 ? chain / (1 - chain) : Infinity;
   let magnitude = 0;
   for (let m = degree; m >= 0; m--) magnitude = magnitude * radius + Math.abs(coefficients[m]);
-  const sums = (2 * gamma * magnitude * valueRatio) / ((1 - t) * Math.exp(-radius));
+  const sums = (2 * gamma * terms * magnitude * valueRatio) / ((1 - t) * Math.exp(-radius));
   const delta = 8 * UNIT * largestScore(g, bounds);
   return sums + certifiedBound(Math.expm1(2 * delta));
 }

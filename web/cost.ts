@@ -3,6 +3,7 @@
 // What a pass costs: useful floating-point operations, counted in closed form, over the share of the machine's peak that
 // each engine reaches. Only ratios of costs decide, so the peak itself is not needed. Counts are numbers, exact to 2^53.
 
+import { seenKeys } from './scores.js';
 import { cost as products, pairs } from './theory.js';
 import type { Geometry } from './validate.js';
 
@@ -19,6 +20,8 @@ export const CHECK_ROWS = 32;
 export const LOOKED_SEGMENTS = 4;
 /** Scores that a head's polynomial is fitted to, about. */
 export const SAMPLE_SCORES = 2048;
+/** Keys that are weighed together there (TILE of sample.c). */
+const SAMPLE_TILE = 128;
 
 /** Share of the multiply-add peak, by head size: the first row whose `upTo` is not below headDim. */
 const EFFICIENCY = [
@@ -41,18 +44,20 @@ export function exactFlops(g: Geometry, pass: Pass): number {
   return products({ ...g, method: 'exact', pass });
 }
 
-/** Useful operations of the polynomial engine; when causal, with (CHUNK + 1) / 2 exact pairs for each query. */
+/** Useful operations of the polynomial engine, with (CHUNK + 1) / 2 exact pairs for each query at each edge of what it sees. */
 export function polynomialFlops(g: Geometry, pass: Pass, degree: number): number {
-  const diagonal = g.causal ? Math.min(((CHUNK + 1) / 2) * g.batch * g.heads * g.queryLength, allowedPairs(g)) : 0;
-  return products({ ...g, method: 'polynomial', degree, pass }) + flopsOfPair(g, pass) * diagonal;
+  const edges = Number(g.causal || g.window[1] >= 0) + Number(g.window[0] >= 0);
+  const exact = Math.min(((edges * (CHUNK + 1)) / 2) * g.batch * g.heads * g.queryLength, allowedPairs(g));
+  return products({ ...g, method: 'polynomial', degree, pass }) + flopsOfPair(g, pass) * exact;
 }
 
 /** Operations at peak speed that take as long as the pass: `degree` null for the exact engine. */
 export function cost(g: Geometry, pass: Pass, degree: number | null): number {
   const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
-  return degree === null
-    ? exactFlops(g, pass) / share.exact[pass]
-    : polynomialFlops(g, pass, degree) / share.polynomial[pass];
+  if (degree === null) return exactFlops(g, pass) / share.exact[pass];
+  // The keys at the left edge of a window, and those that leave the state, are rotated once more and weighed in whole blocks.
+  const besides = g.window[0] < 0 ? 0 : 1.5 * CHUNK * flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength;
+  return (polynomialFlops(g, pass, degree) + besides) / share.polynomial[pass];
 }
 
 /** The same for the sampling that goes with the polynomial engine, by the number of degrees to compare. */
@@ -61,10 +66,11 @@ export function samplingCost(g: Geometry, pass: Pass, candidates: number): numbe
   const looked = Math.min(heads, SAMPLE_HEADS);
   const [keys, queries] = [g.keyLength, (g.heads / g.kvHeads) * g.queryLength];
   const survey = heads * g.headDim * (8 * (keys + queries) + 2 * SAMPLE_SCORES);
+  const seen = Math.min(keys, seenKeys(g) + SAMPLE_TILE);
   // Pilot rows, exact and of each candidate; rows of the check, and columns of its gradients.
   // The rows that are likely to be worst: two portions, in the pilot for one or two candidates, and in the check.
-  const rows = looked * SAMPLE_ROWS * (1 + candidates + 2 * 4) * keys + CHECK_ROWS * keys;
-  const columns = pass === 'backward' ? looked * 2 * SAMPLE_ROWS * queries : 0;
+  const rows = (looked * SAMPLE_ROWS * (1 + candidates + 2 * 4) + CHECK_ROWS) * seen;
+  const columns = pass === 'backward' ? looked * 2 * SAMPLE_ROWS * queries * (seen / keys) : 0;
   const fits = FIT * (heads + looked * candidates);
   return (survey + flopsOfPair(g, pass) * (rows + columns)) / SAMPLING_EFFICIENCY + fits;
 }

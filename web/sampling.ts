@@ -10,7 +10,7 @@ import { CHECK_ROWS, CHUNK, LOOKED_SEGMENTS, SAMPLE_HEADS, SAMPLE_ROWS, SAMPLE_S
 import { scoreRadius } from './certificate.js';
 import type { Bounds, Rows, Session } from './kernel.js';
 import { evaluate, fitToScores } from './polynomial.js';
-import { seeingQueries, segmentsOf } from './scores.js';
+import { seeingQueries, seenKeys, segmentsOf } from './scores.js';
 
 /** Sampled errors. */
 export interface Measured {
@@ -119,7 +119,7 @@ export class Sampler {
    */
   *worstValues(degrees: readonly number[]): Generator<number, Map<number, Measured>> {
     const worst = new Map(degrees.map((degree) => [degree, 0]));
-    const stride = Math.ceil(this.#session.geometry.keyLength / SAMPLE_SCORES);
+    const stride = Math.ceil(seenKeys(this.#session.geometry) / SAMPLE_SCORES);
     for (const head of this.#looked) {
       for (const row of this.#pilotRows(head)) {
         const scores = this.#session.scores(head, [row], stride);
@@ -181,7 +181,7 @@ export class Sampler {
   #fit(head: number, degree: number): Float32Array | null {
     let scores = this.#scores.get(head);
     if (!scores) {
-      const stride = Math.ceil((SAMPLE_ROWS * this.#session.geometry.keyLength) / SAMPLE_SCORES);
+      const stride = Math.ceil((SAMPLE_ROWS * seenKeys(this.#session.geometry)) / SAMPLE_SCORES);
       const rows = this.#pilotRows(head);
       scores = rows.length > 0 ? this.#session.scores(head, rows, stride) : new Float32Array(0);
       this.#scores.set(head, scores);
@@ -209,8 +209,9 @@ export class Sampler {
 
   /**
    * Rows where a polynomial is likely to be worst: the largest queries, those whose scores with the largest key are the
-   * largest, and, when causal, the first rows that see keys through the polynomial (errors average out over many keys, and
-   * these see few): two chunks of one query head, then ever fewer of the rows behind them.
+   * largest, and rows that see few keys through the polynomial (errors average out over many): when causal, the first two chunks
+   * of one query head that see any, then ever fewer of the rows behind them; the first or the last two where a window ends
+   * there; some of packed sequences.
    */
   #hardRows(head: number): number[] {
     const known = this.#hard.get(head);
@@ -228,10 +229,27 @@ export class Sampler {
         rows.add(first + Math.floor(later * (queryLength / later) ** next())); // uniform in the logarithm
       }
     }
-    for (const row of this.#segmentRows(head)) rows.add(row);
+    for (const row of [...this.#windowRows(), ...this.#segmentRows(head)]) rows.add(row);
     const sorted = [...rows].sort((a, b) => (a % queryLength) - (b % queryLength));
     this.#hard.set(head, sorted);
     return sorted;
+  }
+
+  /**
+   * A window that is limited to one side sees least at the other end. Rows within a chunk of that end see its keys at the edges,
+   * which are exact, when the queries begin before the keys or end behind them.
+   */
+  #windowRows(): number[] {
+    const { causal, queryOffset, queryLength, keyLength, window } = this.#session.geometry;
+    const [left, right] = window;
+    const { from, to } = seeingQueries(this.#session.geometry);
+    const starts: number[] = [];
+    if (!causal && right >= 0) starts.push(from + (queryOffset < 0 ? CHUNK : 0));
+    if (left >= 0) starts.push(to - 2 * CHUNK - (queryOffset + queryLength > keyLength ? CHUNK : 0));
+    const first = (this.#seed % (this.#session.rowsOfHead / queryLength)) * queryLength;
+    return starts.flatMap((start) =>
+      Array.from({ length: 2 * CHUNK }, (_, n) => start + n).flatMap((i) => (i >= from && i < to ? [first + i] : [])),
+    );
   }
 
   /**

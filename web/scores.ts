@@ -48,21 +48,9 @@ export function readScores(name: string, given: Given, sizes: Sizes): Scores {
   };
 }
 
-/** Names of the options in use that only the exact engine knows. */
-export function exactOnly(scores: Scores): string[] {
-  return namesOf({ window: scores.window.some((side) => side >= 0), ...unsampled(scores) });
-}
-
-/** Those of them that sampled rows do not know either. */
-export function unsampledOnly(scores: Scores): string[] {
-  return namesOf(unsampled(scores));
-}
-
-function unsampled({ softcap, bias, mask, sinks }: Scores): Record<string, boolean> {
-  return { softcap: softcap > 0, bias: bias !== null, mask: mask !== null, sinks: sinks !== null };
-}
-
-function namesOf(used: Record<string, boolean>): string[] {
+/** Names of the options in use that only the exact engine knows, and sampled rows do not. */
+export function exactOnly({ softcap, bias, mask, sinks }: Scores): string[] {
+  const used = { softcap: softcap > 0, bias: bias !== null, mask: mask !== null, sinks: sinks !== null };
   return Object.entries(used).flatMap(([option, inUse]) => (inUse ? [option] : []));
 }
 
@@ -84,6 +72,12 @@ export function seeingQueries(
   const foreign = g.segments.find((start) => start >= g.keyLength) ?? Infinity;
   const place = (position: number) => Math.min(Math.max(position - g.queryOffset, 0), g.queryLength);
   return { from: place(-ahead), to: place(Math.min(g.keyLength + behind, foreign)) };
+}
+
+/** The most keys that a query sees. */
+export function seenKeys({ causal, window, keyLength }: Pick<Scores, 'window'> & { causal: boolean; keyLength: number }): number {
+  const [left, right] = causal ? [window[0], 0] : window;
+  return left < 0 || right < 0 ? keyLength : Math.min(keyLength, left + right + 1);
 }
 
 /** Segments that hold queries and keys: rows from .. to - 1 of a head, and how many keys. */

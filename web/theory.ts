@@ -11,7 +11,7 @@
 // with head size O(log n) and entries below o(sqrt(log n)) attention takes n^(1+o(1)) operations, and with entries above
 // order sqrt(log n) it cannot be done in n^(2-e) for any e > 0 unless SETH fails. `frontier` puts numbers to it.
 
-import { MAX_DEGREE, minimax } from './polynomial.js';
+import { MAX_DEGREE, minimax, TURNOVER } from './polynomial.js';
 import type { Options, Shape } from './types.js';
 
 /** Features of the polynomial engine: the monomials of degree 0 to g in D variables, C(D + g, g). Exact below 2^53. */
@@ -99,8 +99,9 @@ export interface CostArgs extends Shape {
  *   polynomial  forward    2 rank (Dv + 1) (Nk kvHeads + Nq heads) batch       the state, and its use
  *               backward   2 rank (Dv + 1) (3 Nk kvHeads + 2 Nq heads) batch   state, its use, its gradient; dphi(k), dv
  *
- * where pairs counts the allowed (query, key) pairs of all heads. What the engines spend besides (features, exponentials, the
- * exact diagonal blocks of the polynomial engine under a causal mask, about 32 keys for each query) is not counted.
+ * where pairs counts the allowed (query, key) pairs of all heads. In a window that is limited to the left keys leave the state
+ * again, and in the backward pass queries its gradient: as many rows more, and a quarter of them for making sums anew. What the engines spend besides (features, exponentials, the
+ * exact edges of the polynomial engine under a causal mask or a window, about 32 keys for each query) is not counted.
  *
  * @throws RangeError for the polynomial without a degree.
  */
@@ -112,10 +113,16 @@ export function cost(args: CostArgs): number {
     return perPair * batch * heads * pairs({ ...args, queryLength, keyLength });
   }
   if (args.degree === undefined) throw new RangeError('cost: method polynomial needs a degree, got undefined');
-  const rows = backward
-    ? 3 * keyLength * kvHeads + 2 * queryLength * heads
-    : keyLength * kvHeads + queryLength * heads;
-  return 2 * rank(headDim, args.degree) * (valueDim + 1) * rows * batch;
+  const [keys, queries] = [keyLength * kvHeads, queryLength * heads];
+  const rows = backward ? 3 * keys + 2 * queries : keys + queries;
+  const leaving = leavingShare({ ...args, queryLength, keyLength }) * (1 + 1 / TURNOVER) * (backward ? keys + queries : keys);
+  return 2 * rank(headDim, args.degree) * (valueDim + 1) * (rows + leaving) * batch;
+}
+
+/** Keys that the window of the last query has left behind, as a share of all. */
+function leavingShare({ queryLength, keyLength = queryLength, queryOffset = 0, window = [-1, -1] }: PairArgs): number {
+  const [left] = window;
+  return left < 0 ? 0 : Math.min(Math.max(queryLength + queryOffset - left, 0), keyLength) / keyLength;
 }
 
 /** What decides about pairs. */

@@ -4,6 +4,7 @@
 // the same as JSON in build/bench.json. Run by `make bench`; arguments by ARGS="...":
 //
 //   --dims 16,32,64   --lengths 1024,2048,4096,8192,16384,65536   --masks full,causal   --binaries simd128,relaxed-simd
+//   --beside 16:65536:window-1024 (D:N:mask, rows beside these, with exact whatever the length; causal, and so many keys back)
 //   --degree 2   --bound 0.5   --seconds 0.6 (of samples for each figure)   --exact-up-to 16384   --json build/bench.json
 //
 // What is counted: a call, copies in and out included, polynomial with its sampled check of eight rows. Useful operations:
@@ -25,6 +26,7 @@ const { values: given } = parseArgs({
     dims: { type: 'string', default: '16,32,64' },
     lengths: { type: 'string', default: '1024,2048,4096,8192,16384,65536' },
     masks: { type: 'string', default: 'full,causal' },
+    beside: { type: 'string', default: '16:65536:window-1024' },
     binaries: { type: 'string', default: 'simd128,relaxed-simd' },
     degree: { type: 'string', default: '2' },
     bound: { type: 'string', default: '0.5' },
@@ -124,15 +126,17 @@ function frobenius(a, b) {
 }
 
 /** One row of the table: a case, both passes, both engines. */
-async function measure(simd, headDim, length, causal, scaleFrom) {
+async function measure(simd, headDim, length, mask, scaleFrom) {
   const { attention, binary } = await open(simd);
   const bound = Number(given.bound);
   const size = length * headDim;
   const inputs = { q: uniform(size, 1, bound), k: uniform(size, 2, bound), v: uniform(size, 3, 1), dOutput: uniform(size, 4, 1) };
-  const call = { ...inputs, shape: { heads: 1, queryLength: length, headDim }, causal };
+  const causal = mask !== 'full';
+  const window = mask.startsWith('window-') ? [Number(mask.slice(7)), -1] : [-1, -1];
+  const call = { ...inputs, shape: { heads: 1, queryLength: length, headDim }, causal, window };
   const { dOutput: _, ...forwardCall } = call;
   const engines = { polynomial: { method: 'polynomial', degree, onMiss: 'report' } };
-  if (length <= exactUpTo) engines.exact = { method: 'exact' };
+  if (length <= exactUpTo || !['full', 'causal'].includes(mask)) engines.exact = { method: 'exact' };
 
   const runs = {};
   const results = {};
@@ -147,7 +151,7 @@ async function measure(simd, headDim, length, causal, scaleFrom) {
   const times = race(runs);
   const peak = Math.max(before, peakOf(binary));
 
-  const pairs = causal ? (length * (length + 1)) / 2 : length * length;
+  const pairs = theory.pairs({ queryLength: length, causal, window });
   const rank = theory.rank(headDim, degree);
   const flops = {
     'exact forward': 4 * headDim * pairs,
@@ -155,7 +159,7 @@ async function measure(simd, headDim, length, causal, scaleFrom) {
     'polynomial forward': 4 * rank * (headDim + 1) * length,
     'polynomial backward': 10 * rank * (headDim + 1) * length,
   };
-  const row = { simd, headDim, length, causal, degree, rank, peak, passes: {} };
+  const row = { simd, headDim, length, mask, degree, rank, peak, passes: {} };
   for (const pass of ['forward', 'backward']) {
     row.passes[pass] = {};
     for (const engine of ['exact', 'polynomial']) {
@@ -186,7 +190,7 @@ const time = ({ median, scaled }) => `${scaled ? '~' : ''}${median >= 100 ? medi
 const percent = (x) => (x === undefined ? '' : `${(100 * x).toFixed(0)}%`);
 
 function line(row) {
-  const cells = [row.simd === 'simd128' ? 'simd128' : 'relaxed', row.headDim, row.causal ? 'causal' : 'full', row.length];
+  const cells = [row.simd === 'simd128' ? 'simd128' : 'relaxed', row.headDim, row.mask, row.length];
   for (const pass of ['forward', 'backward']) {
     const { exact, polynomial, ratio } = row.passes[pass];
     cells.push(exact ? time(exact) : '', percent(exact?.ofPeak), percent(exact?.spread));
@@ -211,11 +215,16 @@ for (const simd of given.binaries.split(',')) {
     console.log(`(${simd}: this engine does not accept the binary)`);
     continue;
   }
+  for (const beside of given.beside.split(',').filter(Boolean)) {
+    const [headDim, length, mask] = beside.split(':');
+    rows.push(await measure(simd, Number(headDim), Number(length), mask, null));
+    console.log(line(rows.at(-1)));
+  }
   for (const headDim of numbers(given.dims)) {
     for (const mask of given.masks.split(',')) {
       let longestExact = null;
       for (const length of numbers(given.lengths)) {
-        const row = await measure(simd, headDim, length, mask === 'causal', longestExact);
+        const row = await measure(simd, headDim, length, mask, longestExact);
         if (length <= exactUpTo) longestExact = row;
         rows.push(row);
         console.log(line(row));

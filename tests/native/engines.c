@@ -43,6 +43,20 @@ static const shape SHAPES[] = {
     {1, 2, 1, 100, 300, 8, 8, 8, 0, 1, 150, 0.35f, 1, .segments = 1, .layout = 1},
     {1, 1, 1, 290, 200, 8, 8, 8, 0, 1, -30, 0.35f, 1, .segments = 1},
     {1, 1, 1, 290, 100, 8, 8, 8, 0, 0, -30, 0.35f, 1, .segments = 1},
+    {1, 1, 1, 300, 300, 8, 8, 8, 0, 1, 0, 0.35f, 1, .window = 1},
+    {1, 1, 1, 140, 300, 8, 8, 8, 0, 0, 100, 0.35f, 1, .window = 2},
+    {1, 2, 1, 300, 280, 8, 4, 8, 0, 0, -40, 0.35f, 1, .window = 3},
+    {1, 2, 2, 200, 300, 8, 8, 8, 0, 0, 60, 0.35f, 1, .segments = 1, .window = 2, .layout = 1},
+    {1, 1, 1, 300, 300, 8, 8, 8, 0, 1, 0, 0.35f, 1, .window = 2},
+    {2, 4, 2, 300, 300, 8, 4, 8, 0, 1, 0, 0.35f, 1, .window = 4},
+    {1, 1, 1, 600, 600, 4, 4, 4, 0, 1, 0, 0.5f, 1, .window = 4},
+    {1, 2, 1, 300, 400, 8, 8, 8, 0, 1, 250, 0.35f, 1, .window = 4},
+    {1, 1, 1, 400, 300, 8, 8, 8, 0, 0, -37, 0.35f, 1, .window = 4},
+    {1, 1, 1, 300, 500, 8, 8, 8, 0, 0, 0, 0.35f, 1, .window = 5},
+    {1, 2, 2, 700, 700, 4, 4, 4, 0, 0, 11, 0.5f, 1, .window = 6},
+    {1, 1, 1, 500, 400, 4, 4, 4, 0, 0, 0, 0.5f, 1, .window = 7},
+    {1, 2, 1, 400, 400, 8, 4, 8, 0, 1, 0, 0.35f, 1, .segments = 1, .window = 4},
+    {1, 1, 1, 400, 350, 8, 8, 8, 0, 0, 20, 0.35f, 1, .segments = 1, .window = 6},
 };
 
 // What relative maps meet.
@@ -55,10 +69,6 @@ static const shape RELATIVE_SHAPES[] = {
 
 // What only the exact engine does.
 static const shape EXACT_SHAPES[] = {
-    {1, 1, 1, 300, 300, 8, 8, 8, 0, 1, 0, 0.35f, 1, .window = 1},
-    {1, 1, 1, 140, 300, 8, 8, 8, 0, 0, 100, 0.35f, 1, .window = 2},
-    {1, 2, 1, 300, 280, 8, 4, 8, 0, 0, -40, 0.35f, 1, .window = 3},
-    {1, 2, 2, 200, 300, 8, 8, 8, 0, 0, 60, 0.35f, 1, .segments = 1, .window = 2, .layout = 1},
     {1, 2, 1, 130, 140, 8, 8, 8, 0, 0, 0, 0.35f, 2, .softcap = 0.8f},
     {1, 2, 1, 130, 270, 8, 8, 8, 0, 1, 30, 0.35f, 2, .softcap = 30}, // bounds say that it bends little
     {1, 2, 1, 130, 140, 8, 8, 8, 0, 0, 0, 0.35f, 2, .softcap = 30, .bias_heads = 1},
@@ -190,6 +200,10 @@ static ra_problem problem(const shape *s, uint32_t method, uint32_t degree) {
   if (s->window == 1) p.window_left = 9;
   if (s->window == 2) p.window_left = 70, p.window_right = 3;
   if (s->window == 3) p.window_right = 150;
+  if (s->window == 4) p.window_left = 100, p.window_right = 20;
+  if (s->window == 5) p.window_left = 127;
+  if (s->window == 6) p.window_left = 64, p.window_right = 127;
+  if (s->window == 7) p.window_left = 0, p.window_right = 300;
   if (s->segments) p.segments = segments, p.segment_count = 5;
   if (s->bias_heads) {
     for (uint32_t n = 0; n < 4096; n++) bias[n] = check_random(&seed, 2);
@@ -372,7 +386,7 @@ static void append(const shape *s, const run *r, ra_problem p, void *state, uint
 // All queries see all keys, which came in pieces, to two states that were merged.
 static void states_match_the_oracle(const shape *given) {
   shape s = *given;
-  if (s.positions || s.table || s.segments) return;
+  if (s.positions || s.table || s.segments || s.window) return;
   s.bound = 0.3f, s.causal = 0;
   uint32_t degree = s.D > 16 ? 3 : s.D > 8 ? 4 : 6, half = s.Nk / 2;
   run oracle = start(&s, RA_NAIVE, 0), r = start(&s, RA_POLYNOMIAL, degree);
