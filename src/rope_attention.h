@@ -250,6 +250,18 @@ int RA_API(ra_sample_rows)(const ra_problem *p, const ra_arrays *x, uint32_t kv_
 int RA_API(ra_sample_columns)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys,
                               uint32_t count, float *dk, float *dv, void *workspace);
 
+// --- Dense products ---------------------------------------------------------------------------------------------------
+
+// What stands on both sides of attention in the training problem (MATH.md section 1); `columns` is a multiple of 8, C is
+// overwritten and is neither A nor B. 2 rows inner columns operations.
+
+// C [rows][columns] = A B, A [rows][inner], B [inner][columns]. Sums over `inner` are plain.
+void RA_API(ra_product)(const float *a, const float *b, uint32_t rows, uint32_t inner, uint32_t columns, float *c);
+
+// C [rows][columns] = A^T B, A [inner][rows], B [inner][columns]. Sums over `inner` are two-level.
+void RA_API(ra_transposed_product)(const float *a, const float *b, uint32_t inner, uint32_t rows, uint32_t columns,
+                                   float *c);
+
 // --- What this build is ---------------------------------------------------------------------------------------------
 
 // 1 when compiled with relaxed SIMD (fused multiply-add), else 0.

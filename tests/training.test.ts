@@ -27,6 +27,7 @@ const settings: Setting[] = [
   { shape: crossed, rotary: { dim: 4, interleaved: true } },
   { shape: crossed, causal: true, queryOffset: 14, rotary: false },
   { shape: crossed, bias: bias(crossed), sinks: Float32Array.of(0, 1, -1, 2), softcap: 3, window: [20, 4] },
+  { shape: { heads: 1, queryLength: 260, headDim: 6, modelDim: 1100 }, causal: true }, // products in two slices
   { shape: one, segments: [0, 7, 31], mask: Uint8Array.from({ length: 1600 }, (_, n) => n % 5) },
 ];
 const name = ({ shape, ...options }: Setting) => `${Object.values(shape).join(' ')} ${Object.keys(options).join(' ')}`;
@@ -36,7 +37,9 @@ describe('reference.attentionLoss', () => {
     const args = training(setting, 1);
     const parts = reference.attentionLoss(args);
     for (const weight of WEIGHTS) {
-      const direction = draw(args[weight].length, random(2).normal);
+      const { modelDim = 8 } = setting.shape;
+      const { normal } = random(2);
+      const direction = draw(args[weight].length, () => normal() / Math.sqrt(modelDim));
       const loss = (step: number) => {
         const moved = Float64Array.from(args[weight], (x, n) => x + step * direction[n]);
         return reference.attentionLoss({ ...args, [weight]: moved }).loss;
@@ -60,25 +63,26 @@ describe('reference.attentionLoss', () => {
  * binaries.
  */
 const TOLERANCE = {
-  loss: 0.3, // 0.15
-  gradient: 16, // 7.7
+  loss: 1, // 0.5
+  gradient: 16, // 7.7; sums over modelDim are plain, and theirs grow with its root (1,100: 26)
 };
 
 eachBinary((attention) => {
   describe('attentionLoss', () => {
     describe.each(settings.map((setting, n) => [name(setting), training(setting, n + 10)] as const))('%s', (_, args) => {
       const expected = lazy(() => reference.attentionLoss(args));
+      const roundings = TOLERANCE.gradient * Math.sqrt(Math.max(1, (args.shape.modelDim ?? 0) / 128)) * UNIT;
 
       test('gives the loss and its gradients', () => {
         const found = attention().attentionLoss({ ...args, method: 'exact' });
         expect(Math.abs(found.loss / expected().loss - 1)).toBeLessThan(TOLERANCE.loss * UNIT);
         for (const gradient of ['dx1', 'dx2', 'dy'] as const) {
           expect(found[gradient]).toHaveLength(expected()[gradient].length);
-          expect(relativeFrobenius(found[gradient], expected()[gradient])).toBeLessThan(TOLERANCE.gradient * UNIT);
+          expect(relativeFrobenius(found[gradient], expected()[gradient])).toBeLessThan(roundings);
         }
         for (const vector of ['dBias', 'dSinks'] as const) {
           expect(found[vector] === undefined).toBe(expected()[vector] === undefined);
-          if (found[vector]) expect(relativeFrobenius(found[vector], expected()[vector]!)).toBeLessThan(TOLERANCE.gradient * UNIT);
+          if (found[vector]) expect(relativeFrobenius(found[vector], expected()[vector]!)).toBeLessThan(roundings);
         }
       });
 

@@ -129,9 +129,11 @@ export class Attention implements RopeAttention {
   }
 
   *attentionLossSteps(args: AttentionLossArgs): Generator<number, AttentionLossResult> {
-    return yield* lossSteps(readLoss(args), {
-      forward: (call) => this.#forward('attentionLoss', call),
-      backward: (call) => this.#backward('attentionLoss', call),
+    const name = 'attentionLoss';
+    return yield* lossSteps(name, readLoss(args), {
+      kernel: this.#kernel,
+      forward: (call) => this.#forward(name, call),
+      backward: (call) => this.#backward(name, call),
     });
   }
 

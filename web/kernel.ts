@@ -83,6 +83,8 @@ interface Exports {
   ra_state_append(problem: number, arrays: number, state: number, workspace: number): number;
   ra_state_attend(problem: number, arrays: number, state: number, workspace: number): number;
   ra_state_merge(problem: number, state: number, other: number, workspace: number): number;
+  ra_product(a: number, b: number, rows: number, inner: number, columns: number, c: number): void;
+  ra_transposed_product(a: number, b: number, inner: number, rows: number, columns: number, c: number): void;
   ra_relaxed(): number;
   ra_warm_up(calls: number): void;
 }
@@ -107,6 +109,8 @@ const EXPORTS = [
   'ra_state_append',
   'ra_state_attend',
   'ra_state_merge',
+  'ra_product',
+  'ra_transposed_product',
   'ra_relaxed',
   'ra_warm_up',
 ]);
@@ -174,12 +178,43 @@ export class Kernel {
     return this.#session;
   }
 
+  /**
+   * The dense product A B, or A^T B for A [inner, rows], whose b has a multiple of 8 columns. A call of its own: an open session
+   * ends.
+   */
+  multiply(name: string, a: Float32Array, b: Float32Array, sizes: ProductSizes): Float32Array {
+    if (!this.#exports || !this.#arena) throw new Error(`${name}: this instance was disposed`);
+    this.#session?.close();
+    this.#session = null;
+    const { rows, inner, columns, transposed } = sizes;
+    const [exports, arena] = [this.#exports, this.#arena];
+    arena.reset();
+    const [at, bt, ct] = [a.length, b.length, rows * columns].map((count) => arena.reserve(4 * count));
+    arena.commit(name);
+    arena.writeFloats(at, a);
+    arena.writeFloats(bt, b);
+    if (transposed) exports.ra_transposed_product(at, bt, inner, rows, columns, ct);
+    else exports.ra_product(at, bt, rows, inner, columns, ct);
+    const c = arena.readFloats(ct, rows * columns);
+    arena.reset();
+    return c;
+  }
+
   dispose(): void {
     this.#session?.close();
     this.#session = null;
     this.#exports = null;
     this.#arena = null;
   }
+}
+
+/** Of A B, [rows, inner] times [inner, columns]. */
+export interface ProductSizes {
+  rows: number;
+  inner: number;
+  columns: number;
+  /** A is [inner, rows]. */
+  transposed: boolean;
 }
 
 /** Places for what is small or sampled; reserved with the session. */

@@ -1,71 +1,75 @@
 // SPDX-License-Identifier: MIT
 //
-// Dense matrix products in plain JavaScript, float32 in and out, sums in float64: what stands around attention in the training
-// problem (training.ts). 2 rows inner columns operations, about 4e9 a second.
+// Dense matrix products of any length by the kernels of dense.c, in slices of tokens: what stands around attention in the
+// training problem (training.ts). 2 rows inner columns operations; a megabyte of WebAssembly memory beside the weights.
 
-/** Multiply-adds between two yields, about 20 ms. */
-const SLICE = 2 ** 25;
+import type { Kernel } from './kernel.js';
 
-/** Sizes of a product: [rows, inner] times [inner, columns]. */
-interface Sizes {
-  rows: number;
-  inner: number;
-  columns: number;
-}
+/** Numbers of the token arrays of one slice, about: it stays in cache. */
+const SLICE = 2 ** 18;
 
-/** A B. Yields between slices of rows. */
-export function* product(a: Float32Array, b: Float32Array, sizes: Sizes): Generator<undefined, Float32Array> {
-  return yield* inSlices(a, sizes.inner, 1, b, sizes);
-}
+/** Lanes of the kernels. */
+const LANES = 8;
 
-/** A^T B, of A [inner, rows]. Yields between slices of rows. */
-export function* transposedProduct(a: Float32Array, b: Float32Array, sizes: Sizes): Generator<undefined, Float32Array> {
-  return yield* inSlices(a, 1, sizes.rows, b, sizes);
-}
-
-/** Entry [r, n] of the left matrix is a[r * down + n * along]. */
-function* inSlices(
-  a: Float32Array,
-  down: number,
-  along: number,
-  b: Float32Array,
-  { rows, inner, columns }: Sizes,
+/** x w of tokens x [tokens, inner] and weights w [inner, columns]. Yields between slices. */
+export function* project(
+  kernel: Kernel,
+  name: string,
+  x: Float32Array,
+  w: Float32Array,
+  inner: number,
 ): Generator<undefined, Float32Array> {
-  const c = new Float32Array(rows * columns);
-  const slice = Math.max(1, Math.floor(SLICE / (inner * columns)));
-  for (let r = 0; r < rows; r += slice) {
-    multiplyRows(a, down, along, b, inner, columns, c, r, Math.min(rows, r + slice));
+  const [tokens, columns] = [x.length / inner, w.length / inner];
+  const padded = widen(w, columns);
+  const result = new Float32Array(tokens * columns);
+  for (const [first, last] of slices(tokens, inner + columns)) {
+    const sizes = { rows: last - first, inner, columns: padded.length / inner, transposed: false };
+    const rows = kernel.multiply(name, x.subarray(first * inner, last * inner), padded, sizes);
+    result.set(narrow(rows, columns, sizes.columns), first * columns);
     yield;
   }
-  return c;
+  return result;
 }
 
-/** Rows first to last of C = A B. Four terms of a sum at once: a quarter of the reads and writes of the sums. */
-function multiplyRows(
-  a: Float32Array,
-  down: number,
-  along: number,
-  b: Float32Array,
-  inner: number,
-  columns: number,
-  c: Float32Array,
-  first: number,
-  last: number,
-): void {
-  const sums = new Float64Array(columns);
-  for (let r = first; r < last; r++) {
-    sums.fill(0);
-    let n = 0;
-    for (; n + 4 <= inner; n += 4) {
-      const x = r * down + n * along;
-      const [a0, a1, a2, a3] = [a[x], a[x + along], a[x + 2 * along], a[x + 3 * along]];
-      const [b0, b1, b2, b3] = [n * columns, (n + 1) * columns, (n + 2) * columns, (n + 3) * columns];
-      for (let k = 0; k < columns; k++) sums[k] += a0 * b[b0 + k] + a1 * b[b1 + k] + a2 * b[b2 + k] + a3 * b[b3 + k];
-    }
-    for (; n < inner; n++) {
-      const x = a[r * down + n * along];
-      for (let k = 0; k < columns; k++) sums[k] += x * b[n * columns + k];
-    }
-    c.set(sums, r * columns);
+/** x^T y of tokens x [tokens, rows] and y [tokens, columns]: the gradient by weights. Slices are summed in float64. */
+export function* correlate(
+  kernel: Kernel,
+  name: string,
+  x: Float32Array,
+  y: Float32Array,
+  tokens: number,
+): Generator<undefined, Float32Array> {
+  const [rows, columns] = [x.length / tokens, y.length / tokens];
+  const sums = new Float64Array(rows * columns);
+  for (const [first, last] of slices(tokens, rows + columns)) {
+    const padded = widen(y.subarray(first * columns, last * columns), columns);
+    const sizes = { rows, inner: last - first, columns: padded.length / (last - first), transposed: true };
+    const part = kernel.multiply(name, x.subarray(first * rows, last * rows), padded, sizes);
+    narrow(part, columns, sizes.columns).forEach((value, n) => (sums[n] += value));
+    yield;
   }
+  return Float32Array.from(sums);
+}
+
+function* slices(tokens: number, width: number): Generator<[first: number, last: number]> {
+  const step = Math.max(1, Math.floor(SLICE / width));
+  for (let first = 0; first < tokens; first += step) yield [first, Math.min(tokens, first + step)];
+}
+
+/** The rows with zeros up to a whole number of vectors. */
+function widen(x: Float32Array, columns: number): Float32Array {
+  return inRowsOf(Math.ceil(columns / LANES) * LANES, x, columns);
+}
+
+/** And without. */
+function narrow(x: Float32Array, columns: number, width: number): Float32Array {
+  return inRowsOf(columns, x, width);
+}
+
+/** The same rows, cut or with zeros behind; `x` itself where nothing changes. */
+function inRowsOf(width: number, x: Float32Array, before: number): Float32Array {
+  if (width === before) return x;
+  const y = new Float32Array((x.length / before) * width);
+  for (let r = 0; r * before < x.length; r++) y.set(x.subarray(r * before, r * before + Math.min(width, before)), r * width);
+  return y;
 }

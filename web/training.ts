@@ -13,40 +13,41 @@
 // operations in all, so that a step costs what attention costs: almost linear time where the polynomial engine serves.
 // Heads and batches are those of a transformer: rows of q, k, v and e hold all heads, which is the layout 'bnhd'.
 
-import { product, transposedProduct } from './products.js';
+import type { Kernel } from './kernel.js';
+import { correlate, project } from './products.js';
 import type { AttentionLossResult, BackwardResult, ForwardResult } from './types.js';
 import type { Call, Training } from './validate.js';
 
-/** The two passes of an instance. */
-interface Passes {
+/** What an instance gives. */
+interface Engine {
+  kernel: Kernel;
   forward(call: Call): Generator<number, ForwardResult>;
   backward(call: Call): Generator<number, BackwardResult>;
 }
 
 /** Fractions of the work done when forward begins and ends and when backward ends, about. */
-const [BEFORE, BETWEEN, AFTER] = [0.1, 0.35, 0.9];
+const [BEFORE, BETWEEN, AFTER] = [0.02, 0.35, 0.97];
 
-/** Loss and gradients. Yields the fraction done. */
-export function* lossSteps(training: Training, passes: Passes): Generator<number, AttentionLossResult> {
+/** Loss and gradients for the call `name`. Yields the fraction done. */
+export function* lossSteps(name: string, training: Training, engine: Engine): Generator<number, AttentionLossResult> {
   const { problem, modelDim, a1, a2, a3, x1, x2, y, e } = training;
-  const { batch, heads, kvHeads, headDim, valueDim } = problem;
-  const [queries, keys] = [batch * problem.queryLength, batch * problem.keyLength];
-  const onTokens = (rows: number, columns: number) => ({ rows, inner: modelDim, columns });
-  const overTokens = (inner: number, columns: number) => ({ rows: modelDim, inner, columns });
+  const projected = (x: Float32Array, w: Float32Array) => at(0, project(engine.kernel, name, x, w, modelDim));
+  const correlated = (x: Float32Array, dx: Float32Array) =>
+    at(AFTER, correlate(engine.kernel, name, x, dx, x.length / modelDim));
 
-  const q = yield* at(0, product(a1, x1, onTokens(queries, heads * headDim)));
-  const k = yield* at(BEFORE / 3, product(a2, x2, onTokens(keys, kvHeads * headDim)));
-  const v = yield* at((2 * BEFORE) / 3, product(a3, y, onTokens(keys, kvHeads * valueDim)));
+  const q = yield* projected(a1, x1);
+  const k = yield* projected(a2, x2);
+  const v = yield* projected(a3, y);
   const inputs = { q, k, v, dOutput: null, output: null, lse: null };
-  const saved = yield* between(BEFORE, BETWEEN, passes.forward({ problem, inputs }));
+  const saved = yield* between(BEFORE, BETWEEN, engine.forward({ problem, inputs }));
 
   const { residual, loss } = compare(saved.output, e);
   const given = { ...inputs, dOutput: residual, output: saved.output, lse: saved.lse };
-  const { dq, dk, dv, ...rest } = yield* between(BETWEEN, AFTER, passes.backward({ problem, inputs: given }));
+  const { dq, dk, dv, ...rest } = yield* between(BETWEEN, AFTER, engine.backward({ problem, inputs: given }));
 
-  const dx1 = yield* at(AFTER, transposedProduct(a1, dq, overTokens(queries, heads * headDim)));
-  const dx2 = yield* at(AFTER, transposedProduct(a2, dk, overTokens(keys, kvHeads * headDim)));
-  const dy = yield* at(AFTER, transposedProduct(a3, dv, overTokens(keys, kvHeads * valueDim)));
+  const dx1 = yield* correlated(a1, dq);
+  const dx2 = yield* correlated(a2, dk);
+  const dy = yield* correlated(a3, dv);
   yield 1;
   return { loss, dx1, dx2, dy, ...rest, saved };
 }

@@ -129,6 +129,27 @@ static void products_match_loops(void) {
     }
 }
 
+static void dense_products_match_loops(uint32_t rows, uint32_t inner, uint32_t columns) {
+  guarded a = guarded_new((size_t)rows * inner, rows, 1), b = guarded_new((size_t)inner * columns, inner, 1);
+  guarded c = guarded_new((size_t)rows * columns, 3, 1);
+  float *expected = malloc(sizeof(float) * c.count);
+  for (int transposed = 0; transposed < 2; transposed++) {
+    for (uint32_t r = 0; r < rows; r++)
+      for (uint32_t i = 0; i < columns; i++) {
+        double sum = 0;
+        for (uint32_t n = 0; n < inner; n++)
+          sum += (double)a.data[transposed ? n * rows + r : r * inner + n] * b.data[n * columns + i];
+        expected[r * columns + i] = (float)sum;
+      }
+    if (transposed) ra_transposed_product(a.data, b.data, inner, rows, columns, c.data);
+    else ra_product(a.data, b.data, rows, inner, columns, c.data);
+    double error = check_error(c.data, expected, c.count);
+    // measured 6.3e-7, at 300 terms
+    CHECK(error < 1.3e-6 && guarded_intact(&c), "%u %u %u, transposed %d: %g", rows, inner, columns, transposed, error);
+  }
+  free(expected), guarded_free(&a), guarded_free(&b), guarded_free(&c);
+}
+
 // sum_r w_r phi_r(x) phi_r(y) = sum_m c_m (x.y)^m, and J^T dphi against central differences of sum_r dphi_r phi_r(x).
 static void features_are_the_multinomial_theorem(uint32_t D, uint32_t degree) {
   float coefficients[RA_MAX_DEGREE + 1], live[RA_CHUNK];
@@ -208,6 +229,10 @@ int main(void) {
   rotation_is_accurate(2, 1, 7, 1);
   transposes_any_size();
   products_match_loops();
+  dense_products_match_loops(1, 1, 8);
+  dense_products_match_loops(13, 300, 24);
+  dense_products_match_loops(5, 128, 8);
+  dense_products_match_loops(6, 129, 16);
   features_are_the_multinomial_theorem(1, 6);
   features_are_the_multinomial_theorem(2, 8);
   features_are_the_multinomial_theorem(3, 5);
