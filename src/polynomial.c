@@ -31,6 +31,7 @@
 
 #include "pack.h"
 #include "polynomial.h"
+#include "products.h"
 #include "softmax.h"
 #include "tile.h"
 
@@ -93,15 +94,7 @@ static void layout(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) {
 // --- Products -----------------------------------------------------------------------------------------------------
 
 void ra_chunk_add_columns(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c) {
-  f32x4 zero = f32x4_splat(0);
-  ra_tile t;
-  for (uint32_t i = 0; i < CHUNK; i += 8) {
-#define STEP(R)                                                                                                        \
-  ra_tile_multiply(&t, R, zero, zero, count, a + r, a_row, 1, b + i, CHUNK);                                           \
-  ra_tile_add(&t, R, c + (size_t)r * CHUNK + i, CHUNK)
-    RA_IN_STEPS(r, rows, STEP);
-#undef STEP
-  }
+  for (uint32_t i = 0; i < CHUNK; i += 8) ra_add_columns(a, a_row, rows, b + i, CHUNK, count, c + i, CHUNK);
 }
 
 void ra_chunk_set_rows(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c) {
@@ -171,10 +164,11 @@ static const float *rows_at(const ra_polynomial *e, const float *x_t, uint32_t r
   return e->block;
 }
 
-void ra_read_state(const ra_polynomial *e, const float *x_t) {
+void ra_read_state(const ra_polynomial *e, const float *x_t, uint32_t tokens) {
   for (uint32_t row0 = 0, count; row0 < e->f.rank; row0 += count) {
-    const float *f = rows_at(e, x_t, row0, &count);
-    ra_chunk_add_columns(e->z + (size_t)row0 * e->row, e->row, e->columns, f, count, e->sum_t);
+    const float *f = rows_at(e, x_t, row0, &count), *z = e->z + (size_t)row0 * e->row;
+    for (uint32_t i = 0; i < tokens; i += 8)
+      ra_add_columns(z, e->row, e->columns, f + i, CHUNK, count, e->sum_t + i, CHUNK);
   }
 }
 
@@ -409,7 +403,7 @@ RA_KERNEL void forward_chunk(const ra_polynomial *e, const float *q, const float
   edges beside = edges_of(p, i, count, state);
   ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
   ra_load_queries(e, q, i, count, state.end > state.first);
-  if (state.end > state.first) ra_read_state(e, e->x_t);
+  if (state.end > state.first) ra_read_state(e, e->x_t, count);
   for (int side = 0; side < 2; side++)
     for (uint32_t j = beside.side[side].first, keys; j < beside.side[side].end; j += keys) {
       keys = ra_min_u32(CHUNK, beside.side[side].end - j);
@@ -553,7 +547,7 @@ RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv
     load_keys(e, x->k + at.k, x->v + at.v, j, count, 1);
     ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
     ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
-    ra_read_state(e, e->y_t);
+    ra_read_state(e, e->y_t, count);
     ra_transpose(e->sum_t, CHUNK, e->Dvp, CHUNK, e->d_rows, e->Dvp);
     add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + at.v + j * e->v_row, e->v_row);
     ra_transpose(e->u_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
@@ -678,7 +672,6 @@ void ra_polynomial_warm_up(uint32_t calls) {
   volatile uint32_t nothing = 0; // nobody is to see that the calls are empty
   for (uint32_t n = 0; n < calls; n++) {
     uint32_t none = nothing;
-    ra_chunk_add_columns(x, none, none, x, none, x);
     ra_chunk_set_rows(x, none, none, x, none, x);
     ra_chunk_set_products(x, none, x, none, none, x);
     add_to_state(x, x, none, x, none, none, x);

@@ -81,8 +81,8 @@ void ra_live_tokens(uint32_t count, float *live);
 // Queries i .. i + count - 1: x_rows, x_t and, if `features`, their stored features.
 void ra_load_queries(const ra_polynomial *e, const float *q, uint32_t i, uint32_t count, int features);
 
-// sum_t[column][token] += phi(token)^T z
-void ra_read_state(const ra_polynomial *e, const float *x_t);
+// sum_t[column][token] += phi(token)^T z, for the first `tokens` of the chunk
+void ra_read_state(const ra_polynomial *e, const float *x_t, uint32_t tokens);
 
 // z += W phi(tokens) rows
 void ra_update_state(const ra_polynomial *e, const float *x_t, const float *rows);

@@ -145,7 +145,7 @@ int ra_state_attend(const ra_problem *p, const ra_arrays *x, const void *state, 
         uint32_t count = ra_min_u32(CHUNK, p->query_length - i);
         ra_fill(e.sum_t, (size_t)e.columns * CHUNK, 0);
         ra_load_queries(&e, x->q + at.q, i, count, s->joined != 0);
-        if (s->joined) ra_read_state(&e, e.x_t);
+        if (s->joined) ra_read_state(&e, e.x_t, count);
         if (s->waiting > 0) {
           ra_exponentials(&e, own.y_rows, s->waiting, none, waiting);
           ra_chunk_add_columns(own.u_rows, e.row, e.columns, e.a, s->waiting, e.sum_t);
