@@ -109,8 +109,12 @@ build/tsc.stamp: $(GENERATED) $(filter %.ts,$(call find,web)) tsconfig.json node
 	@$(NODE) node_modules/typescript/bin/tsc -p tsconfig.json
 	@touch $@
 
+# What KissFFT's licence asks of whoever hands out binaries
+dist/kissfft.COPYING: node_modules/.stamp
+	@install -D -m 644 node_modules/kissfft-js/COPYING $@
+
 .PHONY: build
-build: build/tsc.stamp ## dist/: both binaries, JavaScript and declarations
+build: build/tsc.stamp dist/kissfft.COPYING ## dist/: both binaries, JavaScript and declarations
 	@test -f dist/index.js || { rm -f build/tsc.stamp; $(MAKE) build/tsc.stamp; }
 
 build/demo/index.html: build/tsc.stamp $(call find,demo) vite.config.js

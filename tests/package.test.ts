@@ -25,9 +25,9 @@ const folder = resolve('build/package');
 const app = join(folder, 'app');
 const installed = join(app, 'node_modules/rope-attention');
 
-/** Bytes of the tarball and of its content; it had 240 KB and 570 KB when this was written. */
-const PACKED_LIMIT = 300_000;
-const UNPACKED_LIMIT = 750_000;
+/** Bytes of the tarball and of its content: 305 KB and 771 KB with binaries of 92 KB, which may have 128 KB (Makefile). */
+const PACKED_LIMIT = 400_000;
+const UNPACKED_LIMIT = 950_000;
 
 /** What README says that a page has to allow. */
 const POLICY = "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'";
@@ -88,11 +88,17 @@ describe('the tarball', () => {
     const sources = readdirSync('web', { recursive: true, encoding: 'utf8' }).filter((name) => name.endsWith('.ts'));
     const built = sources.flatMap((name) => ['.js', '.d.ts'].map((ending) => `dist/${name.replace(/\.ts$/, ending)}`));
     const binaries = ['dist/rope-attention.wasm', 'dist/rope-attention.relaxed.wasm'];
-    const texts = ['README.md', 'LICENSE', 'CHANGELOG.md'].filter((name) => existsSync(name));
+    const texts = ['README.md', 'LICENSE', 'CHANGELOG.md', 'dist/kissfft.COPYING'];
     expect(packed.files.map(({ path }) => path).sort()).toEqual(
       ['package.json', ...texts, ...built, ...binaries].sort(),
     );
     for (const { path, size } of packed.files) expect(size).toBe(readFileSync(join(installed, path)).length);
+  });
+
+  test('carries the licence of what is compiled in', () => {
+    const text = readFileSync(join(installed, 'dist/kissfft.COPYING'), 'utf8');
+    expect(text).toContain('Mark Borgerding');
+    expect(text).toContain('Redistributions in binary form must reproduce the above copyright notice');
   });
 
   test(`is below ${PACKED_LIMIT / 1000} KB, ${UNPACKED_LIMIT / 1000} KB unpacked`, () => {
