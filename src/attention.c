@@ -34,6 +34,14 @@ static int check_relative(const ra_problem *p) {
   return inside;
 }
 
+// Ascending numbers below `end`, in every key/value head.
+static int are_outliers(const ra_problem *p, const uint32_t *rows, uint32_t count, uint64_t end) {
+  if (count > 0 && !rows) return 0;
+  for (size_t n = 0; n < (size_t)p->batch * p->kv_heads * count; n++)
+    if (rows[n] >= end || (n % count > 0 && rows[n] <= rows[n - 1])) return 0;
+  return 1;
+}
+
 int ra_check(const ra_problem *p) {
   int sizes = p->batch >= 1 && p->kv_heads >= 1 && p->heads >= 1 && p->heads % p->kv_heads == 0 &&
               p->query_length >= 1 && p->key_length >= 1 && p->head_dim >= 1 && p->head_dim <= RA_MAX_HEAD_DIM &&
@@ -53,8 +61,11 @@ int ra_check(const ra_problem *p) {
   // units are counted in 32 bits
   uint64_t blocks = (uint64_t)p->query_length / 32 + p->key_length / 32 + 4;
   int units = sizes && (uint64_t)p->batch * p->heads <= UINT32_MAX / 4 / blocks;
-  return units && rotary && positions && engine && flags && masks && known && check_relative(p) ? RA_OK
-                                                                                                : RA_ERROR_PROBLEM;
+  int valid = units && rotary && positions && engine && flags && masks && known && check_relative(p);
+  return valid && are_outliers(p, p->outlier_keys, p->outlier_key_count, p->key_length) &&
+                 are_outliers(p, p->outlier_queries, p->outlier_query_count, (uint64_t)ra_group(p) * p->query_length)
+             ? RA_OK
+             : RA_ERROR_PROBLEM;
 }
 
 // The first position of the segment that holds `position`, and of the next one.
@@ -135,6 +146,43 @@ static uint32_t first_query(const ra_problem *p, uint32_t j, int begins) {
 uint32_t ra_query_start(const ra_problem *p, uint32_t j) { return first_query(p, j, 0); }
 
 uint32_t ra_query_end(const ra_problem *p, uint32_t j) { return first_query(p, j, 1); }
+
+static ra_outliers outliers_of(const uint32_t *rows, uint32_t count, size_t kv_head) {
+  return (ra_outliers){count ? rows + kv_head * count : NULL, count};
+}
+
+ra_outliers ra_outlier_keys(const ra_problem *p, size_t kv_head) {
+  return outliers_of(p->outlier_keys, p->outlier_key_count, kv_head);
+}
+
+ra_outliers ra_outlier_queries(const ra_problem *p, size_t kv_head) {
+  return outliers_of(p->outlier_queries, p->outlier_query_count, kv_head);
+}
+
+// How many are below `row`.
+static uint32_t outliers_below(ra_outliers all, uint64_t row) {
+  uint32_t low = 0, high = all.count;
+  while (low < high) {
+    uint32_t middle = low + (high - low) / 2;
+    if (all.rows[middle] < row) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+ra_outliers ra_outliers_within(ra_outliers all, uint64_t first, uint64_t end) {
+  if (all.count == 0) return all;
+  uint32_t before = outliers_below(all, first);
+  return (ra_outliers){all.rows + before, outliers_below(all, end) - before};
+}
+
+uint32_t ra_outlier_bits(ra_outliers all, uint32_t group, uint32_t h, uint32_t first, uint32_t count) {
+  ra_outliers near = ra_outliers_within(all, (uint64_t)first * group, ((uint64_t)first + count) * group);
+  uint32_t bits = 0;
+  for (uint32_t n = 0; n < near.count; n++)
+    if (near.rows[n] % group == h) bits |= 1u << (near.rows[n] / group - first);
+  return bits;
+}
 
 size_t ra_workspace(const ra_problem *p, uint32_t pass) {
   if (ra_check(p) != RA_OK || pass > RA_BACKWARD) return 0;

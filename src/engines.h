@@ -66,6 +66,21 @@ uint32_t ra_chunk_end(const ra_problem *p, uint32_t i);
 // joined. The chunk's other keys are done exactly.
 ra_range ra_state_keys(const ra_problem *p, uint32_t i);
 
+// Outliers of one key/value head, ascending; of queries the numbers are those of ra_problem.outlier_queries.
+typedef struct ra_outliers {
+  const uint32_t *rows;
+  uint32_t count;
+} ra_outliers;
+
+ra_outliers ra_outlier_keys(const ra_problem *p, size_t kv_head);
+ra_outliers ra_outlier_queries(const ra_problem *p, size_t kv_head);
+
+// Those of them with numbers first .. end-1.
+ra_outliers ra_outliers_within(ra_outliers all, uint64_t first, uint64_t end);
+
+// Bit n: token first + n is one of them, n < count <= 32. Of queries of the h-th head of `group`, of keys with group = 1, h = 0.
+uint32_t ra_outlier_bits(ra_outliers all, uint32_t group, uint32_t h, uint32_t first, uint32_t count);
+
 // Where rows are: floats from one token to the next, and to the first token of a head (flat: batch * heads + head).
 static inline size_t ra_row(const ra_problem *p, uint32_t heads, size_t width) {
   return p->layout ? heads * width : width;

@@ -12,13 +12,15 @@
 //   Z = W sum_j phi(y_j) u_j^T   over the keys seen so far;   [numerator, denominator]_i = phi(x_i)^T Z
 //
 // Causal, or in a window: queries go in chunks of 32. Keys that all queries of a chunk see come through Z, which keys leave as
-// they joined it; the others, at the edges of what the queries see, are done exactly, with exp. Backward is the derivative of exactly this function, c_m held fixed. With h_i = [dout_i, -dout_i.out_i] / denominator_i
-// the gradient by A_ij is h_i.u_j, and so
+// they joined it; the others, at the edges of what the queries see, are done exactly, with exp. Backward is the derivative of
+// exactly this function, c_m held fixed. With h_i = [dout_i, -dout_i.out_i] / denominator_i the gradient by A_ij is h_i.u_j, and so
 //
 //   dphi(x_i) = Z h_i                       a sweep forwards, with the same Z
 //   Y = W sum_i phi(x_i) h_i^T,   dphi(y_j) = Y u_j,   du_j = Y^T phi(y_j)      a sweep backwards
 //
 // and the Jacobian of phi takes dphi to dx, dy. Nothing of size N x rank is ever stored.
+//
+// Outliers, rows whose scores are too large for p, are left out of the states and of the mean and done exactly (pairs.c).
 //
 // This work is based on:
 //   Alman, Song. Fast Attention Requires Bounded Entries. 2023 (2302.13214): forward
@@ -76,6 +78,9 @@ ra_polynomial ra_polynomial_arrange(const ra_problem *p, uint32_t pass, ra_works
   e.u_rows = ra_take_floats(w, CHUNK, e.row);
   e.sum_t = ra_take_floats(w, e.columns, CHUNK);
   e.a = ra_take_floats(w, CHUNK, CHUNK);
+  e.reference = ra_take_floats(w, CHUNK, 1);
+  e.far_y = ra_take_floats(w, p->outlier_key_count, e.Dp);
+  e.far_u = ra_take_floats(w, p->outlier_key_count, e.row);
   if (pass == RA_BACKWARD) {
     e.h_rows = ra_take_floats(w, CHUNK, e.row);
     e.h_t = ra_take_floats(w, e.columns, CHUNK);
@@ -83,7 +88,7 @@ ra_polynomial ra_polynomial_arrange(const ra_problem *p, uint32_t pass, ra_works
     e.dlower = ra_take_floats(w, lower, CHUNK);
     e.dblock = ra_take_floats(w, RA_ROW_BLOCK, CHUNK);
     e.dx_t = ra_take_floats(w, e.Dp, CHUNK);
-    e.d_rows = ra_take_floats(w, CHUNK, e.Dp > e.Dvp ? e.Dp : e.Dvp);
+    e.d_rows = ra_take_floats(w, CHUNK, e.Dp > e.row ? e.Dp : e.row);
   }
   if (w->base) ra_features_init(&e.f, p->head_dim, p->degree, tail);
   return e;
@@ -193,40 +198,44 @@ RA_KERNEL void read_state_backward(const ra_polynomial *e, const float *x_t, con
 
 // --- Chunks -------------------------------------------------------------------------------------------------------
 
-// rows [count][Dp], the rest of 32 zeroed, and their transpose
-RA_KERNEL void turn(const ra_polynomial *e, float *rows, uint32_t count, float *t) {
+void ra_turn(const ra_polynomial *e, float *rows, uint32_t count, float *t) {
   ra_fill(rows + (size_t)count * e->Dp, (size_t)(CHUNK - count) * e->Dp, 0);
   ra_transpose(rows, e->Dp, CHUNK, e->Dp, t, CHUNK);
 }
 
-void ra_live_tokens(uint32_t count, float *live) {
-  for (uint32_t i = 0; i < CHUNK; i++) live[i] = i < count ? 1.0f : 0.0f;
+void ra_live_tokens(uint32_t count, uint32_t outliers, float *live) {
+  for (uint32_t i = 0; i < CHUNK; i++) live[i] = i < count && !(outliers >> i & 1) ? 1.0f : 0.0f;
 }
 
 void ra_load_queries(const ra_polynomial *e, const float *q, uint32_t i, uint32_t count, int features) {
   float live[CHUNK];
   ra_rotary_rows(&e->state->q_rotary, q + i * e->q_row, e->q_row, e->x_rows, e->Dp, count, i, RA_ROTATE, e->p->scale);
-  turn(e, e->x_rows, count, e->x_t);
-  ra_live_tokens(count, live);
+  ra_turn(e, e->x_rows, count, e->x_t);
+  ra_live_tokens(count, 0, live);
   if (features) ra_features_lower(&e->f, e->x_t, live, e->lower);
 }
 
-// Keys j .. j + count - 1: y_rows, y_t, u_rows and, if `features`, their stored features.
-RA_KERNEL void load_keys(const ra_polynomial *e, const float *k, const float *v, uint32_t j, uint32_t count,
-                         int features) {
-  float live[CHUNK];
-  ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->y_rows, e->Dp, count, j, RA_ROTATE, 1.0f);
+void ra_load_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t j, uint32_t count, int features) {
+  const ra_problem *p = e->p;
+  const float *k = x->k + ra_head(p, kv, p->kv_heads, p->key_length, e->D) + j * e->k_row;
+  const float *v = x->v + ra_head(p, kv, p->kv_heads, p->key_length, e->Dv) + j * e->v_row;
+  ra_rotary_rows(&e->state->k_rotary, k, e->k_row, e->y_rows, e->Dp, count, j, RA_ROTATE, 1.0f);
   ra_fill(e->u_rows, (size_t)CHUNK * e->row, 0);
   for (uint32_t n = 0; n < count; n++) {
     float *y = e->y_rows + n * e->Dp, *u = e->u_rows + n * e->row;
-    const float *v_j = v + (j + n) * e->v_row;
+    const float *v_j = v + n * e->v_row;
     for (uint32_t d = 0; d < e->D; d++) y[d] -= e->k_mean[d];
     for (uint32_t d = 0; d < e->Dv; d++) u[d] = v_j[d] - e->v_mean[d];
     u[e->Dvp] = 1;
   }
-  turn(e, e->y_rows, count, e->y_t);
-  ra_live_tokens(count, live);
-  if (features) ra_features_lower(&e->f, e->y_t, live, e->lower);
+  if (!features) return;
+  float live[CHUNK];
+  uint32_t outliers = ra_outlier_bits(ra_outlier_keys(p, kv), 1, 0, j, count);
+  for (uint32_t n = 0; n < count; n++)
+    if (outliers >> n & 1) ra_fill(e->y_rows + n * e->Dp, e->Dp, 0);
+  ra_turn(e, e->y_rows, count, e->y_t);
+  ra_live_tokens(count, outliers, live);
+  ra_features_lower(&e->f, e->y_t, live, e->lower);
 }
 
 static void clear_state(const ra_polynomial *e) {
@@ -245,17 +254,17 @@ static void negate(float *rows, size_t count) {
 }
 
 // Keys join the state, or leave it.
-RA_KERNEL void add_keys(const ra_polynomial *e, const float *k, const float *v, ra_range keys, int leave) {
+RA_KERNEL void add_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, ra_range keys, int leave) {
   for (uint32_t j = keys.first, count; j < keys.end; j += count) {
     count = ra_min_u32(CHUNK, keys.end - j);
-    load_keys(e, k, v, j, count, 1);
+    ra_load_keys(e, x, kv, j, count, 1);
     if (leave) negate(e->u_rows, (size_t)CHUNK * e->row);
     ra_update_state(e, e->y_t, e->u_rows);
   }
 }
 
 // The state becomes that of these keys, which rise from call to call.
-static void move_state(const ra_polynomial *e, const float *k, const float *v, ra_range keys) {
+static void move_state(const ra_polynomial *e, const ra_arrays *x, size_t kv, ra_range keys) {
   ra_polynomial_state *s = e->state;
   if (keys.first >= keys.end) return;
   uint32_t staying = s->edge > keys.first ? s->edge - keys.first : 0, leaving = keys.first - s->first;
@@ -263,37 +272,23 @@ static void move_state(const ra_polynomial *e, const float *k, const float *v, r
     clear_state(e);
     s->edge = keys.first;
   } else {
-    add_keys(e, k, v, (ra_range){s->first, keys.first}, 1);
+    add_keys(e, x, kv, (ra_range){s->first, keys.first}, 1);
     s->gone += leaving;
   }
   s->first = keys.first;
-  add_keys(e, k, v, (ra_range){s->edge, keys.end}, 0);
+  add_keys(e, x, kv, (ra_range){s->edge, keys.end}, 0);
   s->edge = keys.end;
 }
 
-void ra_exponentials(const ra_polynomial *e, const float *y_rows, uint32_t keys, const float *first, const float *end) {
-  const ra_exp2_constants *constants = ra_exp2_load();
-  f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0);
-  ra_chunk_set_rows(y_rows, e->Dp, keys, e->x_t, e->D, e->a);
-  for (uint32_t n = 0; n < keys; n++)
-    for (uint32_t c = 0; c < CHUNK; c += 4) {
-      float *at = e->a + n * CHUNK + c;
-      f32x4 exponent = f32x4_min(f32x4_splat(128), f32x4_mul(f32x4_load(at), to_log2)); // 2^128 and on: infinity
-      f32x4 weight = ra_exp2(exponent, constants);
-      weight = f32x4_where_less(f32x4_splat((float)n), f32x4_load(end + c), weight, zero);
-      f32x4_store(at, f32x4_where_less(f32x4_splat((float)n), f32x4_load(first + c), zero, weight));
-    }
-}
-
-// a of the keys j .. j + keys - 1 for the queries from i, which see those that are allowed; columns past the chunk's queries
-// mean nothing.
-static void edge_weights(const ra_polynomial *e, uint32_t i, uint32_t j, uint32_t keys) {
-  float first[CHUNK], end[CHUNK];
+// Which of the keys j .. j + keys - 1 the queries i .. i + count - 1 may see; `outliers`, done elsewhere, none.
+static ra_seen seen_keys(const ra_problem *p, uint32_t i, uint32_t count, uint32_t outliers, uint32_t j,
+                         uint32_t keys) {
+  ra_seen seen;
   for (uint32_t n = 0; n < CHUNK; n++) {
-    ra_range seen = ra_keys_of(e->p, i + n);
-    first[n] = (float)ra_place(seen.first, j, keys), end[n] = (float)ra_place(seen.end, j, keys);
+    int sees = n < count && !(outliers >> n & 1);
+    ra_see(&seen, n, sees ? ra_keys_of(p, i + n) : (ra_range){0, 0}, j, keys);
   }
-  ra_exponentials(e, e->y_rows, keys, first, end);
+  return seen;
 }
 
 // What the queries i .. i + count - 1 of a chunk see beside the keys of its state: a range on either side, or all when there
@@ -320,21 +315,25 @@ RA_KERNEL void row_shifts(const ra_polynomial *e, float *shift) {
 
 // --- Preparation --------------------------------------------------------------------------------------------------
 
-// Means of the rotated keys and of the values: float sums of 32, double sums of those.
-RA_KERNEL void take_means(const ra_polynomial *e, const float *k, const float *v) {
-  uint32_t Nk = e->p->key_length;
+// Means of the rotated keys, without outliers, and of the values: float sums of 32, double sums of those.
+RA_KERNEL void take_means(const ra_polynomial *e, size_t kv, const float *k, const float *v) {
+  uint32_t Nk = e->p->key_length, plain = Nk - e->p->outlier_key_count;
+  ra_outliers far = ra_outlier_keys(e->p, kv);
   double k_sum[RA_MAX_HEAD_DIM] = {0};
   ra_fill(e->k_mean, e->Dp, 0);
   for (uint32_t j = 0; j < Nk; j += CHUNK) {
     uint32_t count = ra_min_u32(CHUNK, Nk - j);
     ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->y_rows, e->Dp, count, j, RA_ROTATE, 1.0f);
+    uint32_t outliers = ra_outlier_bits(far, 1, 0, j, count);
+    for (uint32_t n = 0; n < count; n++)
+      if (outliers >> n & 1) ra_fill(e->y_rows + n * e->Dp, e->Dp, 0);
     for (uint32_t d = 0; d < e->D; d++) {
       float sum = 0;
       for (uint32_t n = 0; n < count; n++) sum += e->y_rows[n * e->Dp + d];
       k_sum[d] += sum;
     }
   }
-  for (uint32_t d = 0; d < e->D; d++) e->k_mean[d] = (float)(k_sum[d] / Nk), k_sum[d] = 0;
+  for (uint32_t d = 0; d < e->D && plain > 0; d++) e->k_mean[d] = (float)(k_sum[d] / plain);
   double *v_sum = k_sum;
   memset(v_sum, 0, sizeof k_sum);
   ra_fill(e->v_mean, e->Dvp, 0);
@@ -353,25 +352,27 @@ void ra_take_weights(const ra_polynomial *e, uint32_t kv) {
   ra_features_weights(&e->f, e->p->coefficients + (size_t)kv * (e->f.degree + 1), e->weights, e->run);
 }
 
-static void prepare_head(const ra_polynomial *e, uint32_t kv, const float *k, const float *v) {
+static void prepare_head(const ra_polynomial *e, const ra_arrays *x, uint32_t kv) {
+  ra_heads at = ra_heads_of(e, (size_t)kv * ra_group(e->p));
   ra_take_weights(e, kv);
-  take_means(e, k, v);
+  take_means(e, kv, x->k + at.k, x->v + at.v);
+  ra_load_outlier_keys(e, x, kv);
   e->state->first = e->state->edge = 0;
 }
 
 // --- Forward ------------------------------------------------------------------------------------------------------
 
-void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, ra_range seeing, float *out, float *lse) {
+uint32_t ra_normalise(const ra_polynomial *e, uint32_t count, float *lse) {
   float shift[CHUNK], inverse[CHUNK];
+  uint32_t bad = 0;
   row_shifts(e, shift);
   const float *denominator = e->sum_t + (size_t)e->Dvp * CHUNK;
   for (uint32_t n = 0; n < CHUNK; n++) {
     float sum = denominator[n];
     int good = sum > 0 && sum <= 3.4e38f;
     inverse[n] = good ? 1 / sum : 0;
-    if (n >= count) continue;
-    lse[i + n] = good ? (float)(log((double)sum) + shift[n]) : -INFINITY;
-    if (!good && n >= seeing.first && n < seeing.end) e->state->not_positive++;
+    lse[n] = good ? (float)(log((double)sum) + RA_LN_2 * e->reference[n] + shift[n]) : -INFINITY;
+    if (!good && n < count) bad |= 1u << n;
   }
   for (uint32_t d = 0; d < e->Dv; d++) {
     f32x4 mean = f32x4_load_splat(e->v_mean + d);
@@ -381,65 +382,96 @@ void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, ra_rang
       f32x4_store(at, f32x4_where_less(f32x4_splat(0), inverse_c, value, f32x4_splat(0)));
     }
   }
+  return bad;
+}
+
+void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_t seeing, float *out, float *lse) {
+  float own[CHUNK];
+  if (ra_normalise(e, count, own) & seeing) e->state->not_positive = 1;
+  memcpy(lse + i, own, count * sizeof *own);
   ra_transpose(e->sum_t, CHUNK, e->Dv, count, out + i * e->out_row, e->out_row);
 }
 
-// Those of the queries i .. i + count - 1, counted from i, that see some key.
-static ra_range seeing_queries(const ra_problem *p, uint32_t i, uint32_t count) {
-  ra_range seeing = {count, count}, keys;
-  for (uint32_t n = count; n-- > 0;) {
-    keys = ra_keys_of(p, i + n);
-    if (keys.first < keys.end) seeing.first = n;
-    else if (seeing.first == count) seeing.end = n;
+// Those of the queries i .. i + count - 1 that see some key, bit n.
+static uint32_t seeing_queries(const ra_problem *p, uint32_t i, uint32_t count) {
+  uint32_t seeing = 0;
+  for (uint32_t n = 0; n < count; n++) {
+    ra_range keys = ra_keys_of(p, i + n);
+    if (keys.first < keys.end) seeing |= 1u << n;
   }
-  if (seeing.first > seeing.end) seeing.end = seeing.first;
   return seeing;
 }
 
-RA_KERNEL void forward_chunk(const ra_polynomial *e, const float *q, const float *k, const float *v, uint32_t i,
-                             uint32_t count, float *out, float *lse) {
+// The outliers among the queries i .. i + count - 1 of a head, bit n.
+static uint32_t outlier_queries(const ra_problem *p, size_t head, uint32_t i, uint32_t count) {
+  uint32_t group = ra_group(p);
+  return ra_outlier_bits(ra_outlier_queries(p, head / group), group, (uint32_t)(head % group), i, count);
+}
+
+// Whether the state of these keys has something in it.
+static int has_plain_keys(const ra_problem *p, size_t kv, ra_range keys) {
+  return keys.first < keys.end &&
+         ra_outliers_within(ra_outlier_keys(p, kv), keys.first, keys.end).count < keys.end - keys.first;
+}
+
+RA_KERNEL void forward_chunk(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
   const ra_problem *p = e->p;
+  size_t kv = head / ra_group(p);
+  ra_heads at = ra_heads_of(e, head);
   ra_range state = ra_state_keys(p, i);
   edges beside = edges_of(p, i, count, state);
+  uint32_t outliers = outlier_queries(p, head, i, count);
+  int reads = has_plain_keys(p, kv, state);
   ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
-  ra_load_queries(e, q, i, count, state.end > state.first);
-  if (state.end > state.first) ra_read_state(e, e->x_t, count);
+  ra_load_queries(e, x->q + at.q, i, count, reads);
+  ra_begin_references(e, !reads);
+  if (reads) ra_read_state(e, e->x_t, count);
+  ra_add_outlier_keys(e, kv, state, outliers);
   for (int side = 0; side < 2; side++)
     for (uint32_t j = beside.side[side].first, keys; j < beside.side[side].end; j += keys) {
       keys = ra_min_u32(CHUNK, beside.side[side].end - j);
-      load_keys(e, k, v, j, keys, 0);
-      edge_weights(e, i, j, keys);
-      ra_chunk_add_columns(e->u_rows, e->row, e->columns, e->a, keys, e->sum_t);
+      ra_seen seen = seen_keys(p, i, count, outliers, j, keys);
+      ra_load_keys(e, x, kv, j, keys, 0);
+      ra_add_block(e, e->y_rows, e->u_rows, keys, &seen);
     }
-  ra_finish_chunk(e, i, count, seeing_queries(p, i, count), out, lse);
+  ra_finish_chunk(e, i, count, seeing_queries(p, i, count) & ~outliers, x->out + at.out, x->lse + at.lse);
 }
 
 // --- Backward -----------------------------------------------------------------------------------------------------
 
-// h_rows, h_t of a chunk: [dout, -delta] / denominator, from lse = log denominator + x.mean.
-RA_KERNEL void load_gradients(const ra_polynomial *e, const float *out, const float *lse, const float *dout, uint32_t i,
-                              uint32_t count) {
+void ra_load_gradients(const ra_polynomial *e, const float *out, const float *dout, size_t row, const float *lse,
+                       uint32_t count, uint32_t outliers, float *live) {
   float shift[CHUNK];
   row_shifts(e, shift);
   ra_fill(e->h_rows, (size_t)CHUNK * e->row, 0);
+  ra_fill(e->reference, CHUNK, -RA_MASKED); // weights of nothing are 0
+  ra_fill(live, CHUNK, 0);
   for (uint32_t n = 0; n < count; n++) {
-    if (lse[i + n] == -INFINITY) continue;
-    const float *out_i = out + (i + n) * e->out_row, *dout_i = dout + (i + n) * e->out_row;
-    float *h = e->h_rows + n * e->row, inverse = (float)exp((double)shift[n] - lse[i + n]);
-    double delta = 0;
+    if (lse[n] == -INFINITY || (outliers >> n & 1)) continue;
+    const float *out_n = out + n * row, *dout_n = dout + n * row;
+    // the denominator, a power of two and a factor of about 1
+    double log_denominator = lse[n] - (double)shift[n], power = floor(RA_LOG2_E * log_denominator), delta = 0;
+    float *h = e->h_rows + n * e->row, inverse = (float)exp(RA_LN_2 * power - log_denominator);
     for (uint32_t d = 0; d < e->Dv; d++) {
-      delta += (double)dout_i[d] * (out_i[d] - e->v_mean[d]);
-      h[d] = dout_i[d] * inverse;
+      delta += (double)dout_n[d] * (out_n[d] - e->v_mean[d]);
+      h[d] = dout_n[d] * inverse;
     }
     h[e->Dvp] = (float)-delta * inverse;
+    e->reference[n] = (float)power;
+    live[n] = power > -126 ? ra_power_of_two((float)-power) : 0; // else there is no polynomial in it
   }
   ra_transpose(e->h_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
 }
 
-// y[n][0 .. columns-1] += x[n], count rows
-RA_KERNEL void add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns, float *y, size_t y_row) {
-  for (uint32_t n = 0; n < count; n++)
-    for (uint32_t d = 0; d < columns; d++) y[n * y_row + d] += x[n * x_row + d];
+// A chunk of queries, and what they pass back, as ra_load_gradients; `features`: scaled by it.
+RA_KERNEL void load_queries_backward(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i,
+                                     uint32_t count, int features) {
+  float live[CHUNK];
+  ra_heads at = ra_heads_of(e, head);
+  ra_load_queries(e, x->q + at.q, i, count, 0);
+  ra_load_gradients(e, x->out + at.out + i * e->out_row, x->dout + at.out + i * e->out_row, e->out_row,
+                    x->lse + at.lse + i, count, outlier_queries(e->p, head, i, count), live);
+  if (features) ra_features_lower(&e->f, e->x_t, live, e->lower);
 }
 
 ra_heads ra_heads_of(const ra_polynomial *e, size_t head) {
@@ -452,38 +484,27 @@ ra_heads ra_heads_of(const ra_polynomial *e, size_t head) {
                     .lse = head * Nq};
 }
 
-// What keys j .. j + count - 1 at an edge give to dx_t of the chunk of queries from i, and it to their dk and dv.
-RA_KERNEL void backward_edge(const ra_polynomial *e, const ra_arrays *x, ra_heads at, uint32_t i, uint32_t j,
-                             uint32_t count) {
-  // in the forward pass this was sum += A u, A = exp(x.y)
-  load_keys(e, x->k + at.k, x->v + at.v, j, count, 0);
-  edge_weights(e, i, j, count);
-  ra_chunk_set_rows(e->u_rows, e->row, count, e->h_t, e->columns, e->da);
-  for (uint32_t n = 0; n < count * CHUNK; n += 4)
-    f32x4_store(e->da + n, f32x4_mul(f32x4_load(e->da + n), f32x4_load(e->a + n)));
-  ra_chunk_add_columns(e->y_rows, e->Dp, e->D, e->da, count, e->dx_t);
-  ra_chunk_set_products(e->da, count, e->x_rows, e->Dp, e->Dp, e->d_rows);
-  add_rows(e->d_rows, e->Dp, count, e->D, x->dk + at.k + j * e->k_row, e->k_row);
-  ra_chunk_set_products(e->a, count, e->h_rows, e->row, e->Dvp, e->d_rows);
-  add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + at.v + j * e->v_row, e->v_row);
-}
-
-// The sweep forwards, one chunk of one query head: dq, and what the edges give to dk and dv.
+// The sweep forwards, one chunk of one query head: dq, and what pairs that are done exactly give to dk and dv.
 RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
   const ra_problem *p = e->p;
+  size_t kv = head / ra_group(p);
   ra_heads at = ra_heads_of(e, head);
   ra_range state = ra_state_keys(p, i);
   edges beside = edges_of(p, i, count, state);
-  ra_load_queries(e, x->q + at.q, i, count, state.end > state.first);
-  load_gradients(e, x->out + at.out, x->lse + at.lse, x->dout + at.out, i, count);
+  uint32_t outliers = outlier_queries(p, head, i, count);
+  int reads = has_plain_keys(p, kv, state);
+  load_queries_backward(e, x, head, i, count, reads);
   ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
 
   // in the forward pass this was sum = phi(x) Z
-  if (state.end > state.first) read_state_backward(e, e->x_t, e->h_t);
+  if (reads) read_state_backward(e, e->x_t, e->h_t);
+  ra_add_outlier_keys_backward(e, x, kv, state, outliers);
   for (int side = 0; side < 2; side++)
     for (uint32_t j = beside.side[side].first, keys; j < beside.side[side].end; j += keys) {
       keys = ra_min_u32(CHUNK, beside.side[side].end - j);
-      backward_edge(e, x, at, i, j, keys);
+      ra_seen seen = seen_keys(p, i, count, outliers, j, keys);
+      ra_load_keys(e, x, kv, j, keys, 0);
+      ra_add_block_backward(e, e->y_rows, e->u_rows, keys, &seen, NULL, j, x->dk + at.k, x->dv + at.v);
     }
   // in the forward pass this was x = scale R q
   ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);
@@ -494,9 +515,7 @@ RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size
 // One chunk of one query head joins Y, or leaves it.
 RA_KERNEL void add_queries(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count,
                            int leave) {
-  ra_heads at = ra_heads_of(e, head);
-  ra_load_queries(e, x->q + at.q, i, count, 1);
-  load_gradients(e, x->out + at.out, x->lse + at.lse, x->dout + at.out, i, count);
+  load_queries_backward(e, x, head, i, count, 1);
   if (leave) negate(e->h_rows, (size_t)CHUNK * e->row);
   ra_update_state(e, e->x_t, e->h_rows);
 }
@@ -544,28 +563,31 @@ RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv
     }
     uint32_t left = e->state->edge - (first > start ? first : start), count = left % CHUNK ? left % CHUNK : CHUNK,
              j = e->state->edge - count;
-    load_keys(e, x->k + at.k, x->v + at.v, j, count, 1);
+    ra_load_keys(e, x, kv, j, count, 1);
     ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
     ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
     ra_read_state(e, e->y_t, count);
     ra_transpose(e->sum_t, CHUNK, e->Dvp, CHUNK, e->d_rows, e->Dvp);
-    add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + at.v + j * e->v_row, e->v_row);
+    ra_add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + at.v, e->v_row, NULL, j);
     ra_transpose(e->u_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
     read_state_backward(e, e->y_t, e->h_t);
     ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);
-    add_rows(e->d_rows, e->Dp, count, e->D, x->dk + at.k + j * e->k_row, e->k_row);
+    ra_add_rows(e->d_rows, e->Dp, count, e->D, x->dk + at.k, e->k_row, NULL, j);
     e->state->edge = j;
   }
 }
 
-// dk is so far the gradient by y = R k - mean: take out its mean (the path through the mean), rotate back.
-RA_KERNEL void finish_keys(const ra_polynomial *e, float *dk) {
-  uint32_t Nk = e->p->key_length;
-  for (uint32_t d = 0; d < e->D; d++) {
-    double sum = 0;
-    for (uint32_t j = 0; j < Nk; j++) sum += dk[j * e->k_row + d];
-    float mean = (float)(sum / Nk);
-    for (uint32_t j = 0; j < Nk; j++) dk[j * e->k_row + d] -= mean;
+// dk is so far the gradient by y = R k - mean: take out its sum over those that the mean is of (the path through the mean), rotate
+// back.
+RA_KERNEL void finish_keys(const ra_polynomial *e, size_t kv, float *dk) {
+  uint32_t Nk = e->p->key_length, plain = Nk - e->p->outlier_key_count;
+  double sum[RA_MAX_HEAD_DIM] = {0};
+  for (uint32_t j = 0; j < Nk; j++)
+    for (uint32_t d = 0; d < e->D; d++) sum[d] += dk[j * e->k_row + d];
+  for (uint32_t j = 0; j < Nk; j += CHUNK) {
+    uint32_t count = ra_min_u32(CHUNK, Nk - j), outliers = ra_outlier_bits(ra_outlier_keys(e->p, kv), 1, 0, j, count);
+    for (uint32_t n = 0; n < count; n++)
+      for (uint32_t d = 0; d < e->D && !(outliers >> n & 1); d++) dk[(j + n) * e->k_row + d] -= (float)(sum[d] / plain);
   }
   for (uint32_t j = 0; j < Nk; j += CHUNK)
     ra_rotary_rows(&e->state->k_rotary, dk + j * e->k_row, e->k_row, dk + j * e->k_row, e->k_row,
@@ -576,16 +598,18 @@ RA_KERNEL void finish_keys(const ra_polynomial *e, float *dk) {
 //
 // Per key/value head. Forward: blocks of 256 keys of the first chunk's state (all keys when there is no mask), then blocks of
 // 256 queries of all heads of the group, each bringing its own. Backward: the same, then the query blocks again from the last
-// to the first, then the key blocks from the last to the first.
+// to the first, then the key blocks from the last to the first. At the end of both passes chunks of 32 outlier queries, whose rows
+// of the blocks before mean nothing.
 
 typedef struct plan {
-  uint32_t key_blocks, query_blocks, per_head;
+  uint32_t key_blocks, query_blocks, outliers, per_head; // outliers: where they begin
 } plan;
 
 static plan plan_units(const ra_problem *p, uint32_t pass) {
   ra_range keys = ra_state_keys(p, 0);
-  plan n = {ra_ceil_div(keys.end - keys.first, UNIT), ra_ceil_div(p->query_length, UNIT), 0};
-  n.per_head = (n.key_blocks + n.query_blocks) * (pass == RA_FORWARD ? 1 : 2);
+  plan n = {.key_blocks = ra_ceil_div(keys.end - keys.first, UNIT), .query_blocks = ra_ceil_div(p->query_length, UNIT)};
+  n.outliers = (n.key_blocks + n.query_blocks) * (pass == RA_FORWARD ? 1 : 2);
+  n.per_head = n.outliers + ra_ceil_div(p->outlier_query_count, CHUNK);
   return n;
 }
 
@@ -596,14 +620,11 @@ static uint32_t units(const ra_problem *p, uint32_t pass) {
 static void forward_queries(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t block, uint32_t pass) {
   const ra_problem *p = e->p;
   size_t group = ra_group(p);
-  ra_heads of_keys = ra_heads_of(e, kv * group);
   for (uint32_t i = block * UNIT, count; i < ra_min_u32(block * UNIT + UNIT, p->query_length); i += count) {
     count = ra_chunk_end(p, i) - i;
-    move_state(e, x->k + of_keys.k, x->v + of_keys.v, ra_state_keys(p, i));
+    move_state(e, x, kv, ra_state_keys(p, i));
     for (size_t head = kv * group; head < (kv + 1) * group; head++) {
-      ra_heads at = ra_heads_of(e, head);
-      if (pass == RA_FORWARD)
-        forward_chunk(e, x->q + at.q, x->k + at.k, x->v + at.v, i, count, x->out + at.out, x->lse + at.lse);
+      if (pass == RA_FORWARD) forward_chunk(e, x, head, i, count);
       else backward_queries(e, x, head, i, count);
     }
   }
@@ -641,24 +662,25 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
     if (at == 0) {
       ra_rotary_batch(&e.state->q_rotary, p, 1, kv / p->kv_heads);
       ra_rotary_batch(&e.state->k_rotary, p, 0, kv / p->kv_heads);
-      prepare_head(&e, kv, x->k + of_keys.k, x->v + of_keys.v);
+      prepare_head(&e, x, kv);
       for (uint32_t j = 0; pass == RA_BACKWARD && j < p->key_length; j++) {
         ra_fill(x->dk + of_keys.k + j * e.k_row, e.D, 0);
         ra_fill(x->dv + of_keys.v + j * e.v_row, e.Dv, 0);
       }
     }
-    if (at == blocks) { // keys that no query saw through the state are done
+    if (pass == RA_BACKWARD && at == blocks) { // keys that no query saw through the state are done
       clear_state(&e);
       e.state->queries = (ra_range){p->query_length, p->query_length};
       e.state->edge = ra_state_keys(p, ra_chunk_start(p, p->query_length - 1)).end;
     }
     if (at < n.key_blocks)
-      move_state(&e, x->k + of_keys.k, x->v + of_keys.v,
-                 (ra_range){keys.first, ra_min_u32(keys.first + (at + 1) * UNIT, keys.end)});
+      move_state(&e, x, kv, (ra_range){keys.first, ra_min_u32(keys.first + (at + 1) * UNIT, keys.end)});
     else if (at < blocks) forward_queries(&e, x, kv, at - n.key_blocks, pass);
-    else if (at < blocks + n.query_blocks) sweep_back(&e, x, kv, blocks + n.query_blocks - 1 - at);
-    else retire_keys(&e, x, kv, keys.first + (n.per_head - 1 - at) * UNIT);
-    if (pass == RA_BACKWARD && at == n.per_head - 1) finish_keys(&e, x->dk + of_keys.k);
+    else if (at < n.outliers && at < blocks + n.query_blocks) sweep_back(&e, x, kv, blocks + n.query_blocks - 1 - at);
+    else if (at < n.outliers) retire_keys(&e, x, kv, keys.first + (n.outliers - 1 - at) * UNIT);
+    else if (pass == RA_FORWARD) ra_outlier_queries_forward(&e, x, kv, at - n.outliers);
+    else ra_outlier_queries_backward(&e, x, kv, at - n.outliers);
+    if (pass == RA_BACKWARD && at == n.per_head - 1) finish_keys(&e, kv, x->dk + of_keys.k);
   }
   return last == all && e.state->not_positive > 0 ? RA_NOT_POSITIVE : RA_OK;
 }

@@ -7,6 +7,8 @@
 #ifndef RA_POLYNOMIAL_H
 #define RA_POLYNOMIAL_H
 
+#include <string.h>
+
 #include "engines.h"
 #include "monomials.h"
 #include "rotary.h"
@@ -38,7 +40,9 @@ typedef struct ra_polynomial {
   float *x_t, *y_t;       // [D][32]
   float *u_rows;          // [32][row]
   float *sum_t;           // [columns][32] numerators and denominators, du
-  float *a;               // [32 keys][32] weights of keys at an edge
+  float *a;               // [32 keys][32] weights of keys that are done exactly
+  float *reference;       // [32] powers of two that a query's sums, and such weights, are divided by
+  float *far_y, *far_u;   // [outlier keys][Dp], [outlier keys][row] of the head
   // backward
   float *h_rows, *h_t;    // [32][row], [columns][32]; u_t in the backward sweep
   float *da;              // [32][32]
@@ -48,6 +52,14 @@ typedef struct ra_polynomial {
 } ra_polynomial;
 
 enum { RA_STREAM = RA_BACKWARD + 1 }; // a pass whose sums are not in the workspace
+
+// 2^n for a whole number n below 128; 0 below -126.
+static inline float ra_power_of_two(float n) {
+  uint32_t bits = n < -126 ? 0 : (uint32_t)((int32_t)n + 127) << 23;
+  float power;
+  memcpy(&power, &bits, sizeof power);
+  return power;
+}
 
 // Where one query head and its key/value head begin in the arrays.
 typedef struct ra_heads {
@@ -75,11 +87,17 @@ void ra_chunk_set_products(const float *a, uint32_t rows, const float *b, size_t
 
 // --- Chunks --------------------------------------------------------------------------------------------------------
 
-// live[32]: 1 for the first `count` tokens, 0 for the others.
-void ra_live_tokens(uint32_t count, float *live);
+// live[32]: 1 for the first `count` tokens, without those in `outliers` (bit n: token n), 0 for the others.
+void ra_live_tokens(uint32_t count, uint32_t outliers, float *live);
+
+// rows [count][Dp], the rest of 32 zeroed, and their transpose t.
+void ra_turn(const ra_polynomial *e, float *rows, uint32_t count, float *t);
 
 // Queries i .. i + count - 1: x_rows, x_t and, if `features`, their stored features.
 void ra_load_queries(const ra_polynomial *e, const float *q, uint32_t i, uint32_t count, int features);
+
+// Keys j .. j + count - 1 of key/value head kv: y_rows, u_rows and, if `features`, y_t and its stored features, outliers as zeros.
+void ra_load_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t j, uint32_t count, int features);
 
 // sum_t[column][token] += phi(token)^T z, for the first `tokens` of the chunk
 void ra_read_state(const ra_polynomial *e, const float *x_t, uint32_t tokens);
@@ -87,10 +105,62 @@ void ra_read_state(const ra_polynomial *e, const float *x_t, uint32_t tokens);
 // z += W phi(tokens) rows
 void ra_update_state(const ra_polynomial *e, const float *x_t, const float *rows);
 
-// a[n][i] = exp(x_i.y_n) for keys first[i] <= n < end[i] of y_rows [keys][Dp], 0 elsewhere.
-void ra_exponentials(const ra_polynomial *e, const float *y_rows, uint32_t keys, const float *first, const float *end);
+// h_rows, h_t, references and live[32] of queries whose rows of out and dout are `row` floats apart: the gradient by A_ij is
+// live_i h_i.u_j for A = p, h_i.u_j for A = exp 2^-reference_i. All zero for those in `outliers` and those that saw nothing.
+void ra_load_gradients(const ra_polynomial *e, const float *out, const float *dout, size_t row, const float *lse,
+                       uint32_t count, uint32_t outliers, float *live);
 
-// sum_t of queries i .. i + count - 1 becomes their rows of out and lse. Those of `seeing`, counted from i, have seen a key.
-void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, ra_range seeing, float *out, float *lse);
+// sum_t becomes columns of the output, lse [32] its logarithms. Returns those of the first `count` queries, bit n, whose weights
+// do not add up to a positive finite number: zeros, -infinity.
+uint32_t ra_normalise(const ra_polynomial *e, uint32_t count, float *lse);
+
+// sum_t of queries i .. i + count - 1 becomes their rows of out and lse; those in `seeing` (bit n) are to have positive weights.
+void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_t seeing, float *out, float *lse);
+
+// --- Pairs that are done exactly (pairs.c) -----------------------------------------------------------------------------
+//
+// Their scores may be large, so each query has a reference: sum_t, and A = exp(x.y), are meant times 2^reference.
+
+// Of a block of keys each query sees first[i] .. end[i] - 1.
+typedef struct ra_seen {
+  float first[RA_CHUNK], end[RA_CHUNK];
+} ra_seen;
+
+// What a query with this range sees of the keys j .. j + keys - 1; 0 when that is nothing.
+static inline int ra_see(ra_seen *seen, uint32_t query, ra_range range, uint32_t j, uint32_t keys) {
+  uint32_t first = range.first <= j ? 0 : ra_min_u32(range.first - j, keys);
+  uint32_t end = range.end <= j ? 0 : ra_min_u32(range.end - j, keys);
+  seen->first[query] = (float)first, seen->end[query] = (float)end;
+  return first < end;
+}
+
+// The references at the beginning, for sum_t as it is; `empty`: nothing is in it.
+void ra_begin_references(const ra_polynomial *e, int empty);
+
+// sum_t += A u for a block of keys y_rows [keys][Dp], u_rows [keys][row]. Where scores exceed a reference by far it rises first.
+void ra_add_block(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys, const ra_seen *seen);
+
+// Undoes that, after ra_load_gradients: adds to dx_t, and to the rows `rows`, or j on when NULL, of dk and dv.
+void ra_add_block_backward(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
+                           const ra_seen *seen, const uint32_t *rows, uint32_t j, float *dk, float *dv);
+
+// y[rows[n]][0 .. columns-1] += x[n], n < count; rows first, first + 1 .. when NULL.
+void ra_add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns, float *y, size_t y_row,
+                 const uint32_t *rows, uint32_t first);
+
+// --- Outliers -----------------------------------------------------------------------------------------------------------
+
+// far_y, far_u of a head. O(outlier keys (D + Dv)).
+void ra_load_outlier_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv);
+
+// The outliers among the keys of the state of a chunk, without the chunk's own `outliers` (bit n: query n): forward, and backward.
+void ra_add_outlier_keys(const ra_polynomial *e, size_t kv, ra_range state, uint32_t outliers);
+void ra_add_outlier_keys_backward(const ra_polynomial *e, const ra_arrays *x, size_t kv, ra_range state,
+                                  uint32_t outliers);
+
+// The chunks of up to 32 outlier queries of a head, one of them: rows of out, lse; of dq, and what they add to dk, dv.
+// O(Nk (D + Dv)) a query.
+void ra_outlier_queries_forward(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t chunk);
+void ra_outlier_queries_backward(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t chunk);
 
 #endif

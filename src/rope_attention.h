@@ -94,7 +94,7 @@ typedef struct ra_problem {
   uint32_t method;                   // RA_NAIVE, RA_EXACT, RA_POLYNOMIAL
   uint32_t degree;                   // polynomial: g, 0 .. RA_MAX_DEGREE
   const float *coefficients; // polynomial: [B * kv_heads][g + 1], c_0 .. c_g of p(s) for each key/value head, for s
-                             // taken with the mean of the rotated keys subtracted from every rotated key
+                             // taken with the mean of the rotated keys (but outliers) subtracted from every rotated key
   uint32_t layout;           // 0: [B][heads][N][width]   1: [B][N][heads][width]; lse is [B][H][Nq] always
 
   // Rotation beyond frequencies. Positions stand for i + query_offset and j in the rotation, not in the mask.
@@ -133,6 +133,13 @@ typedef struct ra_problem {
   const uint32_t *support;
   uint32_t support_count; // 0: none
   const float *weights;   // [support_count][Nq + Nk - 1]
+
+  // Polynomial: rows whose scores are too large for p are done exactly, all scores of theirs, at O(key_length D) for a query and
+  // O(query_length D) for a key: as many in each key/value head, ascending, or NULL. Query i of the h-th query head of a group is
+  // number i * heads / kv_heads + h.
+  const uint32_t *outlier_queries,
+      *outlier_keys; // [B * kv_heads][outlier_query_count], [B * kv_heads][outlier_key_count]
+  uint32_t outlier_query_count, outlier_key_count;
 } ra_problem;
 
 // All contiguous, row-major, shapes as in layout 0. A pointer that the pass does not name may be NULL.
@@ -204,17 +211,19 @@ int RA_API(ra_rotate)(const ra_problem *p, float *x, uint32_t inverse, void *wor
 
 // --- Looking at the data: what a planner needs ----------------------------------------------------------------------
 
-// Bounds over one key/value head and its group of query heads. |s_ij| <= scale * q_norm * k_norm, and, after a shift by a
-// constant of the row (which softmax does not see), |s_ij| <= scale * q_norm * k_centred_norm.
+// Bounds over one key/value head and its group of query heads. |s_ij| <= scale * q_norm * k_norm, and, of the rows that are no
+// outliers and after a shift by a constant of the row (which softmax does not see), |s_ij| <= scale * q_plain_norm *
+// k_centred_norm.
 typedef struct ra_bounds {
   float q_entry, k_entry; // max |entry| of q, of k
   float q_norm;           // max |q_i|
   float k_norm;           // max |k_j|
-  float k_centred_norm;   // max |R k_j - mean of R k|
+  float q_plain_norm;     // max |q_i|, outliers left out
+  float k_centred_norm;   // max |R k_j - mean of R k|, outliers left out of both
   float v_entry;          // max |entry| of v; 0 when x->v is NULL
   float v_half_range;     // max over columns of (max - min) / 2 of v; 0 when x->v is NULL
-  uint32_t q_argmax;      // flat row (head in group * Nq + i) of the largest query
-  uint32_t k_argmax;      // row of the largest centred key
+  uint32_t q_argmax;      // flat row (head in group * Nq + i) of the largest query that is no outlier
+  uint32_t k_argmax;      // row of the largest centred key that is none
   uint32_t finite;        // 1 when q, k (and v unless NULL) have no NaN and no infinity
 } ra_bounds;
 
@@ -224,22 +233,29 @@ size_t RA_API(ra_sample_workspace)(const ra_problem *p);
 int RA_API(ra_sample_prepare)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, ra_bounds *bounds,
                               void *workspace);
 
+// Candidates for outliers: the `count` rows, at most as many as there are, of the largest queries (queries = 1, numbered as
+// ra_problem.outlier_queries) or of the largest centred keys (queries = 0), in no order, and their norms. Outliers that are named
+// already are looked at like all others. O(N D). Needs ra_sample_prepare.
+int RA_API(ra_sample_largest)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t queries,
+                              uint32_t count, uint32_t *rows, float *norms, void *workspace);
+
 // Rows where an approximation is likely to fail first: flat rows of the largest queries, of the queries whose scores with
-// the largest centred key are the largest, and the largest centred keys, falling; RA_EXTREMES of each, 0 where there are
-// fewer. O(N D). Needs ra_sample_prepare.
+// the largest centred key are the largest, and the largest centred keys, falling, no outliers; RA_EXTREMES of each, 0 where
+// there are fewer. O(N D). Needs ra_sample_prepare.
 enum { RA_EXTREMES = 8 };
 int RA_API(ra_sample_extremes)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t *large,
                                uint32_t *aligned, uint32_t *keys, void *workspace);
 
-// Scores of up to 8 queries of one group against every `stride`-th key, centred as above, masked pairs left out.
+// Scores of up to 8 queries of one group against every `stride`-th key, centred as above, masked pairs and outliers left out.
 // rows[count] are flat rows (head in group * Nq + i). Writes at most count * ceil(Nk / stride) floats to `scores` and
 // returns how many.
 uint32_t RA_API(ra_sample_scores)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
                                   uint32_t count, uint32_t stride, float *scores, void *workspace);
 
 // Up to 8 rows of the forward pass, and of dq unless dq is NULL, with exp (coefficients NULL) or with the polynomial
-// coefficients[degree + 1] as the polynomial engine would use it (exact at the edges of causal masks and windows), directly from
-// the scores: O(count Nk (D + Dv)). out [count][Dv], lse [count], dq [count][D]. The gradient reads x->dout only.
+// coefficients[degree + 1] as the polynomial engine would use it (exact at the edges of causal masks and windows, and for
+// outliers), directly from the scores: O(count Nk (D + Dv)). out [count][Dv], lse [count], dq [count][D]. The gradient reads
+// x->dout only.
 // RA_NOT_POSITIVE when a row's weights do not add up to a positive finite number.
 int RA_API(ra_sample_rows)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
                            uint32_t count, const float *coefficients, uint32_t degree, float *out, float *lse,

@@ -100,18 +100,37 @@ static float norm(float squares, float entry, size_t columns) {
   return squares < 1e-30f ? entry * sqrtf((float)columns) : sqrtf(squares);
 }
 
+// The outliers among up to 32 rows from `first` on, bit n: of queries of the h-th head of the group, of keys.
+static uint32_t query_outliers(const sample *e, size_t kv_head, size_t h, uint32_t first) {
+  uint32_t count = ra_min_u32(32, e->p->query_length - first);
+  return ra_outlier_bits(ra_outlier_queries(e->p, kv_head), (uint32_t)e->group, (uint32_t)h, first, count);
+}
+
+static uint32_t key_outliers(const sample *e, size_t kv_head, uint32_t first) {
+  return ra_outlier_bits(ra_outlier_keys(e->p, kv_head), 1, 0, first, ra_min_u32(32, e->p->key_length - first));
+}
+
 static int is_finite(float entry, float squares) { return entry <= FLT_MAX && squares == squares; }
 
+static const float *query_at(const sample *e, const float *q, size_t head, size_t i) {
+  return q + ra_head(e->p, head, e->p->heads, e->Nq, e->D) + i * e->q_row;
+}
+
 static void measure_queries(const sample *e, const float *q, size_t kv_head, ra_bounds *b) {
-  float largest = 0;
-  for (size_t n = 0; n < e->group * e->Nq; n++) {
-    size_t head = kv_head * e->group + n / e->Nq;
-    const float *q_n = q + ra_head(e->p, head, e->p->heads, e->Nq, e->D) + n % e->Nq * e->q_row;
-    float squares = measure_row(q_n, e->D, &b->q_entry);
-    if (!is_finite(b->q_entry, squares)) b->finite = 0;
-    if (squares > largest) largest = squares, b->q_argmax = (uint32_t)n;
-  }
+  float largest = 0, largest_plain = 0, plain_entry = 0;
+  for (size_t h = 0; h < e->group; h++)
+    for (uint32_t i = 0, outliers = 0; i < e->Nq; i++, outliers >>= 1) {
+      if (i % 32 == 0) outliers = query_outliers(e, kv_head, h, i);
+      float entry = 0, squares = measure_row(query_at(e, q, kv_head * e->group + h, i), e->D, &entry);
+      if (!is_finite(entry, squares)) b->finite = 0;
+      if (entry > b->q_entry) b->q_entry = entry;
+      if (squares > largest) largest = squares;
+      if (outliers & 1) continue;
+      if (entry > plain_entry) plain_entry = entry;
+      if (squares > largest_plain) largest_plain = squares, b->q_argmax = (uint32_t)(h * e->Nq + i);
+    }
   b->q_norm = norm(largest, b->q_entry, e->D);
+  b->q_plain_norm = norm(largest_plain, plain_entry, e->D);
 }
 
 // Ranges of 4 `vectors` columns of v [Nk].
@@ -155,23 +174,26 @@ static void measure_values(const float *v, size_t v_row, size_t Nk, size_t Dv, r
   }
 }
 
-// Rotates the keys and finds their mean (float sums of 32 rows, double sums of those).
-static void rotate_keys(const sample *e, const float *k) {
+// Rotates the keys and finds their mean, without outliers (float sums of 32 rows, double sums of those).
+static void rotate_keys(const sample *e, const float *k, size_t kv_head) {
+  size_t plain = e->Nk - e->p->outlier_key_count;
   double sum[RA_MAX_HEAD_DIM + 3] = {0};
   if (e->Dp != e->D) ra_fill(e->k_rows, e->Nk * e->Dp, 0);
   for (size_t j = 0; j < e->Nk; j += RA_CHUNK) {
     size_t count = e->Nk - j < RA_CHUNK ? e->Nk - j : RA_CHUNK;
     ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->k_rows + j * e->Dp, e->Dp, (uint32_t)count,
                    (uint32_t)j, RA_ROTATE, 1.0f);
+    uint32_t outliers = key_outliers(e, kv_head, (uint32_t)j);
     for (size_t d = 0; d < e->Dp; d += 4) {
       f32x4 chunk = f32x4_splat(0);
-      for (size_t n = j; n < j + count; n++) chunk = f32x4_add(chunk, f32x4_load(e->k_rows + n * e->Dp + d));
+      for (size_t n = 0; n < count; n++)
+        if (!(outliers >> n & 1)) chunk = f32x4_add(chunk, f32x4_load(e->k_rows + (j + n) * e->Dp + d));
       float lane[4];
       f32x4_store(lane, chunk);
       for (size_t i = 0; i < 4; i++) sum[d + i] += lane[i];
     }
   }
-  for (size_t d = 0; d < e->Dp; d++) e->k_mean[d] = (float)(sum[d] / (double)e->Nk);
+  for (size_t d = 0; d < e->Dp; d++) e->k_mean[d] = plain > 0 ? (float)(sum[d] / (double)plain) : 0;
 }
 
 int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, ra_bounds *bounds, void *workspace) {
@@ -186,19 +208,49 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   *bounds = (ra_bounds){.finite = 1};
   measure_queries(&e, x->q, kv_head, bounds);
   if (x->v) measure_values(x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv), e.v_row, e.Nk, e.Dv, bounds);
-  rotate_keys(&e, k);
+  rotate_keys(&e, k, kv_head);
   float largest = 0, largest_centred = 0, centred_entry = 0;
-  for (size_t j = 0; j < e.Nk; j++) {
+  for (uint32_t j = 0, outliers = 0; j < e.Nk; j++, outliers >>= 1) {
+    if (j % 32 == 0) outliers = key_outliers(&e, kv_head, j);
     float *k_j = e.k_rows + j * e.Dp;
     for (size_t d = 0; d < e.Dp; d += 4) f32x4_store(k_j + d, f32x4_sub(f32x4_load(k_j + d), f32x4_load(e.k_mean + d)));
-    float squares = measure_row(k + j * e.k_row, e.D, &bounds->k_entry),
-          centred = measure_row(k_j, e.D, &centred_entry);
+    float squares = measure_row(k + j * e.k_row, e.D, &bounds->k_entry);
     if (!is_finite(bounds->k_entry, squares)) bounds->finite = 0;
     if (squares > largest) largest = squares;
+    if (outliers & 1) continue;
+    float centred = measure_row(k_j, e.D, &centred_entry);
     if (centred > largest_centred) largest_centred = centred, bounds->k_argmax = (uint32_t)j;
   }
   bounds->k_norm = norm(largest, bounds->k_entry, e.D);
   bounds->k_centred_norm = norm(largest_centred, centred_entry, e.D);
+  return RA_OK;
+}
+
+// A heap whose least norm is on top: in its place comes a larger one.
+static void keep_in_heap(uint32_t *rows, float *norms, uint32_t count, uint32_t row, float value) {
+  if (!(value > norms[0])) return;
+  uint32_t at = 0;
+  for (uint32_t child; (child = 2 * at + 1) < count; at = child) {
+    if (child + 1 < count && norms[child + 1] < norms[child]) child++;
+    if (!(norms[child] < value)) break;
+    norms[at] = norms[child], rows[at] = rows[child];
+  }
+  norms[at] = value, rows[at] = row;
+}
+
+int ra_sample_largest(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t queries, uint32_t count,
+                      uint32_t *rows, float *norms, void *workspace) {
+  if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return RA_ERROR_PROBLEM;
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  sample e = arrange(p, &cursor);
+  uint64_t total = queries ? (uint64_t)e.group * e.Nq : e.Nk;
+  if (count == 0 || count > total) return RA_ERROR_PROBLEM;
+  ra_fill(norms, count, -1);
+  for (uint32_t n = 0; n < total; n++) {
+    const float *row = queries ? query_at(&e, x->q, kv_head * e.group + n % e.group, n / e.group) : e.k_rows + n * e.Dp;
+    float entry = 0, squares = measure_row(row, e.D, &entry);
+    keep_in_heap(rows, norms, count, n, norm(squares, entry, e.D));
+  }
   return RA_OK;
 }
 
@@ -217,14 +269,18 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
   sample e = arrange(p, &cursor);
   float norms[RA_EXTREMES], scores[RA_EXTREMES], key_norms[RA_EXTREMES], ignored = 0;
   for (int n = 0; n < RA_EXTREMES; n++) norms[n] = scores[n] = key_norms[n] = -1, large[n] = aligned[n] = keys[n] = 0;
-  for (uint32_t j = 0; j < p->key_length; j++)
-    keep_largest(keys, key_norms, RA_EXTREMES, j, measure_row(e.k_rows + j * e.Dp, e.D, &ignored));
+  for (uint32_t j = 0, outliers = 0; j < p->key_length; j++, outliers >>= 1) {
+    if (j % 32 == 0) outliers = key_outliers(&e, kv_head, j);
+    if (!(outliers & 1)) keep_largest(keys, key_norms, RA_EXTREMES, j, measure_row(e.k_rows + j * e.Dp, e.D, &ignored));
+  }
   for (size_t h = 0; h < e.group; h++)
     for (uint32_t i = 0; i < p->query_length; i += RA_CHUNK) {
       uint32_t count = ra_min_u32(RA_CHUNK, p->query_length - i);
-      const float *q = x->q + ra_head(p, kv_head * e.group + h, p->heads, e.Nq, e.D) + i * e.q_row;
+      const float *q = query_at(&e, x->q, kv_head * e.group + h, i);
+      uint32_t outliers = query_outliers(&e, kv_head, h, i);
       ra_rotary_rows(&e.state->q_rotary, q, e.q_row, e.rows, e.Dp, count, i, RA_ROTATE, p->scale);
       for (uint32_t n = 0; n < count; n++) {
+        if (outliers >> n & 1) continue;
         const float *x_n = e.rows + n * e.Dp, *y = e.k_rows + keys[0] * e.Dp;
         uint32_t row = (uint32_t)(h * e.Nq + i + n);
         float score = 0;
@@ -243,7 +299,7 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
 // Eight queries: where they are, what they see, and x = scale R q as lanes. Lanes past `count` repeat the last one.
 typedef struct lanes {
   uint32_t i[LANES];
-  ra_range keys[LANES], state[LANES]; // state: keys that the polynomial engine takes through its state
+  ra_range keys[LANES], state[LANES]; // state: keys that the polynomial engine takes through its state, but outliers
   size_t head[LANES];                 // flat head in [B][H]
   uint32_t end;                       // of all their keys
 } lanes;
@@ -255,7 +311,9 @@ static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, c
     l.i[n] = row % e->p->query_length;
     l.head[n] = kv_head * e->group + row / e->p->query_length;
     l.keys[n] = ra_keys_of(e->p, l.i[n]);
-    l.state[n] = ra_state_keys(e->p, ra_chunk_start(e->p, l.i[n]));
+    size_t h = row / e->p->query_length;
+    int outlier = ra_outlier_bits(ra_outlier_queries(e->p, kv_head), (uint32_t)e->group, (uint32_t)h, l.i[n], 1) != 0;
+    l.state[n] = outlier ? (ra_range){0, 0} : ra_state_keys(e->p, ra_chunk_start(e->p, l.i[n]));
     if (l.keys[n].end > l.end) l.end = l.keys[n].end;
     const float *q_n = x->q + ra_head(e->p, l.head[n], e->p->heads, e->Nq, e->D) + l.i[n] * e->q_row;
     ra_rotary_rows(&e->state->q_rotary, q_n, e->D, e->rows + n * e->Dp, e->Dp, 1, l.i[n], RA_ROTATE, e->p->scale);
@@ -285,6 +343,7 @@ uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
     uint64_t tile = next_tile(&l, (uint32_t)j / TILE * TILE);
     if (tile > j) j = (tile + stride - 1) / stride * stride;
     if (j >= l.end) break;
+    if (ra_outlier_bits(ra_outlier_keys(p, kv_head), 1, 0, (uint32_t)j, 1)) continue;
     ra_set_rows(e.k_rows + j * e.Dp, e.Dp, 1, e.strip, LANES, (uint32_t)e.D, s, LANES);
     for (uint32_t n = 0; n < count; n++)
       if (l.keys[n].first <= j && j < l.keys[n].end) scores[written++] = s[n];
@@ -292,10 +351,11 @@ uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
   return written;
 }
 
-// What weighs a score: exp(s - reference), or a polynomial for the keys of the state.
+// What weighs a score: exp(s - reference), or a polynomial, divided likewise, for the keys of the state but outliers.
 typedef struct weigher {
   const float *coefficients; // [degree + 1], NULL for exp
   uint32_t degree;
+  ra_outliers outliers; // keys
   float reference[LANES];
 } weigher;
 
@@ -317,18 +377,40 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
     first[i] = (float)ra_place(l->keys[i].first, j0, count), end[i] = (float)ra_place(l->keys[i].end, j0, count);
     from[i] = (float)ra_place(l->state[i].first, j0, count), to[i] = (float)ra_place(l->state[i].end, j0, count);
   }
-  for (uint32_t n = 0; n < count; n++)
+  f32x4 divided[LANES / 4]; // exp(-reference)
+  for (int h = 0; h < LANES; h += 4)
+    divided[h / 4] = ra_exp2(f32x4_mul(f32x4_sub(zero, f32x4_load(w->reference + h)), to_log2), constants);
+  for (uint32_t n = 0, outliers = 0; n < count; n++, outliers >>= 1) {
+    if (n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, ra_min_u32(32, count - n));
     for (int h = 0; h < LANES; h += 4) {
       f32x4 key = f32x4_splat((float)n), s_n = f32x4_load(s + n * LANES + h);
       f32x4 exponent = f32x4_mul(f32x4_sub(s_n, f32x4_load(w->reference + h)), to_log2);
       f32x4 value = ra_exp2(f32x4_min(f32x4_splat(128), exponent), constants); // from 2^128 on: infinity
-      if (w->coefficients) {
-        f32x4 p = f32x4_where_less(key, f32x4_load(to + h), horner(w, derivative, s_n), value);
-        value = f32x4_where_less(key, f32x4_load(from + h), value, p);
+      if (w->coefficients && !(outliers & 1)) {
+        f32x4 polynomial = f32x4_mul(horner(w, derivative, s_n), divided[h / 4]);
+        polynomial = f32x4_where_less(key, f32x4_load(to + h), polynomial, value);
+        value = f32x4_where_less(key, f32x4_load(from + h), value, polynomial);
       }
       value = f32x4_where_less(key, f32x4_load(end + h), value, zero);
       f32x4_store(weight + n * LANES + h, f32x4_where_less(key, f32x4_load(first + h), zero, value));
     }
+  }
+}
+
+// The largest score of each lane that exp weighs; the reference stays 0 where a polynomial is beside it and that is not large.
+static void take_references(const lanes *l, weigher *w, const float *s) {
+  for (int i = 0; i < LANES; i++) {
+    float most = -FLT_MAX;
+    uint32_t plain = 0;
+    for (uint32_t j = l->keys[i].first, outliers = 0; j < l->keys[i].end; j++, outliers >>= 1) {
+      if (j == l->keys[i].first || j % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j, 32 - j % 32);
+      int polynomial = w->coefficients && l->state[i].first <= j && j < l->state[i].end && !(outliers & 1);
+      if (polynomial) plain++;
+      else if (s[(size_t)j * LANES + i] > most) most = s[(size_t)j * LANES + i];
+    }
+    if (plain > 0 && most < 20) most = 0;
+    w->reference[i] = most > -FLT_MAX ? most : 0;
+  }
 }
 
 int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
@@ -338,18 +420,14 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   sample e = arrange(p, &cursor);
   lanes l = load_lanes(&e, x, kv_head, rows, count);
   const float *v = x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv);
-  weigher w = {coefficients, degree, {0}};
+  weigher w = {coefficients, degree, ra_outlier_keys(p, kv_head), {0}};
   double sum[LANES] = {0};
 
-  // pass 1: scores, and for exp their maximum
+  // pass 1: scores, and of those for exp the maximum
   for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE))
     ra_set_rows(e.k_rows + (size_t)j * e.Dp, e.Dp, ra_min_u32(TILE, l.end - j), e.strip, LANES, (uint32_t)e.D,
                 e.s + (size_t)j * LANES, LANES);
-  for (int i = 0; i < LANES && !coefficients; i++) {
-    w.reference[i] = l.keys[i].first < l.keys[i].end ? e.s[(size_t)l.keys[i].first * LANES + i] : 0;
-    for (uint32_t j = l.keys[i].first; j < l.keys[i].end; j++)
-      if (e.s[(size_t)j * LANES + i] > w.reference[i]) w.reference[i] = e.s[(size_t)j * LANES + i];
-  }
+  take_references(&l, &w, e.s);
 
   // pass 2: weights, their sums, weighted values
   ra_fill(e.sum_t, e.Dv * LANES, 0);

@@ -33,7 +33,8 @@ typedef struct stream_head {
 
 static int is_stream(const ra_problem *p) {
   return ra_check(p) == RA_OK && p->method == RA_POLYNOMIAL && !p->causal && p->query_length == p->key_length &&
-         !p->key_positions && !p->segments && p->window_left < 0 && p->window_right < 0;
+         !p->key_positions && !p->segments && p->window_left < 0 && p->window_right < 0 && p->outlier_key_count == 0 &&
+         p->outlier_query_count == 0;
 }
 
 // The layout of a state: sets head kv unless `head` is NULL. Without sums when not `whole`.
@@ -97,7 +98,7 @@ static stream_head open_stream_head(ra_polynomial *e, void *state, uint32_t whol
 static void join_chunk(const ra_polynomial *e, const stream_head *head) {
   float live[CHUNK];
   ra_transpose(head->y_rows, e->Dp, CHUNK, e->Dp, e->y_t, CHUNK);
-  ra_live_tokens(CHUNK, live);
+  ra_live_tokens(CHUNK, 0, live);
   ra_features_lower(&e->f, e->y_t, live, e->lower);
   ra_update_state(e, e->y_t, head->u_rows);
 }
@@ -135,8 +136,8 @@ int ra_state_attend(const ra_problem *p, const ra_arrays *x, const void *state, 
   ra_polynomial e = open_stream(p, workspace);
   const stream *s = state;
   uint32_t group = ra_group(p);
-  float none[CHUNK] = {0}, waiting[CHUNK];
-  ra_fill(waiting, CHUNK, (float)s->waiting);
+  ra_seen seen = {{0}, {0}};
+  ra_fill(seen.end, CHUNK, (float)s->waiting);
   for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
     stream_head own = open_stream_head(&e, (void *)(uintptr_t)state, s->joined, kv); // only read
     for (uint32_t head = kv * group; head < (kv + 1) * group; head++) {
@@ -145,13 +146,10 @@ int ra_state_attend(const ra_problem *p, const ra_arrays *x, const void *state, 
         uint32_t count = ra_min_u32(CHUNK, p->query_length - i);
         ra_fill(e.sum_t, (size_t)e.columns * CHUNK, 0);
         ra_load_queries(&e, x->q + at.q, i, count, s->joined != 0);
+        ra_begin_references(&e, !s->joined);
         if (s->joined) ra_read_state(&e, e.x_t, count);
-        if (s->waiting > 0) {
-          ra_exponentials(&e, own.y_rows, s->waiting, none, waiting);
-          ra_chunk_add_columns(own.u_rows, e.row, e.columns, e.a, s->waiting, e.sum_t);
-        }
-        ra_range seeing = {0, s->joined || s->waiting > 0 ? count : 0};
-        ra_finish_chunk(&e, i, count, seeing, x->out + at.out, x->lse + at.lse);
+        if (s->waiting > 0) ra_add_block(&e, own.y_rows, own.u_rows, s->waiting, &seen);
+        ra_finish_chunk(&e, i, count, s->joined || s->waiting > 0 ? UINT32_MAX : 0, x->out + at.out, x->lse + at.lse);
       }
     }
   }

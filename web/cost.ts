@@ -23,11 +23,27 @@ export const SAMPLE_SCORES = 2048;
 /** Keys that are weighed together there (TILE of sample.c). */
 const SAMPLE_TILE = 128;
 
+/** Outliers of a key/value head: of `rows` queries or keys at most these are done exactly beside a polynomial. */
+export function outlierLimit(rows: number): number {
+  return Math.min(rows, Math.max(64, Math.ceil(OUTLIER_SHARE * rows)));
+}
+
+/** Queries and keys of each key/value head that are done exactly beside a polynomial. */
+export interface OutlierCounts {
+  queries: number;
+  keys: number;
+}
+
+export const NO_OUTLIERS: OutlierCounts = { queries: 0, keys: 0 };
+
+/** Of the rows; with as many queries and keys the gain over exact is below 12. */
+const OUTLIER_SHARE = 0.04;
+
 /** Share of the multiply-add peak, by head size: the first row whose `upTo` is not below headDim. */
 const EFFICIENCY = [
-  { upTo: 16, exact: { forward: 0.73, backward: 0.8 }, polynomial: { forward: 0.5, backward: 0.45 } },
-  { upTo: 32, exact: { forward: 0.83, backward: 0.87 }, polynomial: { forward: 0.65, backward: 0.62 } },
-  { upTo: Infinity, exact: { forward: 0.88, backward: 0.9 }, polynomial: { forward: 0.8, backward: 0.8 } },
+  { upTo: 16, exact: { forward: 0.73, backward: 0.8 }, polynomial: { forward: 0.5, backward: 0.45 }, outliers: { forward: 0.45, backward: 0.45 } },
+  { upTo: 32, exact: { forward: 0.83, backward: 0.87 }, polynomial: { forward: 0.65, backward: 0.62 }, outliers: { forward: 0.55, backward: 0.55 } },
+  { upTo: Infinity, exact: { forward: 0.88, backward: 0.9 }, polynomial: { forward: 0.8, backward: 0.8 }, outliers: { forward: 0.65, backward: 0.65 } },
 ] as const;
 
 /** The same for the sampling functions, and what the fit of one polynomial (in JavaScript) takes, in operations at peak. */
@@ -44,20 +60,31 @@ export function exactFlops(g: Geometry, pass: Pass): number {
   return products({ ...g, method: 'exact', pass });
 }
 
-/** Useful operations of the polynomial engine, with (CHUNK + 1) / 2 exact pairs for each query at each edge of what it sees. */
-export function polynomialFlops(g: Geometry, pass: Pass, degree: number): number {
+/**
+ * Useful operations of the polynomial engine, with (CHUNK + 1) / 2 exact pairs for each query at each edge of what it sees, and the
+ * pairs of outliers.
+ */
+export function polynomialFlops(g: Geometry, pass: Pass, degree: number, outliers = NO_OUTLIERS): number {
   const edges = Number(g.causal || g.window[1] >= 0) + Number(g.window[0] >= 0);
-  const exact = Math.min(((edges * (CHUNK + 1)) / 2) * g.batch * g.heads * g.queryLength, allowedPairs(g));
-  return products({ ...g, method: 'polynomial', degree, pass }) + flopsOfPair(g, pass) * exact;
+  const beside = Math.min(((edges * (CHUNK + 1)) / 2) * g.batch * g.heads * g.queryLength, allowedPairs(g));
+  return products({ ...g, method: 'polynomial', degree, pass }) + flopsOfPair(g, pass) * (beside + outlierPairs(g, outliers));
+}
+
+/** Pairs of outliers, those of an outlier query and an outlier key once; outliers see and are seen like others. */
+export function outlierPairs(g: Geometry, { queries, keys }: OutlierCounts): number {
+  const others = (g.heads / g.kvHeads) * g.queryLength - queries;
+  const all = g.batch * g.kvHeads * (queries * g.keyLength + keys * others);
+  return all * (allowedPairs(g) / (g.batch * g.heads * g.queryLength * g.keyLength));
 }
 
 /** Operations at peak speed that take as long as the pass: `degree` null for the exact engine. */
-export function cost(g: Geometry, pass: Pass, degree: number | null): number {
+export function cost(g: Geometry, pass: Pass, degree: number | null, outliers = NO_OUTLIERS): number {
   const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
   if (degree === null) return exactFlops(g, pass) / share.exact[pass];
   // The keys at the left edge of a window, and those that leave the state, are rotated once more and weighed in whole blocks.
   const besides = g.window[0] < 0 ? 0 : 1.5 * CHUNK * flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength;
-  return (polynomialFlops(g, pass, degree) + besides) / share.polynomial[pass];
+  const ofOutliers = (flopsOfPair(g, pass) * outlierPairs(g, outliers)) / share.outliers[pass];
+  return (polynomialFlops(g, pass, degree) + besides) / share.polynomial[pass] + ofOutliers;
 }
 
 /** The same for the sampling that goes with the polynomial engine, by the number of degrees to compare. */

@@ -3,13 +3,29 @@
 // The C functions of rope_attention.h as methods on JavaScript arrays. A `Session` is one call: its arrays live in the
 // arena from `load` to `close`, each copied in once; results are copied out. Addresses stay in here.
 
-import { SAMPLE_ROWS, type Pass } from './cost.js';
+import { outlierLimit, SAMPLE_ROWS, type Pass } from './cost.js';
 import { Arena, ARRAYS, BOUNDS, MEMORY_LIMIT, PROBLEM, sizeOf, type Values } from './memory.js';
 import type { Mask } from './scores.js';
 import { sizesOf, type Geometry, type Inputs } from './validate.js';
 
 /** ra_bounds of one key/value head. */
 export type Bounds = Values<typeof BOUNDS>;
+
+/** Rows that are done exactly beside a polynomial, of all key/value heads one after the other, ascending in each. */
+export interface Outliers {
+  /** [heads][counts.queries]: query i of the h-th query head of a group of g is i * g + h. */
+  queries: Uint32Array;
+  /** [heads][counts.keys] */
+  keys: Uint32Array;
+  /** In each key/value head. */
+  counts: { queries: number; keys: number };
+}
+
+/** Rows of a key/value head, the largest first, and their norms. */
+export interface Largest {
+  rows: Uint32Array;
+  norms: Float32Array;
+}
 
 /** The arrays that a pass writes, and dout. */
 export type ArrayName = 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv';
@@ -36,6 +52,16 @@ interface Exports {
   ra_rotate(problem: number, x: number, inverse: number, workspace: number): number;
   ra_sample_workspace(problem: number): number;
   ra_sample_prepare(problem: number, arrays: number, head: number, bounds: number, workspace: number): number;
+  ra_sample_largest(
+    p: number,
+    x: number,
+    head: number,
+    queries: number,
+    count: number,
+    rows: number,
+    norms: number,
+    workspace: number,
+  ): number;
   ra_sample_extremes(
     p: number,
     x: number,
@@ -100,6 +126,7 @@ const EXPORTS = [
 ].concat([
   'ra_sample_workspace',
   'ra_sample_prepare',
+  'ra_sample_largest',
   'ra_sample_extremes',
   'ra_sample_scores',
   'ra_sample_rows',
@@ -235,6 +262,9 @@ interface Places {
   own: number;
   rows: number;
   extremes: number;
+  outlierQueries: number;
+  outlierKeys: number;
+  largest: number;
   scores: number;
   out: number;
   lse: number;
@@ -249,6 +279,8 @@ export class Session {
   readonly heads: number;
   /** Rows (queries) of the query heads that share one key/value head. */
   readonly rowsOfHead: number;
+  /** Outliers that there is room for, in each key/value head. */
+  readonly outlierLimits: Outliers['counts'];
   readonly #name: string;
   readonly #exports: Exports;
   readonly #arena: Arena;
@@ -258,6 +290,7 @@ export class Session {
   #loaded = 0;
   #workspace = 0;
   #prepared: { head: number; bounds: Bounds } | null = null;
+  #outliers: Outliers | null = null;
   #open = true;
 
   constructor(name: string, g: Geometry, exports: Exports, arena: Arena) {
@@ -265,6 +298,7 @@ export class Session {
     this.geometry = g;
     this.heads = g.batch * g.kvHeads;
     this.rowsOfHead = (g.heads / g.kvHeads) * g.queryLength;
+    this.outlierLimits = { queries: outlierLimit(this.rowsOfHead), keys: outlierLimit(g.keyLength) };
     this.#exports = exports;
     this.#arena = arena;
     arena.reset();
@@ -288,6 +322,9 @@ export class Session {
       own: floats(MAX_COEFFICIENTS),
       rows: floats(SAMPLE_ROWS),
       extremes: floats(3 * EXTREMES),
+      outlierQueries: floats(this.heads * this.outlierLimits.queries),
+      outlierKeys: floats(this.heads * this.outlierLimits.keys),
+      largest: floats(2 * Math.max(this.outlierLimits.queries, this.outlierLimits.keys)),
       scores: floats(SAMPLE_ROWS * g.keyLength),
       out: floats(SAMPLE_ROWS * g.valueDim),
       lse: floats(SAMPLE_ROWS),
@@ -353,6 +390,10 @@ export class Session {
       support: 0,
       support_count: 0,
       weights: 0,
+      outlier_queries: at.outlierQueries,
+      outlier_keys: at.outlierKeys,
+      outlier_query_count: 0,
+      outlier_key_count: 0,
     } satisfies Omit<Values<typeof PROBLEM>, 'method' | 'degree'>);
   }
 
@@ -381,6 +422,21 @@ export class Session {
     this.#arena.writeStruct(at.problem, PROBLEM, {
       method: degree === null ? EXACT : POLYNOMIAL,
       degree: degree ?? 0,
+    });
+  }
+
+  /** Rows that are exact in what follows beside a polynomial, in the engine and in samples. Within `outlierLimits`. */
+  setOutliers(outliers: Outliers | null): void {
+    this.#check();
+    if (this.#outliers === outliers) return;
+    const at = this.#at;
+    this.#outliers = outliers;
+    this.#prepared = null;
+    if (outliers) this.#arena.writeIntegers(at.outlierQueries, outliers.queries);
+    if (outliers) this.#arena.writeIntegers(at.outlierKeys, outliers.keys);
+    this.#arena.writeStruct(at.problem, PROBLEM, {
+      outlier_query_count: outliers?.counts.queries ?? 0,
+      outlier_key_count: outliers?.counts.keys ?? 0,
     });
   }
 
@@ -509,6 +565,29 @@ export class Session {
       this.#prepared = { head, bounds: this.#arena.readStruct(bounds, BOUNDS) };
     }
     return this.#prepared.bounds;
+  }
+
+  /** The largest queries (numbered as outliers), or centred keys, of a head, as many as `outlierLimits` says. */
+  largest(head: number, of: 'queries' | 'keys'): Largest {
+    this.prepare(head);
+    const { problem, arrays, largest } = this.#at;
+    const count = this.outlierLimits[of];
+    const norms = largest + 4 * count;
+    const { ra_sample_largest } = this.#exports;
+    const code = ra_sample_largest(
+      problem,
+      arrays,
+      head,
+      Number(of === 'queries'),
+      count,
+      largest,
+      norms,
+      this.#sampling,
+    );
+    this.#expect(code, 'ra_sample_largest');
+    const [rows, size] = [this.#arena.readIntegers(largest, count), this.#arena.readFloats(norms, count)];
+    const order = Uint32Array.from(rows.keys()).sort((a, b) => size[b] - size[a] || rows[a] - rows[b]);
+    return { rows: Uint32Array.from(order, (n) => rows[n]), norms: Float32Array.from(order, (n) => size[n]) };
   }
 
   /**

@@ -56,6 +56,10 @@ export const PROBLEM = {
   support: 'address',
   support_count: 'u32',
   weights: 'address',
+  outlier_queries: 'address',
+  outlier_keys: 'address',
+  outlier_query_count: 'u32',
+  outlier_key_count: 'u32',
 } as const satisfies Fields;
 
 /** ra_arrays. */
@@ -80,6 +84,7 @@ export const BOUNDS = {
   k_entry: 'f32',
   q_norm: 'f32',
   k_norm: 'f32',
+  q_plain_norm: 'f32',
   k_centred_norm: 'f32',
   v_entry: 'f32',
   v_half_range: 'f32',

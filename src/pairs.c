@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: MIT
+//
+// Pairs that the polynomial engine does exactly, with exp itself: the keys beside a causal chunk, and all pairs of outliers, the
+// few keys and queries whose scores would be too large for the polynomial. A block is up to 32 keys against the 32 queries of a
+// chunk; O(D + Dv) a pair.
+//
+//   outlier keys      are taken beside the state by every chunk that they are in the state of, from rows that a head keeps;
+//   outlier queries   are gathered, 32 to a chunk, and take all their keys.
+//
+// Exact weights may be as large as they like: sum_t and A are meant times 2^reference, a whole number for each query that rises
+// when a score exceeds it by RISE. Backward weighs with the denominator's power of two instead.
+
+#include <math.h>
+#include <string.h>
+
+#include "pack.h"
+#include "polynomial.h"
+#include "softmax.h"
+
+enum {
+  CHUNK = RA_CHUNK,
+  RISE = 40, // 2^40 a weight: 2^20 of them, times values up to 2^60, still fit a float
+};
+
+// --- Blocks -------------------------------------------------------------------------------------------------------
+
+// a = 2^(s - reference) of scores a = x.y, 0 for keys that are not seen; top[32]: the largest s, in powers of two as well.
+RA_KERNEL void weigh(const ra_polynomial *e, uint32_t keys, const ra_seen *seen, float *top) {
+  const ra_exp2_constants *constants = ra_exp2_load();
+  f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), masked = f32x4_splat(RA_MASKED), one = f32x4_splat(1);
+  for (uint32_t c = 0; c < CHUNK; c += 4) {
+    f32x4 first = f32x4_load(seen->first + c), end = f32x4_load(seen->end + c),
+          reference = f32x4_load(e->reference + c);
+    f32x4 most = masked, key = f32x4_splat(0);
+    float *at = e->a + c;
+    RA_ROLLED
+    for (uint32_t n = 0; n < keys; n++, at += CHUNK) {
+      f32x4 s = f32x4_where_less(key, end, f32x4_mul(f32x4_load(at), to_log2), masked);
+      s = f32x4_where_less(key, first, masked, s);
+      most = f32x4_max(most, s);
+      f32x4_store(at, ra_exp2(f32x4_min(f32x4_splat(128), f32x4_sub(s, reference)), constants));
+      key = f32x4_add(key, one);
+    }
+    f32x4_store(top + c, most);
+  }
+}
+
+static void score_and_weigh(const ra_polynomial *e, const float *y_rows, uint32_t keys, const ra_seen *seen,
+                            float *top) {
+  ra_chunk_set_rows(y_rows, e->Dp, keys, e->x_t, e->D, e->a);
+  weigh(e, keys, seen, top);
+}
+
+void ra_begin_references(const ra_polynomial *e, int empty) {
+  ra_fill(e->reference, CHUNK, empty ? RA_FORBIDDEN : 0); // below every score: the first one makes it rise
+}
+
+// 1 when some reference was too low.
+static int raise_references(const ra_polynomial *e, const float *top) {
+  float factor[CHUNK];
+  int raised = 0;
+  for (uint32_t n = 0; n < CHUNK; n++) {
+    factor[n] = 1;
+    if (!(top[n] > e->reference[n] + RISE)) continue;
+    float power = ceilf(top[n]);
+    factor[n] = ra_power_of_two(e->reference[n] - power);
+    e->reference[n] = power;
+    raised = 1;
+  }
+  for (uint32_t r = 0; raised && r < e->columns; r++)
+    for (uint32_t n = 0; n < CHUNK; n++) e->sum_t[r * CHUNK + n] *= factor[n];
+  return raised;
+}
+
+void ra_add_block(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
+                  const ra_seen *seen) {
+  float top[CHUNK];
+  score_and_weigh(e, y_rows, keys, seen, top);
+  if (raise_references(e, top)) score_and_weigh(e, y_rows, keys, seen, top);
+  ra_chunk_add_columns(u_rows, e->row, e->columns, e->a, keys, e->sum_t);
+}
+
+void ra_add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns, float *y, size_t y_row,
+                 const uint32_t *rows, uint32_t first) {
+  for (uint32_t n = 0; n < count; n++) {
+    float *y_n = y + (rows ? rows[n] : first + n) * y_row;
+    for (uint32_t d = 0; d < columns; d++) y_n[d] += x[n * x_row + d];
+  }
+}
+
+void ra_add_block_backward(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
+                           const ra_seen *seen, const uint32_t *rows, uint32_t j, float *dk, float *dv) {
+  float top[CHUNK];
+  // in the forward pass this was sum += A u, A = exp(x.y)
+  score_and_weigh(e, y_rows, keys, seen, top);
+  ra_chunk_set_rows(u_rows, e->row, keys, e->h_t, e->columns, e->da);
+  for (uint32_t n = 0; n < keys * CHUNK; n += 4)
+    f32x4_store(e->da + n, f32x4_mul(f32x4_load(e->da + n), f32x4_load(e->a + n)));
+  ra_chunk_add_columns(y_rows, e->Dp, e->D, e->da, keys, e->dx_t);
+  ra_chunk_set_products(e->da, keys, e->x_rows, e->Dp, e->Dp, e->d_rows);
+  ra_add_rows(e->d_rows, e->Dp, keys, e->D, dk, e->k_row, rows, j);
+  ra_chunk_set_products(e->a, keys, e->h_rows, e->row, e->Dvp, e->d_rows);
+  ra_add_rows(e->d_rows, e->Dvp, keys, e->Dv, dv, e->v_row, rows, j);
+}
+
+// --- Outlier keys -------------------------------------------------------------------------------------------------
+
+void ra_load_outlier_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv) {
+  ra_outliers far = ra_outlier_keys(e->p, kv);
+  for (uint32_t n = 0; n < far.count; n++) {
+    ra_load_keys(e, x, kv, far.rows[n], 1, 0);
+    memcpy(e->far_y + (size_t)n * e->Dp, e->y_rows, e->Dp * sizeof *e->far_y);
+    memcpy(e->far_u + (size_t)n * e->row, e->u_rows, e->row * sizeof *e->far_u);
+  }
+}
+
+// The next block of up to 32 outliers within `state`: where they are among those of the head. Begin with *n = 0.
+static int next_block(const ra_polynomial *e, size_t kv, ra_range state, uint32_t *n, ra_outliers *block, size_t *at) {
+  ra_outliers all = ra_outlier_keys(e->p, kv), near = ra_outliers_within(all, state.first, state.end);
+  if (*n >= near.count) return 0;
+  *block = (ra_outliers){near.rows + *n, ra_min_u32(CHUNK, near.count - *n)};
+  *at = (size_t)(block->rows - all.rows);
+  *n += CHUNK;
+  return 1;
+}
+
+// All keys of a block, for the queries that are no outliers themselves.
+static ra_seen seen_by_plain(uint32_t keys, uint32_t outliers) {
+  ra_seen seen = {{0}, {0}};
+  for (uint32_t n = 0; n < CHUNK; n++) seen.end[n] = outliers >> n & 1 ? 0 : (float)keys;
+  return seen;
+}
+
+void ra_add_outlier_keys(const ra_polynomial *e, size_t kv, ra_range state, uint32_t outliers) {
+  ra_outliers block;
+  size_t at;
+  for (uint32_t n = 0; next_block(e, kv, state, &n, &block, &at);) {
+    ra_seen seen = seen_by_plain(block.count, outliers);
+    ra_add_block(e, e->far_y + at * e->Dp, e->far_u + at * e->row, block.count, &seen);
+  }
+}
+
+void ra_add_outlier_keys_backward(const ra_polynomial *e, const ra_arrays *x, size_t kv, ra_range state,
+                                  uint32_t outliers) {
+  ra_heads head = ra_heads_of(e, kv * ra_group(e->p));
+  ra_outliers block;
+  size_t at;
+  for (uint32_t n = 0; next_block(e, kv, state, &n, &block, &at);) {
+    ra_seen seen = seen_by_plain(block.count, outliers);
+    ra_add_block_backward(e, e->far_y + at * e->Dp, e->far_u + at * e->row, block.count, &seen, block.rows, 0,
+                          x->dk + head.k, x->dv + head.v);
+  }
+}
+
+// --- Outlier queries ----------------------------------------------------------------------------------------------
+
+// Up to 32 of them: where they are in the arrays, which keys they see, and all of these.
+typedef struct gathered {
+  uint32_t count, i[CHUNK];
+  size_t q[CHUNK], out[CHUNK], lse[CHUNK];
+  ra_range keys[CHUNK], all;
+} gathered;
+
+// Sets x_rows and x_t.
+static gathered gather(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t chunk) {
+  const ra_problem *p = e->p;
+  ra_outliers far = ra_outlier_queries(p, kv);
+  const uint32_t *rows = far.rows + chunk * CHUNK, group = ra_group(p);
+  gathered g = {.count = ra_min_u32(CHUNK, far.count - chunk * CHUNK), .all = {UINT32_MAX, 0}};
+  for (uint32_t n = 0; n < g.count; n++) {
+    uint32_t i = g.i[n] = rows[n] / group;
+    ra_heads at = ra_heads_of(e, kv * group + rows[n] % group);
+    g.q[n] = at.q + i * e->q_row, g.out[n] = at.out + i * e->out_row, g.lse[n] = at.lse + i;
+    g.keys[n] = ra_keys_of(p, i);
+    if (g.keys[n].first < g.all.first) g.all.first = g.keys[n].first;
+    if (g.keys[n].end > g.all.end) g.all.end = g.keys[n].end;
+    ra_rotary_rows(&e->state->q_rotary, x->q + g.q[n], e->q_row, e->x_rows + n * e->Dp, e->Dp, 1, i, RA_ROTATE,
+                   p->scale);
+  }
+  ra_turn(e, e->x_rows, g.count, e->x_t);
+  return g;
+}
+
+// What they see of the keys j .. j + keys - 1, which are loaded when that is something.
+static int load_seen(const ra_polynomial *e, const ra_arrays *x, size_t kv, const gathered *g, uint32_t j,
+                     uint32_t keys, ra_seen *seen) {
+  int any = 0;
+  *seen = (ra_seen){{0}, {0}};
+  for (uint32_t n = 0; n < g->count; n++) any |= ra_see(seen, n, g->keys[n], j, keys);
+  if (any) ra_load_keys(e, x, kv, j, keys, 0);
+  return any;
+}
+
+void ra_outlier_queries_forward(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t chunk) {
+  gathered g = gather(e, x, kv, chunk);
+  ra_seen seen;
+  float lse[CHUNK];
+  ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
+  ra_begin_references(e, 1);
+  for (uint32_t j = g.all.first, keys; j < g.all.end; j += keys) {
+    keys = ra_min_u32(CHUNK, g.all.end - j);
+    if (load_seen(e, x, kv, &g, j, keys, &seen)) ra_add_block(e, e->y_rows, e->u_rows, keys, &seen);
+  }
+  uint32_t bad = ra_normalise(e, g.count, lse);
+  ra_transpose(e->sum_t, CHUNK, e->Dv, g.count, e->u_rows, e->row);
+  for (uint32_t n = 0; n < g.count; n++) {
+    if ((bad >> n & 1) && g.keys[n].first < g.keys[n].end) e->state->not_positive = 1;
+    memcpy(x->out + g.out[n], e->u_rows + n * e->row, e->Dv * sizeof *x->out);
+    x->lse[g.lse[n]] = lse[n];
+  }
+}
+
+void ra_outlier_queries_backward(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t chunk) {
+  ra_heads head = ra_heads_of(e, kv * ra_group(e->p));
+  gathered g = gather(e, x, kv, chunk);
+  ra_seen seen;
+  float lse[CHUNK], ignored[CHUNK];
+  for (uint32_t n = 0; n < g.count; n++) {
+    memcpy(e->u_rows + n * e->row, x->out + g.out[n], e->Dv * sizeof *e->u_rows);
+    memcpy(e->d_rows + n * e->row, x->dout + g.out[n], e->Dv * sizeof *e->d_rows);
+    lse[n] = x->lse[g.lse[n]];
+  }
+  ra_load_gradients(e, e->u_rows, e->d_rows, e->row, lse, g.count, 0, ignored);
+  ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
+  for (uint32_t j = g.all.first, keys; j < g.all.end; j += keys) {
+    keys = ra_min_u32(CHUNK, g.all.end - j);
+    if (load_seen(e, x, kv, &g, j, keys, &seen))
+      ra_add_block_backward(e, e->y_rows, e->u_rows, keys, &seen, NULL, j, x->dk + head.k, x->dv + head.v);
+  }
+  ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);
+  for (uint32_t n = 0; n < g.count; n++)
+    ra_rotary_rows(&e->state->q_rotary, e->d_rows + n * e->Dp, e->Dp, x->dq + g.q[n], e->q_row, 1, g.i[n],
+                   RA_ROTATE_TRANSPOSE, e->p->scale);
+}
