@@ -239,12 +239,12 @@ int RA_API(ra_sample_prepare)(const ra_problem *p, const ra_arrays *x, uint32_t 
 int RA_API(ra_sample_largest)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t queries,
                               uint32_t count, uint32_t *rows, float *norms, void *workspace);
 
-// Rows where an approximation is likely to fail first: flat rows of the largest queries, of the queries whose scores with
-// the largest centred key are the largest, and the largest centred keys, falling, no outliers; RA_EXTREMES of each, 0 where
-// there are fewer. O(N D). Needs ra_sample_prepare.
+// Rows where an approximation is likely to fail first: flat rows of the largest queries, of the queries with the largest positive
+// and with the largest negative scores against those of the largest centred keys that the polynomial engine would take through
+// its state, and these keys, falling, no outliers; RA_EXTREMES of each, 0 where there are fewer. O(N D). Needs ra_sample_prepare.
 enum { RA_EXTREMES = 8 };
 int RA_API(ra_sample_extremes)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t *large,
-                               uint32_t *aligned, uint32_t *keys, void *workspace);
+                               uint32_t *aligned, uint32_t *opposed, uint32_t *keys, void *workspace);
 
 // Scores of up to 8 queries of one group against every `stride`-th key, centred as above, masked pairs and outliers left out.
 // rows[count] are flat rows (head in group * Nq + i). Writes at most count * ceil(Nk / stride) floats to `scores` and

@@ -263,32 +263,38 @@ static void keep_largest(uint32_t *where, float *values, uint32_t count, uint32_
 }
 
 int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t *large, uint32_t *aligned,
-                       uint32_t *keys, void *workspace) {
+                       uint32_t *opposed, uint32_t *keys, void *workspace) {
   if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
-  float norms[RA_EXTREMES], scores[RA_EXTREMES], key_norms[RA_EXTREMES], ignored = 0;
-  for (int n = 0; n < RA_EXTREMES; n++) norms[n] = scores[n] = key_norms[n] = -1, large[n] = aligned[n] = keys[n] = 0;
+  float norms[RA_EXTREMES], key_norms[RA_EXTREMES], highest[RA_EXTREMES], lowest[RA_EXTREMES], ignored = 0;
+  for (int n = 0; n < RA_EXTREMES; n++) {
+    norms[n] = key_norms[n] = -1, highest[n] = lowest[n] = 0;
+    large[n] = aligned[n] = opposed[n] = keys[n] = 0;
+  }
   for (uint32_t j = 0, outliers = 0; j < p->key_length; j++, outliers >>= 1) {
     if (j % 32 == 0) outliers = key_outliers(&e, kv_head, j);
     if (!(outliers & 1)) keep_largest(keys, key_norms, RA_EXTREMES, j, measure_row(e.k_rows + j * e.Dp, e.D, &ignored));
   }
+  for (int m = 0; m < RA_EXTREMES; m++) ra_transpose(e.k_rows + keys[m] * e.Dp, e.Dp, 1, e.D, e.strip + m, LANES);
   for (size_t h = 0; h < e.group; h++)
     for (uint32_t i = 0; i < p->query_length; i += RA_CHUNK) {
       uint32_t count = ra_min_u32(RA_CHUNK, p->query_length - i);
       const float *q = query_at(&e, x->q, kv_head * e.group + h, i);
       uint32_t outliers = query_outliers(&e, kv_head, h, i);
       ra_rotary_rows(&e.state->q_rotary, q, e.q_row, e.rows, e.Dp, count, i, RA_ROTATE, p->scale);
+      ra_set_rows(e.rows, e.Dp, count, e.strip, LANES, (uint32_t)e.D, e.s, LANES);
       for (uint32_t n = 0; n < count; n++) {
         if (outliers >> n & 1) continue;
-        const float *x_n = e.rows + n * e.Dp, *y = e.k_rows + keys[0] * e.Dp;
         uint32_t row = (uint32_t)(h * e.Nq + i + n);
-        float score = 0;
-        for (size_t d = 0; d < e.D; d++) score += x_n[d] * y[d];
-        keep_largest(large, norms, RA_EXTREMES, row, measure_row(x_n, e.D, &ignored));
-        ra_range range = ra_keys_of(p, i + n);
-        if (range.first <= keys[0] && keys[0] < range.end)
-          keep_largest(aligned, scores, RA_EXTREMES, row, fabsf(score));
+        ra_range state = ra_state_keys(p, ra_chunk_start(p, i + n));
+        float high = 0, low = 0;
+        for (int m = 0; m < RA_EXTREMES; m++)
+          if (key_norms[m] >= 0 && state.first <= keys[m] && keys[m] < state.end)
+            high = fmaxf(high, e.s[n * LANES + m]), low = fmaxf(low, -e.s[n * LANES + m]);
+        keep_largest(large, norms, RA_EXTREMES, row, measure_row(e.rows + n * e.Dp, e.D, &ignored));
+        keep_largest(aligned, highest, RA_EXTREMES, row, high);
+        keep_largest(opposed, lowest, RA_EXTREMES, row, low);
       }
     }
   return RA_OK;

@@ -9,6 +9,7 @@ import { createRopeAttention, reference, theory } from '../dist/index.js';
 import { allowedPairs, exactFlops, polynomialFlops } from '../dist/cost.js';
 import type { ForwardArgs, Guarantee, Report, Rotary, RopeAttention } from '../dist/index.js';
 import { readCall, type Geometry } from '../dist/validate.js';
+import { instance } from './promise/instances.mjs';
 import {
   draw,
   lengths,
@@ -335,6 +336,25 @@ describe('the choice', () => {
     expect(report.relativeErrorEstimate! / relative).toBeLessThan(2);
   });
 
+  test.each([false, true])('the gradient error estimate is that of the worst of dq, dk and dv, causal %p', (causal) => {
+    for (const seed of [1, 2, 3]) {
+      const args = problem({ shape: { heads: 2, kvHeads: 1, queryLength: 600, headDim: 8, valueDim: 12 }, causal }, seed, uniform(0.7));
+      const forced = { method: 'polynomial', degree: 2, onMiss: 'report', seed } as const;
+      const got = attention.backward({ ...args, ...forced });
+      const exact = attention.backward({ ...args, method: 'exact' });
+      const worst = Math.max(...(['dq', 'dk', 'dv'] as const).map((name) => relativeFrobenius(got[name], exact[name])));
+      const { gradientErrorEstimate, errorEstimate } = got.report;
+      expect(errorEstimate).toBe(gradientErrorEstimate);
+      expect(gradientErrorEstimate! / worst).toBeGreaterThan(0.7);
+      expect(gradientErrorEstimate! / worst).toBeLessThan(1.5);
+      expect(exact.report.gradientErrorEstimate).toBeNull();
+      expect(attention.forward({ ...withoutGradient(args), ...forced }).report.gradientErrorEstimate).toBeNull();
+      const predicted = attention.plan({ ...args, ...forced, tolerance: 1 });
+      expect(predicted.gradientErrorEstimate! / worst).toBeGreaterThan(0.4);
+      expect(predicted.gradientErrorEstimate! / worst).toBeLessThan(2);
+    }
+  });
+
   test.each([
     [{ window: [20, 5] as const, queryOffset: -15 }],
     [{ window: [20, 5] as const, queryOffset: 90 }],
@@ -423,6 +443,20 @@ describe('when a prediction fails', () => {
       const { output, report } = attention.forward(args);
       expect(outputError(args, output)).toBeLessThanOrEqual(tolerance);
       return report;
+    });
+    expect(outcomes.every(({ errorEstimate }) => errorEstimate === null || errorEstimate <= tolerance)).toBe(true);
+  });
+
+  test('the next degree or exact takes over where gradients turn out worse than predicted, and no miss is returned', () => {
+    // Columns of dk are seen only after the run.
+    const shape = { heads: 1, queryLength: 1024, headDim: 8 };
+    const args = instance({ kind: 'hidden', bound: 0.7, seed: 1, shape, causal: true });
+    const exact = attention.backward({ ...args, method: 'exact' });
+    const outcomes = [0.05, 0.048, 0.046, 0.044, 0.042, 0.04, 0.035, 0.03].map((tolerance) => {
+      const got = attention.backward({ ...args, tolerance });
+      for (const name of ['dq', 'dk', 'dv'] as const)
+        expect(relativeFrobenius(got[name], exact[name])).toBeLessThanOrEqual(tolerance);
+      return got.report;
     });
     const fallen = outcomes.filter(({ reason }) => /degree \d has a sampled error of/.test(reason));
     expect(fallen.length).toBeGreaterThan(0);

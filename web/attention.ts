@@ -18,7 +18,10 @@ import {
   choose,
   costOf,
   flopsOf,
+  portionsOfGiven,
+  promising,
   refuseMiss,
+  ROOM,
   short,
   workspaceOf,
   type Attempt,
@@ -37,9 +40,6 @@ import { readCall, readCreate, readLoss, readRotate, type Call } from './validat
 
 /** Milliseconds of work between two yields, about. */
 const SLICE = 30;
-
-/** Share of the tolerance that sampled errors may take under `auto`. */
-const SAMPLE_ROOM = 0.75;
 
 /** Operations below which a run says nothing about this machine's speed. */
 const MEASURABLE = 1e8;
@@ -221,9 +221,13 @@ export class Attention implements RopeAttention {
     try {
       const plan = yield* this.#plan(session, task, inputs);
       const misses: string[] = [];
+      let missed: Parameters<typeof promising>[3] | null = null;
       let progress = 0;
       const attempts = [...plan.attempts];
       for (let attempt = attempts.shift(); attempt; attempt = attempts.shift()) {
+        if (missed && attempt.degree !== null && attempts.length > 0) {
+          if (!(yield* promising(task, plan.sampler, attempt.degree, missed))) continue;
+        }
         // A polynomial may yet miss: it gets nine tenths of what is left. 1 is for the very end.
         const share = attempt.degree === null ? 0.99 : 0.9;
         const end = progress + (1 - progress) * share;
@@ -236,12 +240,14 @@ export class Attention implements RopeAttention {
             task = { ...task, passes: ['forward', 'backward'] };
             attempts.unshift(attempt);
             misses.push(`${miss} with the given output and lse, which were computed again`);
+            missed = null;
             continue;
           }
           // Nothing was computed: there is nothing to report.
           if (last && !outcome.coefficients) refuseMiss({ ...task, problem: { ...problem, onMiss: 'error' } }, miss);
           if (last) refuseMiss(task, miss);
           misses.push(miss);
+          missed = { predicted: attempt.predicted, measured: outcome.measured };
           if (!last) continue;
         }
         const bytes = session.bytes;
@@ -296,9 +302,7 @@ export class Attention implements RopeAttention {
     const measured = yield* plan.sampler.check(task.pass);
     if (!positive)
       return { ...failed('has rows whose weights do not add up to a positive number', coefficients), measured };
-    // A sample does not see the worst row: what may give way to another engine must leave room for it.
-    const room = task.problem.method === 'auto' ? SAMPLE_ROOM : 1;
-    const met = measured.error <= room * task.problem.tolerance;
+    const met = measured.upper <= ROOM[task.pass].check * task.problem.tolerance;
     return {
       task,
       coefficients,
@@ -321,7 +325,7 @@ export class Attention implements RopeAttention {
     if (given && unknown.length > 0) {
       notes.push(`the given output and lse were not checked, as sampled rows have no ${unknown.join(' or ')}`);
     } else if (given) {
-      const difference = yield* plan.sampler.given();
+      const difference = yield* plan.sampler.given(portionsOfGiven(task));
       if (!(difference <= task.problem.tolerance / 4)) {
         passes = ['forward', 'backward'];
         notes.push(`the given output and lse are off by ${short(difference)} and were computed again`);
@@ -439,7 +443,7 @@ function figures(x: number): string {
 }
 
 function reportOf(
-  { problem, passes }: Task,
+  { problem, pass, passes }: Task,
   { degree }: Attempt,
   bounds: readonly Bounds[],
   errorBound: number | null,
@@ -457,6 +461,7 @@ function reportOf(
     scoreBound: largest((one) => scoreRadius(problem, one)),
     errorBound,
     errorEstimate: measured && measured.error,
+    gradientErrorEstimate: pass === 'backward' && measured ? measured.error : null,
     relativeErrorEstimate: measured && measured.relative,
     flops: flopsOf(problem, passes, degree),
     bytes,

@@ -12,14 +12,13 @@ export type Pass = 'forward' | 'backward';
 /** Queries and keys of one chunk of the causal polynomial engine, inside which exp is exact; keys that join a state together. */
 export const CHUNK = 32;
 
-/** When errors are sampled: rows at a time in a key/value head, heads that are looked at, rows in all for the last check. */
+/** When errors are sampled: rows at a time in a key/value head, drawn rows in all of these heads (if few). */
 export const SAMPLE_ROWS = 8;
-export const SAMPLE_HEADS = 4;
-export const CHECK_ROWS = 32;
+export const DRAWN_ROWS = 32;
 /** Segments that are looked at for their own sake: rows that see few keys, so next to nothing. */
 export const LOOKED_SEGMENTS = 4;
 /** Scores that a head's polynomial is fitted to, about. */
-export const SAMPLE_SCORES = 2048;
+export const SAMPLE_SCORES = 1024;
 /** Keys that are weighed together there (TILE of sample.c). */
 const SAMPLE_TILE = 128;
 
@@ -46,9 +45,21 @@ const EFFICIENCY = [
   { upTo: Infinity, exact: { forward: 0.88, backward: 0.9 }, polynomial: { forward: 0.8, backward: 0.8 }, outliers: { forward: 0.65, backward: 0.65 } },
 ] as const;
 
-/** The same for the sampling functions, and what the fit of one polynomial (in JavaScript) takes, in operations at peak. */
-const SAMPLING_EFFICIENCY = 0.25;
-const FIT = 6e6;
+/** The same for the sampling functions. */
+const SAMPLING_EFFICIENCY = 0.5;
+/**
+ * What JavaScript adds, in operations at peak (5e4 a microsecond): the fit of one polynomial, a call that computes or compares
+ * a portion of rows, and the rest of a plan. Measured with warm code.
+ */
+const FIT = 1e6;
+const PORTION = 2.5e5;
+const PLAN = 1e6;
+/** Operations for each entry of q to find the rows that are likely to be worst. */
+const EXTREMES = 60;
+/** The same to begin with another head, for each entry of q and k. */
+const PREPARE = 30;
+/** Portions that hold these, about: without a mask, and when causal (most of them short). */
+const HARD_PORTIONS = { full: 2, causal: 10 } as const;
 
 /** Pairs (query, key) that the mask allows, over all query heads. */
 export function allowedPairs(g: Geometry): number {
@@ -87,19 +98,36 @@ export function cost(g: Geometry, pass: Pass, degree: number | null, outliers = 
   return (polynomialFlops(g, pass, degree) + besides) / share.polynomial[pass] + ofOutliers;
 }
 
-/** The same for the sampling that goes with the polynomial engine, by the number of degrees to compare. */
-export function samplingCost(g: Geometry, pass: Pass, candidates: number): number {
+/**
+ * The same for what `auto` does before and after a polynomial, beyond the bounds that the exact engine is given too.
+ *
+ * @returns `refusal`: until no polynomial is found fit, at worst, usually; `all`: of one that runs, from the first look to the
+ *   check of its results.
+ */
+export function samplingCost(g: Geometry, pass: Pass, candidates: number): { refusal: number; all: number } {
   const heads = g.batch * g.kvHeads;
-  const looked = Math.min(heads, SAMPLE_HEADS);
-  const [keys, queries] = [g.keyLength, (g.heads / g.kvHeads) * g.queryLength];
-  const survey = heads * g.headDim * (8 * (keys + queries) + 2 * SAMPLE_SCORES);
-  const seen = Math.min(keys, seenKeys(g) + SAMPLE_TILE);
-  // Pilot rows, exact and of each candidate; rows of the check, and columns of its gradients.
-  // The rows that are likely to be worst: two portions, in the pilot for one or two candidates, and in the check.
-  const rows = (looked * SAMPLE_ROWS * (1 + candidates + 2 * 4) + CHECK_ROWS) * seen;
-  const columns = pass === 'backward' ? looked * 2 * SAMPLE_ROWS * queries * (seen / keys) : 0;
-  const fits = FIT * (heads + looked * candidates);
-  return (survey + flopsOfPair(g, pass) * (rows + columns)) / SAMPLING_EFFICIENCY + fits;
+  const queries = (g.heads / g.kvHeads) * g.queryLength;
+  const prepare = heads > 1 ? PREPARE * g.headDim * (queries + g.keyLength) : 0;
+  const look = prepare + EXTREMES * g.headDim * queries + SAMPLE_SCORES * g.headDim;
+  const portion = PORTION + (SAMPLE_ROWS * keysOfPortion(g) * flopsOfPair(g, pass)) / SAMPLING_EFFICIENCY;
+  // Long portions of a head, those of drawn rows and of large ones; when causal short ones as well.
+  const drawn = Math.ceil(DRAWN_ROWS / SAMPLE_ROWS / heads) * (g.causal ? 1.5 : 1);
+  const long = HARD_PORTIONS.full + drawn;
+  const short = g.causal ? HARD_PORTIONS.causal - HARD_PORTIONS.full : 0;
+  const columns = pass === 'backward' ? 3 * (queries / g.keyLength) * portion : 0;
+  const refusal = PLAN + look + FIT * candidates + 2 * portion;
+  const all = PLAN + heads * (look + FIT * candidates + 2 * (long * portion + 2 * short * PORTION) + columns);
+  return { refusal, all };
+}
+
+/** The same for one call that computes a portion of rows. */
+export function portionCost(g: Geometry): number {
+  return PORTION + (SAMPLE_ROWS * keysOfPortion(g) * flopsOfPair(g, 'forward')) / SAMPLING_EFFICIENCY;
+}
+
+/** Keys that rows of a portion see between them, wherever they are. */
+function keysOfPortion(g: Geometry): number {
+  return Math.min(g.keyLength, SAMPLE_ROWS * (seenKeys(g) + SAMPLE_TILE));
 }
 
 function flopsOfPair(g: Geometry, pass: Pass): number {

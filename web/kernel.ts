@@ -68,6 +68,7 @@ interface Exports {
     head: number,
     large: number,
     aligned: number,
+    opposed: number,
     keys: number,
     workspace: number,
   ): number;
@@ -321,7 +322,7 @@ export class Session {
       coefficients: floats(this.heads * MAX_COEFFICIENTS),
       own: floats(MAX_COEFFICIENTS),
       rows: floats(SAMPLE_ROWS),
-      extremes: floats(3 * EXTREMES),
+      extremes: floats(4 * EXTREMES),
       outlierQueries: floats(this.heads * this.outlierLimits.queries),
       outlierKeys: floats(this.heads * this.outlierLimits.keys),
       largest: floats(2 * Math.max(this.outlierLimits.queries, this.outlierLimits.keys)),
@@ -591,17 +592,18 @@ export class Session {
   }
 
   /**
-   * Where an approximation is likely to fail first: rows of the largest queries, rows whose scores with the largest key are
-   * the largest, and the largest keys.
+   * Where an approximation is likely to fail first: rows of the largest queries, rows with the largest positive and negative
+   * scores against the largest keys, and these keys; falling.
    */
-  extremes(head: number): { large: number[]; aligned: number[]; keys: number[] } {
+  extremes(head: number): { large: number[]; aligned: number[]; opposed: number[]; keys: number[] } {
     this.prepare(head);
     const { problem, arrays, extremes } = this.#at;
-    const [large, aligned, keys] = [0, 1, 2].map((n) => extremes + 4 * n * EXTREMES);
+    const [large, aligned, opposed, keys] = [0, 1, 2, 3].map((n) => extremes + 4 * n * EXTREMES);
     const { ra_sample_extremes } = this.#exports;
-    this.#expect(ra_sample_extremes(problem, arrays, head, large, aligned, keys, this.#sampling), 'ra_sample_extremes');
+    const code = ra_sample_extremes(problem, arrays, head, large, aligned, opposed, keys, this.#sampling);
+    this.#expect(code, 'ra_sample_extremes');
     const read = (address: number) => [...new Set(this.#arena.readIntegers(address, EXTREMES))];
-    return { large: read(large), aligned: read(aligned), keys: read(keys) };
+    return { large: read(large), aligned: read(aligned), opposed: read(opposed), keys: read(keys) };
   }
 
   /** Centred scores of some rows of a head against every `stride`-th key, those that are allowed. */

@@ -5,7 +5,7 @@
 // of `method: 'auto'`. What runs is checked again afterwards (attention.ts), so a wrong prediction costs time, never accuracy.
 
 import { certify, scoreRadius } from './certificate.js';
-import { cost, exactFlops, polynomialFlops, samplingCost, type Pass } from './cost.js';
+import { cost, exactFlops, polynomialFlops, portionCost, samplingCost, type Pass } from './cost.js';
 import type { Bounds, Session } from './kernel.js';
 import { MAX_DEGREE, minimax } from './polynomial.js';
 import { Sampler, survey, type Measured } from './sampling.js';
@@ -42,6 +42,15 @@ export interface Task {
   /** Predict the error of a forced degree too, although the run will measure it. */
   predict: boolean;
 }
+
+/**
+ * Shares of the tolerance that sampled errors may take before and after the run: a sample does not see the worst row, and
+ * sampled columns of gradients are taken with the lse and output that the polynomial gave.
+ */
+export const ROOM = { forward: { pilot: 0.7, check: 0.75 }, backward: { pilot: 0.6, check: 0.65 } } as const;
+
+/** Share of the exact engine's cost that may be lost to looking for a polynomial, or to one that misses. */
+const LOSS = 0.08;
 
 const EXACT: Attempt = { degree: null, coefficients: null, bound: null, predicted: null };
 
@@ -91,19 +100,21 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
     return { bounds, sampler, attempts: [attempt(problem.degree)], because: 'as asked' };
   }
   const auto = problem.method === 'auto';
-  // Less than the tolerance, since other rows may be worse than the pilot's; a miss costs one run of a cheap degree.
-  const limit = problem.tolerance * (auto ? 0.7 : 1);
+  // Less than the check allows, since the engine sums in another order than the pilot.
+  const limit = problem.tolerance * ROOM[pass].pilot;
   const predictions = yield* task.hasValues
-    ? sampler.pilot(pass, degrees, limit)
+    ? sampler.pilot(pass, degrees, limit, !auto, new Set(auto ? degrees.filter((degree) => mayMiss(task, degree)) : []))
     : sampler.worstValues(degrees);
-  const errorOf = (degree: number) => predictions.get(degree)!.error;
-  const attemptOf = (degree: number) => attempt(degree, { predicted: predictions.get(degree)! });
-  const fitting = degrees.filter((degree) => errorOf(degree) <= limit);
-  if (fitting.length > 0) {
+  const errorOf = (degree: number) => predictions.get(degree)?.error ?? Infinity;
+  const upperOf = (degree: number) => predictions.get(degree)?.upper ?? Infinity;
+  const attemptOf = (degree: number) => attempt(degree, { predicted: predictions.get(degree) ?? null });
+  const first = degrees.find((degree) => upperOf(degree) <= limit);
+  if (first !== undefined) {
+    const others = degrees.filter((degree) => degree > first);
     return {
       bounds,
       sampler,
-      attempts: [...fitting.map(attemptOf), ...(auto ? [EXACT] : [])],
+      attempts: [...[first, ...others].map(attemptOf), ...(auto ? [EXACT] : [])],
       because: auto ? '' : 'as asked',
     };
   }
@@ -125,17 +136,47 @@ export function short(error: number): string {
   return Number.isFinite(error) && error !== 0 ? error.toExponential(1) : String(error);
 }
 
-/** Degrees to consider, ascending: for `auto` those predicted cheaper than exact, the sampling included. */
+/**
+ * Degrees to consider, ascending: for `auto` those predicted cheaper than exact, the sampling included, as long as it costs
+ * little to find that none will do.
+ */
 function candidates(session: Session, { problem, pass, passes }: Task): number[] {
   const all =
     problem.degree === null ? Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree) : [problem.degree];
-  const forced = problem.method === 'polynomial';
-  const cheaper = (than: number) => all.filter((degree) => costOf(problem, passes, degree) < than);
+  const fitting = (degrees: number[]) =>
+    degrees.filter((degree) => workspaceOf(session, passes, degree) <= session.free);
+  if (problem.method === 'polynomial') {
+    const some = fitting(all);
+    // One that does not fit fails where the memory is asked for, with the numbers.
+    return some.length === 0 ? all.slice(0, 1) : some;
+  }
   const exact = costOf(problem, passes, null);
-  const cheap = forced ? all : cheaper(exact - samplingCost(problem, pass, cheaper(exact).length));
-  const fitting = cheap.filter((degree) => workspaceOf(session, passes, degree) <= session.free);
-  // A forced polynomial that does not fit fails where the memory is asked for, with the numbers.
-  return fitting.length === 0 && forced ? all.slice(0, 1) : fitting;
+  const { refusal, all: sampling } = samplingCost(problem, pass, 1);
+  if (refusal > LOSS * exact) return [];
+  return fitting(all.filter((degree) => costOf(problem, passes, degree) + sampling < exact));
+}
+
+/** Little is lost if this degree runs and misses. */
+function mayMiss({ problem, passes }: Task, degree: number): boolean {
+  return costOf(problem, passes, degree) < LOSS * costOf(problem, passes, null);
+}
+
+/** Whether a degree may run after another missed: it must be predicted better by the factor that this one turned out worse. */
+export function* promising(
+  { problem, pass }: Task,
+  sampler: Sampler,
+  degree: number,
+  missed: { predicted: Measured | null; measured: Measured | null },
+): Generator<number, boolean> {
+  const factor = (missed.measured?.upper ?? Infinity) / (missed.predicted?.error ?? 0);
+  const limit = (problem.tolerance * ROOM[pass].pilot) / Math.max(factor, 1);
+  const found = yield* sampler.pilot(pass, [degree], limit, false, new Set());
+  return found.get(degree)!.upper <= limit;
+}
+
+/** Portions of rows on which `auto` compares an output and lse that were given with exact ones: at least one. */
+export function portionsOfGiven({ problem, passes }: Task): number {
+  return Math.max(1, Math.floor((LOSS / 2) * (costOf(problem, passes, null) / portionCost(problem))));
 }
 
 /** Relative-minimax polynomials on the proved interval of every head; nothing is known about gradients. */

@@ -20,6 +20,9 @@ export const TURNOVER = 4;
 /** Half of float32's spacing at 1: smaller improvements of a polynomial are lost when its coefficients are rounded. */
 const FLOAT32_ROUNDING = 2 ** -25;
 
+/** Intervals that `condense` sorts scores into. */
+const POINTS = 64;
+
 /** p(s) = sum_m coefficients[m] s^m by Horner's rule, in float64. */
 export function evaluate(coefficients: ArrayLike<number>, s: number): number {
   let sum = 0;
@@ -84,23 +87,27 @@ export function minimax(degree: number, radius: number): { coefficients: Float32
  *
  * @param scores any number of finite scores. exp of the largest must fit float32 (below about 88), or the coefficients do not.
  * @param degree an integer from 0 to 8.
+ * @param weights how often each score counts; once where none are given.
  * @returns c_0 .. c_degree of s^m, rounded to float32.
  * @throws RangeError for another degree and for scores that are not finite.
  */
-export function fitToScores(scores: ArrayLike<number>, degree: number): Float32Array {
+export function fitToScores(scores: ArrayLike<number>, degree: number, weights?: ArrayLike<number>): Float32Array {
   checkDegree('fitToScores', degree);
   const count = scores.length;
   const size = degree + 1;
   if (count === 0) return Float32Array.from(exponentialSeries(degree));
 
-  let [low, high, mean] = [Infinity, -Infinity, 0];
+  let [low, high, sum, total] = [Infinity, -Infinity, 0, 0];
   for (let n = 0; n < count; n++) {
     const s = scores[n];
     if (!Number.isFinite(s)) throw new RangeError(`fitToScores: scores must be finite, got ${s}`);
     low = Math.min(low, s);
     high = Math.max(high, s);
-    mean += s / count;
+    const weight = weights ? weights[n] : 1;
+    sum += weight * s;
+    total += weight;
   }
+  const mean = Math.min(Math.max(sum / total, low), high); // equal scores: themselves, whatever rounding says
   // Everything is divided by exp(high) until the end, so that no square overflows.
   const series = exponentialSeries(degree).map((c) => c * Math.exp(mean - high));
   const [middle, half] = [(low + high) / 2, (high - low) / 2];
@@ -119,9 +126,10 @@ export function fitToScores(scores: ArrayLike<number>, degree: number): Float32A
     const toTaylor = exponential - evaluate(series, s - mean);
     const slopeToTaylor = toTaylor + series[degree] * (s - mean) ** degree; // the series' derivative lacks its last term
     chebyshev(x, value, derivative);
+    const weight = weights ? weights[n] : 1;
     for (let a = 0; a < size; a++) {
       const row = gram[a];
-      const [v, d] = [value[a], derivative[a] / half];
+      const [v, d] = [weight * value[a], (weight * derivative[a]) / half];
       for (let b = 0; b <= a; b++) row[b] += v * value[b] + (d * derivative[b]) / half;
       row[size] += v * toTaylor + d * slopeToTaylor;
     }
@@ -135,6 +143,31 @@ export function fitToScores(scores: ArrayLike<number>, degree: number): Float32A
   // 3. Back to powers of s.
   const correction = compose(fromChebyshev(solve(gram)), middle, half);
   return finish(taylor.map((c, m) => c + correction[m]));
+}
+
+/**
+ * The same scores in fewer numbers: the mean of those in each of POINTS intervals of equal width, and how many they are. Moments
+ * change by (width of an interval / standard deviation)^2 / 12, a thousandth or so, and fits take a tenth of the time.
+ *
+ * @param scores finite ones.
+ */
+export function condense(scores: ArrayLike<number>): { scores: Float64Array; weights: Float64Array } {
+  let [low, high] = [Infinity, -Infinity];
+  for (let n = 0; n < scores.length; n++) {
+    if (scores[n] < low) low = scores[n];
+    if (scores[n] > high) high = scores[n];
+  }
+  const [sums, counts] = [new Float64Array(POINTS), new Float64Array(POINTS)];
+  const factor = high > low ? (POINTS * (1 - 2 ** -40)) / (high - low) : 0;
+  for (let n = 0; n < scores.length; n++) {
+    const at = Math.floor((scores[n] - low) * factor);
+    sums[at] += scores[n];
+    counts[at]++;
+  }
+  return {
+    scores: sums.map((sum, at) => sum / counts[at]).filter((_, at) => counts[at] > 0),
+    weights: counts.filter((count) => count > 0),
+  };
 }
 
 function checkDegree(name: string, degree: number): void {

@@ -3,19 +3,25 @@
 // Looking at the data: bounds of every key/value head, a polynomial for each fitted to sampled scores, and errors measured
 // on a few rows that are computed exactly. O(N D) for the bounds, O(N (D + Dv)) for each sampled row.
 //
+// The rows are the same before and after the run: the pilot works out what a polynomial would make of them, the check what the
+// engine did make of them, both against the same exact values. So what passes the pilot misses the check only by what the pilot
+// cannot see: float32 sums of the engine, weights that are not positive in other rows, and columns of dk and dv.
+//
 // Rows are drawn by a generator seeded with the call's seed and the head, so a call repeated gives the same choice, and
 // `backward` finds the polynomials of its `forward`. Only rows that may see a key are drawn.
 
-import { CHECK_ROWS, CHUNK, LOOKED_SEGMENTS, SAMPLE_HEADS, SAMPLE_ROWS, SAMPLE_SCORES, type Pass } from './cost.js';
+import { CHUNK, DRAWN_ROWS, LOOKED_SEGMENTS, SAMPLE_ROWS, SAMPLE_SCORES, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
 import type { Bounds, Rows, Session } from './kernel.js';
-import { evaluate, fitToScores } from './polynomial.js';
+import { condense, evaluate, fitToScores } from './polynomial.js';
 import { seeingQueries, seenKeys, segmentsOf } from './scores.js';
 
 /** Sampled errors. */
 export interface Measured {
   /** In the units of the tolerance; Infinity where the polynomial's weights are not positive. */
   error: number;
+  /** The same and what chance may hide: of gradients two standard deviations of what other rows would have given. */
+  upper: number;
   /** Relative Frobenius error of the same rows. */
   relative: number;
 }
@@ -23,8 +29,17 @@ export interface Measured {
 /** Differences this small, relative to what was summed, are float32 rounding and count as none (see `outputError`). */
 const ROUNDING = 2 ** -18;
 
+/** A degree is not tried where the one before and the fits make its error this many times too large. */
+const HOPELESS = 4;
+
+/** Errors of gradients on part of the rows, relative to the limit, from which the rest will not help. */
+const LOST = 3;
+
+/** Query heads of a group whose first rows are looked at, two chunks of each; more of them where there are fewer heads. */
+const FIRST_HEADS = 2;
+
 /** Streams of random numbers, so that different questions get different rows. */
-const [PILOT, CHECK, HEADS, HARD, SEGMENTS] = [1, 2, 3, 4, 5];
+const [DRAWN, COLUMNS, SEGMENTS, GIVEN] = [1, 2, 3, 4];
 
 /** Bounds of all key/value heads, one after the other; yields 0 in between, so that a caller can pause. */
 export function* survey(session: Session): Generator<number, Bounds[]> {
@@ -40,21 +55,20 @@ export class Sampler {
   readonly #session: Session;
   readonly #bounds: readonly Bounds[];
   readonly #seed: number;
-  readonly #looked: number[];
-  readonly #scores = new Map<number, Float32Array>();
-  readonly #hard = new Map<number, number[]>();
+  #order: readonly number[] | null = null;
+  readonly #scores = new Map<number, ReturnType<typeof condense> | null>();
+  readonly #fits = new Map<string, Float32Array | null>();
+  readonly #drawn = new Map<number, { all: Drawn[]; first: Portion[] }>();
+  readonly #rest = new Map<number, { hard: Portion[]; others: Portion[] }>();
 
   constructor(session: Session, bounds: readonly Bounds[], seed: number) {
     this.#session = session;
     this.#bounds = bounds;
     this.#seed = seed;
-    const radii = bounds.map((one) => scoreRadius(session.geometry, one));
-    const widest = radii.indexOf(Math.max(...radii));
-    this.#looked = draw(SAMPLE_HEADS, session.heads, [Math.max(widest, 0)], random(seed, 0, HEADS));
   }
 
   /**
-   * The polynomials of all key/value heads, [heads][degree + 1], each the least-squares fit to the scores of its pilot rows;
+   * The polynomials of all key/value heads, [heads][degree + 1], each the least-squares fit to the scores of its first drawn rows;
    * null where some score or coefficient is too large for float32.
    */
   *coefficients(degree: number): Generator<number, Float32Array | null> {
@@ -69,59 +83,71 @@ export class Sampler {
   }
 
   /**
-   * Errors to expect of each degree (ascending): rows of a few heads, exact and with the polynomial, by ra_sample_rows. Drawn
-   * rows first; then, of the degrees that stay within `limit` on these, rows that are likely to be worse, until one degree
-   * stays within it there too.
+   * Errors to expect of each degree (ascending), on the rows of the check, by ra_sample_rows, until one stays within `limit`;
+   * degrees beyond that are missing from the result.
+   *
+   * @param thorough measure every one of these; else one that is out of the question is left as soon as that is seen, or is not
+   *   tried at all, and its error is where that was seen, or an estimate.
+   * @param short degrees for which most of the drawn rows may wait for the check.
    */
-  *pilot(pass: Pass, degrees: readonly number[], limit: number): Generator<number, Map<number, Measured>> {
-    const tallies = new Map(degrees.map((degree) => [degree, new Tally()]));
-    const drawn = yield* this.#exactly(pass, (head) => this.#portions([], this.#pilotRows(head)));
-    for (const [degree, tally] of tallies) yield* this.#predict(pass, degree, drawn, tally);
-    const passing = (tally: Tally) => tally.result().error <= limit;
-    if (Array.from(tallies.values()).some(passing)) {
-      const hard = yield* this.#exactly(pass, (head) => this.#portions(this.#hardRows(head), []));
-      for (const [degree, tally] of tallies) {
-        if (!passing(tally)) continue;
-        yield* this.#predict(pass, degree, hard, tally);
-        if (passing(tally)) break;
+  *pilot(
+    pass: Pass,
+    degrees: readonly number[],
+    limit: number,
+    thorough: boolean,
+    short: ReadonlySet<number>,
+  ): Generator<number, Map<number, Measured>> {
+    const found = new Map<number, Measured>();
+    let failed: { error: number; residual: number } | null = null;
+    for (const degree of degrees) {
+      const residual = thorough ? 0 : this.#residual(pass, degree);
+      const expected: number = failed && failed.residual > 0 ? (failed.error * residual) / failed.residual : 0;
+      if (expected > HOPELESS * limit) {
+        found.set(degree, { error: expected, upper: expected, relative: expected });
+        continue;
       }
+      const tally = new Tally();
+      for (const known of this.#known(pass, short.has(degree))) {
+        this.#predict(pass, degree, known, tally);
+        yield 0;
+        if (!thorough && tally.result().error > limit * (pass === 'forward' ? 1 : LOST)) break;
+      }
+      const measured = tally.result();
+      found.set(degree, measured);
+      if (measured.upper <= limit) break;
+      failed = { error: measured.error, residual };
     }
-    return new Map(Array.from(tallies, ([degree, tally]) => [degree, tally.result()]));
+    return found;
   }
 
-  /** Portions of rows of the heads that are looked at, with their exact values. */
-  *#exactly(pass: Pass, portions: (head: number) => Portion[]): Generator<number, Known[]> {
-    const known: Known[] = [];
-    for (const head of this.#looked) {
-      for (const portion of portions(head)) {
-        known.push({ head, ...portion, exact: this.#session.rows(head, portion.rows, null, pass === 'backward') });
-        yield 0;
+  /** The sampled rows with their exact values, each computed when it is first asked for; `short`: without most of the drawn ones. */
+  *#known(pass: Pass, short = false): Generator<Known, void> {
+    for (const head of this.#heads()) {
+      for (const portion of this.#rowPortions(head, pass, short)) {
+        portion.exact ??= this.#session.rows(head, portion.rows, null, pass === 'backward');
+        yield portion as Known;
       }
     }
-    return known;
   }
 
   /** What a degree would make of known rows. */
-  *#predict(pass: Pass, degree: number, known: readonly Known[], tally: Tally): Generator<number, void> {
-    for (const { head, rows, weight, exact } of known) {
-      const own = this.#fit(head, degree);
-      const got = own && this.#session.rows(head, rows, own, pass === 'backward');
-      if (!got?.positive) tally.fail();
-      else if (pass === 'forward') tally.output(exact.out, got.out, this.#bounds[head].v_half_range, weight);
-      else tally.gradient('dq', exact.dq, got.dq, this.#rounding(head, rows, exact), weight);
-      yield 0;
-    }
+  #predict(pass: Pass, degree: number, { head, rows, weights, exact }: Known, tally: Tally): void {
+    const own = this.#fit(head, degree);
+    const got = own && this.#session.rows(head, rows, own, pass === 'backward');
+    if (!got?.positive) tally.fail();
+    else if (pass === 'forward') tally.output(exact.out, got.out, this.#bounds[head].v_half_range, weights);
+    else tally.gradient('dq', exact.dq, got.dq, this.#rounding(head, rows, exact), weights);
   }
 
   /**
-   * Errors to expect for the worst values in [-1, 1]: max over pilot rows of sum_j |P^_j - P_j|, which some v attains. From
+   * Errors to expect for the worst values in [-1, 1]: max over some rows of sum_j |P^_j - P_j|, which some v attains. From
    * scores of every few keys, so an estimate; exactness inside the causal diagonal is not counted.
    */
   *worstValues(degrees: readonly number[]): Generator<number, Map<number, Measured>> {
     const worst = new Map(degrees.map((degree) => [degree, 0]));
     const stride = Math.ceil(seenKeys(this.#session.geometry) / SAMPLE_SCORES);
-    for (const head of this.#looked) {
-      for (const row of this.#pilotRows(head)) {
+    for (const head of this.#heads()) {
+      for (const row of this.#drawnRows(head).first.flatMap(({ rows }) => rows)) {
         const scores = this.#session.scores(head, [row], stride);
         for (const degree of degrees) {
           const own = this.#fit(head, degree);
@@ -130,109 +156,186 @@ export class Sampler {
         yield 0;
       }
     }
-    return new Map(Array.from(worst, ([degree, error]) => [degree, { error, relative: error }]));
+    return new Map(Array.from(worst, ([degree, error]) => [degree, { error, upper: error, relative: error }]));
   }
 
-  /**
-   * The error of a finished pass: on the rows that are likely to be the worst, and on drawn rows, others than the pilot's,
-   * CHECK_ROWS or more in all, however few the heads. Gradients also on columns, likewise.
-   */
+  /** The error of a finished pass on the sampled rows; of gradients also on columns. */
   *check(pass: Pass): Generator<number, Measured> {
     const tally = new Tally();
-    const known = yield* this.#exactly(pass, (head) => this.#checkPortions(head));
-    for (const { head, rows, weight, exact } of known) {
+    const roundings = new Map<number, number>();
+    for (const { head, rows, weights, exact } of this.#known(pass)) {
       if (pass === 'forward') {
-        tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range, weight);
+        tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range, weights);
       } else {
         const rounding = this.#rounding(head, rows, exact);
-        tally.gradient('dq', exact.dq, this.#gather('dq', head, rows), rounding, weight);
+        if (!roundings.has(head)) roundings.set(head, rounding);
+        tally.gradient('dq', exact.dq, this.#gather('dq', head, rows), rounding, weights);
       }
       yield 0;
     }
-    for (const head of pass === 'backward' ? this.#looked : []) {
-      const own = known.find((one) => one.head === head);
-      const rounding = own ? this.#rounding(head, own.rows, own.exact) : 0;
-      for (const { rows: keys, weight } of this.#checkColumns(head)) {
+    for (const head of pass === 'backward' ? this.#heads() : []) {
+      for (const { rows: keys, weights } of this.#columnPortions(head)) {
         const { dk, dv } = this.#session.columns(head, keys);
-        tally.gradient('dk', dk, this.#gather('dk', head, keys), rounding, weight);
-        tally.gradient('dv', dv, this.#gather('dv', head, keys), 0, weight);
+        tally.gradient('dk', dk, this.#gather('dk', head, keys), roundings.get(head) ?? 0, weights);
+        tally.gradient('dv', dv, this.#gather('dv', head, keys), 0, weights);
         yield 0;
       }
     }
     return tally.result();
   }
 
-  /** How far the output and lse that were given are from exact ones: the larger of the output's error and lse's. */
-  *given(): Generator<number, number> {
-    const tally = new Tally();
+  /**
+   * How far the output and lse that were given are from exact ones: the larger of the output's error and lse's, on so many
+   * portions of drawn rows of the head that is at hand.
+   */
+  *given(portions: number): Generator<number, number> {
+    const head = this.#session.heads - 1;
+    const { total, place } = this.#seeing();
+    const rows = draw(portions * SAMPLE_ROWS, total, [], random(this.#seed, head, GIVEN)).map(place);
     let largest = 0;
-    const known = yield* this.#exactly('forward', (one) => this.#checkPortions(one));
-    for (const { head, rows, exact } of known) {
-      tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range, 1);
-      const lse = this.#gather('lse', head, rows);
+    for (let n = 0; n < rows.length; n += SAMPLE_ROWS) {
+      const some = rows.slice(n, n + SAMPLE_ROWS);
+      const exact = this.#session.rows(head, some, null, false);
+      const error = outputError(exact.out, this.#gather('out', head, some), this.#bounds[head].v_half_range);
+      largest = worse(largest, error);
+      const lse = this.#gather('lse', head, some);
       exact.lse.forEach((value, n) => {
         if (value === lse[n]) return; // -Infinity where nothing is seen
         largest = worse(largest, Math.abs(value - lse[n]) / Math.max(1, Math.abs(value)));
       });
+      yield 0;
     }
-    return worse(largest, tally.result().error);
+    return largest;
   }
 
   #fit(head: number, degree: number): Float32Array | null {
+    const name = `${head} ${degree}`;
+    let own = this.#fits.get(name);
+    if (own === undefined) {
+      const some = this.#scoresOf(head);
+      own = some && fitToScores(some.scores, degree, some.weights);
+      if (!own?.every(Number.isFinite)) own = null;
+      this.#fits.set(name, own);
+    }
+    return own;
+  }
+
+  /** Scores of the first drawn rows of a head; null where one is not finite. */
+  #scoresOf(head: number): ReturnType<typeof condense> | null {
     let scores = this.#scores.get(head);
-    if (!scores) {
+    if (scores === undefined) {
       const stride = Math.ceil((SAMPLE_ROWS * seenKeys(this.#session.geometry)) / SAMPLE_SCORES);
-      const rows = this.#pilotRows(head);
-      scores = rows.length > 0 ? this.#session.scores(head, rows, stride) : new Float32Array(0);
+      const rows = this.#drawnRows(head).first.flatMap(({ rows }) => rows);
+      const all = rows.length > 0 ? this.#session.scores(head, rows, stride) : new Float32Array(0);
+      scores = all.every(Number.isFinite) ? condense(all) : null;
       this.#scores.set(head, scores);
     }
-    if (!scores.every(Number.isFinite)) return null;
-    const own = fitToScores(scores, degree);
-    return own.every(Number.isFinite) ? own : null;
-  }
-
-  #pilotRows(head: number): number[] {
-    return this.#rows(head, PILOT, SAMPLE_ROWS, []);
-  }
-
-  #checkPortions(head: number): Portion[] {
-    const count = Math.ceil(CHECK_ROWS / SAMPLE_ROWS / this.#looked.length) * SAMPLE_ROWS;
-    return this.#portions(this.#hardRows(head), this.#rows(head, CHECK, count, this.#pilotRows(head)));
-  }
-
-  /** `hard` rows count for themselves, `drawn` ones for all other rows; in portions that one call takes. */
-  #portions(hard: readonly number[], drawn: readonly number[]): Portion[] {
-    const others = drawn.filter((row) => !hard.includes(row));
-    const weight = others.length > 0 ? Math.max(1, (this.#session.rowsOfHead - hard.length) / others.length) : 1;
-    return [...inPortions(hard, 1), ...inPortions(others, weight)];
+    return scores;
   }
 
   /**
-   * Rows where a polynomial is likely to be worst: the largest queries, those whose scores with the largest key are the
-   * largest, and rows that see few keys through the polynomial (errors average out over many): when causal, the first two chunks
-   * of one query head that see any, then ever fewer of the rows behind them; the first or the last two where a window ends
-   * there; some of packed sequences.
+   * How well a degree fits the scores of the head with the largest ones: the root of the sum of squares of what it leaves of
+   * exp, and for gradients of its derivative.
    */
-  #hardRows(head: number): number[] {
-    const known = this.#hard.get(head);
-    if (known) return known;
+  #residual(pass: Pass, degree: number): number {
+    const head = this.#heads()[0];
+    const [own, some] = [this.#fit(head, degree), this.#scoresOf(head)];
+    if (!own || !some) return Infinity;
+    const of = pass === 'forward' ? own : own.map((_, m) => (m < degree ? (m + 1) * own[m + 1] : 0));
+    const sum = some.scores.reduce((total, s, n) => total + some.weights[n] * (evaluate(of, s) - Math.exp(s)) ** 2, 0);
+    return Math.sqrt(sum);
+  }
+
+  /** All heads, the one with the largest scores first. */
+  #heads(): readonly number[] {
+    if (!this.#order) {
+      const radii = this.#bounds.map((one) => scoreRadius(this.#session.geometry, one));
+      const widest = Math.max(radii.indexOf(Math.max(...radii)), 0);
+      this.#order = [widest, ...radii.keys()].filter((head, n) => n === 0 || head !== widest);
+    }
+    return this.#order;
+  }
+
+  /** Rows that may see a key, counted: number n is row place(n); number(row) is null for the others. */
+  #seeing(): { total: number; length: number; place(n: number): number; number(row: number): number | null } {
+    const { queryLength } = this.#session.geometry;
+    const { from, to } = seeingQueries(this.#session.geometry);
+    const length = Math.max(to - from, 0);
+    return {
+      total: (this.#session.rowsOfHead / queryLength) * length,
+      length,
+      place: (n) => Math.floor(n / length) * queryLength + from + (n % length),
+      number: (row) => {
+        const i = (row % queryLength) - from;
+        return i >= 0 && i < length ? Math.floor(row / queryLength) * length + i : null;
+      },
+    };
+  }
+
+  /** Drawn rows of a head: the one of the largest query, for itself, and others that count for all that are not sampled. */
+  #drawnRows(head: number): { all: Drawn[]; first: Portion[] } {
+    let drawn = this.#drawn.get(head);
+    if (!drawn) {
+      const { total, length, place, number } = this.#seeing();
+      const count = Math.max(SAMPLE_ROWS, Math.ceil(DRAWN_ROWS / this.#session.heads));
+      const largest = number(this.#bounds[head].q_argmax);
+      const taken = largest === null ? [] : [largest];
+      const next = random(this.#seed, head, DRAWN);
+      const rows = drawWeighted(count, total, this.#session.geometry.causal ? length : null, next, new Set(taken));
+      const all = [...taken.map((n) => ({ row: n, weight: 1 })), ...rows].map(({ row, weight }) => ({ row: place(row), weight }));
+      drawn = { all, first: inPortions(head, all.slice(0, SAMPLE_ROWS)) };
+      this.#drawn.set(head, drawn);
+    }
+    return drawn;
+  }
+
+  /**
+   * The rows of a head that are looked at: first those that its polynomial is fitted to; then those that are likely to be the
+   * worst, each for itself, and the other drawn ones: in this order where the largest error decides, the other way round where
+   * sums of squares do. `short`: where the largest error decides, without these last ones.
+   */
+  *#rowPortions(head: number, pass: Pass, short: boolean): Generator<Portion, void> {
+    const { all, first } = this.#drawnRows(head);
+    yield* first;
+    let rest = this.#rest.get(head);
+    if (!rest) {
+      const { queryLength } = this.#session.geometry;
+      const byPlace = (rows: Drawn[]) => rows.sort((a, b) => (a.row % queryLength) - (b.row % queryLength));
+      const hard = this.#hardRows(head);
+      for (const { rows, weights } of first) rows.forEach((row, n) => hard.has(row) && (weights[n] = 1));
+      const known = new Set(first.flatMap(({ rows }) => rows));
+      const certain = Array.from(hard, (row) => ({ row, weight: 1 })).filter(({ row }) => !known.has(row));
+      const others = all.slice(SAMPLE_ROWS).filter(({ row }) => !hard.has(row));
+      rest = { hard: inPortions(head, byPlace(certain)), others: inPortions(head, byPlace(others)) };
+      this.#rest.set(head, rest);
+    }
+    if (pass === 'backward') yield* rest.others;
+    yield* rest.hard;
+    if (pass === 'forward' && !short) yield* rest.others;
+  }
+
+  /**
+   * Rows where a polynomial is likely to be worst: the largest queries, those with the largest scores against the largest keys,
+   * and rows that see few keys through the polynomial (errors average out over many): when causal, the first ones that see any;
+   * the first or the last two chunks where a window ends there; some of packed sequences.
+   */
+  #hardRows(head: number): ReadonlySet<number> {
     const { causal, queryOffset, queryLength } = this.#session.geometry;
-    const { large, aligned } = this.#session.extremes(head);
-    const rows = new Set([...large, ...aligned].filter((row) => !causal || (row % queryLength) + queryOffset >= 0));
+    const { number } = this.#seeing();
+    const { large, aligned, opposed } = this.#session.extremes(head);
+    const extreme = [...large.slice(0, SAMPLE_ROWS / 2), ...aligned, ...opposed.slice(0, SAMPLE_ROWS / 2)];
+    const rows = new Set(extreme.filter((row) => number(row) !== null));
     const start = Math.ceil(Math.max(1 - queryOffset, 0) / CHUNK) * CHUNK;
     if (causal && start + queryOffset <= 2 * CHUNK) {
-      const first = (this.#seed % (this.#session.rowsOfHead / queryLength)) * queryLength;
-      for (let i = start; i < Math.min(start + 2 * CHUNK, queryLength); i++) rows.add(first + i);
-      const later = start + 2 * CHUNK;
-      const next = random(this.#seed, head, HARD);
-      for (let n = 0; n < 2 * SAMPLE_ROWS && later < queryLength; n++) {
-        rows.add(first + Math.floor(later * (queryLength / later) ** next())); // uniform in the logarithm
+      const heads = this.#session.rowsOfHead / queryLength;
+      const chunks = 2 * Math.max(1, Math.floor(FIRST_HEADS / heads));
+      for (let n = 0; n < Math.min(heads, FIRST_HEADS); n++) {
+        const first = ((this.#seed + n) % heads) * queryLength;
+        for (let i = start; i < Math.min(start + chunks * CHUNK, queryLength); i++) rows.add(first + i);
       }
     }
     for (const row of [...this.#windowRows(), ...this.#segmentRows(head)]) rows.add(row);
-    const sorted = [...rows].sort((a, b) => (a % queryLength) - (b % queryLength));
-    this.#hard.set(head, sorted);
-    return sorted;
+    return rows;
   }
 
   /**
@@ -275,29 +378,14 @@ export class Sampler {
     return chosen.flatMap((n) => rows(second[n].start, second[n].to));
   }
 
-  /** Rows of a head, the one of the largest query first, else none of `taken` as long as there are others. */
-  #rows(head: number, stream: number, count: number, taken: readonly number[]): number[] {
-    const { queryLength } = this.#session.geometry;
-    // Count only rows that see a key: number n is row `place(n)`.
-    const { from, to } = seeingQueries(this.#session.geometry);
-    const seeing = to - from;
-    if (seeing <= 0) return [];
-    const place = (n: number) => Math.floor(n / seeing) * queryLength + from + (n % seeing);
-    const number = (row: number) => Math.floor(row / queryLength) * seeing + (row % queryLength) - from;
-    const largest = this.#bounds[head].q_argmax;
-    const first = largest % queryLength >= from && largest % queryLength < to ? [number(largest)] : [];
-    const total = (this.#session.rowsOfHead / queryLength) * seeing;
-    return draw(count, total, first, random(this.#seed, head, stream), new Set(taken.map(number))).map(place);
-  }
-
-  /** Keys in portions: the largest ones, and drawn ones that count for the others; ascending in each. */
-  #checkColumns(head: number): Portion[] {
-    const { keyLength } = this.#session.geometry;
-    const ascending = (keys: Iterable<number>) => [...keys].sort((a, b) => a - b);
+  /** The keys whose gradients are looked at: the largest ones, and drawn ones that count for the others. */
+  #columnPortions(head: number): Portion[] {
+    const { keyLength, causal } = this.#session.geometry;
     const large = new Set(this.#session.extremes(head).keys);
-    const drawn = draw(Math.min(SAMPLE_ROWS, keyLength - large.size), keyLength, [], random(this.#seed, head, CHECK), large);
-    const weight = drawn.length > 0 ? Math.max(1, (keyLength - large.size) / drawn.length) : 1;
-    return [...inPortions(ascending(large), 1), ...inPortions(ascending(drawn), weight)];
+    const count = Math.max(SAMPLE_ROWS / 2, Math.ceil((2 * SAMPLE_ROWS) / this.#session.heads));
+    const drawn = drawWeighted(count, keyLength, causal ? keyLength : null, random(this.#seed, head, COLUMNS), large);
+    const all = [...Array.from(large, (row) => ({ row, weight: 1 })), ...drawn].sort((a, b) => a.row - b.row);
+    return inPortions(head, all);
   }
 
   /** Rows of an array of the session, one after the other. */
@@ -323,62 +411,86 @@ export class Sampler {
   }
 }
 
-/** Up to SAMPLE_ROWS rows (or keys) of a head, each standing for `weight` rows. */
+/** Up to SAMPLE_ROWS rows (or keys) of a head, each standing for `weights` rows. */
 interface Portion {
+  head: number;
   rows: number[];
-  weight: number;
+  weights: number[];
+  exact: Rows | null;
 }
 
 /** A portion with what is exact. */
 interface Known extends Portion {
-  head: number;
   exact: Rows;
 }
 
-function inPortions(rows: readonly number[], weight: number): Portion[] {
-  const count = Math.ceil(rows.length / SAMPLE_ROWS);
-  return Array.from({ length: count }, (_, n) => ({ rows: rows.slice(n * SAMPLE_ROWS, (n + 1) * SAMPLE_ROWS), weight }));
+interface Drawn {
+  row: number;
+  weight: number;
+}
+
+function inPortions(head: number, all: readonly Drawn[]): Portion[] {
+  return Array.from({ length: Math.ceil(all.length / SAMPLE_ROWS) }, (_, n) => {
+    const some = all.slice(n * SAMPLE_ROWS, (n + 1) * SAMPLE_ROWS);
+    return { head, rows: some.map(({ row }) => row), weights: some.map(({ weight }) => weight), exact: null };
+  });
 }
 
 /** Adds up errors over heads. NaN anywhere counts as an infinite error. */
 class Tally {
   #largest = 0;
-  #squares = new Map<string, { difference: number; reference: number; rounding: number }>();
+  #squares = new Map<string, Squares>();
 
   /** Weights that are not positive, or no polynomial at all. */
   fail(): void {
     this.#largest = Infinity;
   }
 
-  /** @param weight rows that each of these stands for, in sums of squares. */
-  output(exact: Float32Array, got: Float32Array, halfRange: number, weight: number): void {
+  /** @param weights rows that each of these stands for, in sums of squares. */
+  output(exact: Float32Array, got: Float32Array, halfRange: number, weights: readonly number[]): void {
     this.#largest = worse(this.#largest, outputError(exact, got, halfRange));
-    this.#add('out', exact, got, 0, weight);
+    this.#add('out', exact, got, 0, weights);
   }
 
-  gradient(name: 'dq' | 'dk' | 'dv', exact: Float32Array, got: Float32Array, rounding: number, weight: number): void {
-    this.#add(name, exact, got, rounding, weight);
+  gradient(
+    name: 'dq' | 'dk' | 'dv',
+    exact: Float32Array,
+    got: Float32Array,
+    rounding: number,
+    weights: readonly number[],
+  ): void {
+    this.#add(name, exact, got, rounding, weights);
   }
 
   result(): Measured {
-    let error = this.#largest;
-    const total = { difference: 0, reference: 0, rounding: 0 };
+    let [error, upper] = [this.#largest, this.#largest];
+    const total: Squares = { difference: 0, reference: 0, rounding: 0, variance: 0 };
     for (const [name, squares] of this.#squares) {
-      if (name !== 'out') error = worse(error, ratio(squares));
+      if (name !== 'out') {
+        error = worse(error, ratio(squares));
+        upper = worse(upper, ratio({ ...squares, difference: squares.difference + 2 * Math.sqrt(squares.variance) }));
+      }
       total.difference += squares.difference;
       total.reference += squares.reference;
       total.rounding += squares.rounding;
     }
-    return { error, relative: worse(ratio(total), this.#largest === Infinity ? Infinity : 0) };
+    return { error, upper, relative: worse(ratio(total), this.#largest === Infinity ? Infinity : 0) };
   }
 
-  #add(name: string, exact: Float32Array, got: Float32Array, rounding: number, weight: number): void {
-    const squares = this.#squares.get(name) ?? { difference: 0, reference: 0, rounding: 0 };
-    exact.forEach((x, n) => {
-      squares.difference += weight * (got[n] - x) ** 2;
-      squares.reference += weight * x * x;
-    });
-    squares.rounding += weight * rounding ** 2;
+  #add(name: string, exact: Float32Array, got: Float32Array, rounding: number, weights: readonly number[]): void {
+    const squares = this.#squares.get(name) ?? { difference: 0, reference: 0, rounding: 0, variance: 0 };
+    const width = exact.length / weights.length;
+    for (const [row, weight] of weights.entries()) {
+      let [difference, reference] = [0, 0];
+      for (let n = row * width; n < (row + 1) * width; n++) {
+        difference += (got[n] - exact[n]) ** 2;
+        reference += exact[n] ** 2;
+      }
+      squares.difference += weight * difference;
+      squares.reference += weight * reference;
+      squares.variance += weight * Math.max(weight - 1, 0) * difference ** 2;
+      squares.rounding += (weight * rounding ** 2) / weights.length;
+    }
     this.#squares.set(name, squares);
   }
 }
@@ -397,16 +509,16 @@ function outputError(exact: Float32Array, got: Float32Array, halfRange: number):
   return difference <= ROUNDING * largest ? 0 : Infinity;
 }
 
-/** Relative Frobenius error. */
-function ratio({
-  difference,
-  reference,
-  rounding,
-}: {
+/** Sums over rows, of squares; `variance` is that of `difference`, by the choice of rows. */
+interface Squares {
   difference: number;
   reference: number;
   rounding: number;
-}): number {
+  variance: number;
+}
+
+/** Relative Frobenius error. */
+function ratio({ difference, reference, rounding }: Squares): number {
   if (difference <= rounding) return 0; // 0 / 0 included
   return worse(0, Math.sqrt(difference / reference));
 }
@@ -427,29 +539,49 @@ function totalVariation(scores: Float32Array, coefficients: Float32Array): numbe
   return sum(exact.map((w, n) => Math.abs(got[n] / gotSum - w / exactSum)));
 }
 
-/** Up to `count` different numbers below `total`: those of `first`, then random ones, those of `avoid` only when short. */
-function draw(
-  count: number,
-  total: number,
-  first: readonly number[],
-  next: () => number,
-  avoid: ReadonlySet<number> = new Set(),
-): number[] {
+/** Up to `count` different numbers below `total`: those of `first`, then random ones. */
+function draw(count: number, total: number, first: readonly number[], next: () => number): number[] {
   const drawn = new Set(first);
-  const wanted = Math.min(count, total);
-  const others = total - new Set([...first, ...avoid]).size;
-  const allowed = drawn.size + others >= wanted ? (n: number) => !avoid.has(n) : () => true;
-  while (drawn.size < wanted) {
-    const start = Math.floor(next() * total);
-    // Small totals: the next free number, so that this ends soon.
-    for (let step = 0; step < total; step++) {
-      const n = (start + step) % total;
-      if (drawn.has(n) || !allowed(n)) continue;
-      drawn.add(n);
-      break;
-    }
+  while (drawn.size < Math.min(count, total)) {
+    let n = Math.floor(next() * total);
+    while (drawn.has(n)) n = (n + 1) % total; // the next free one, so that this ends soon
+    drawn.add(n);
   }
   return [...drawn];
+}
+
+/**
+ * About `count` numbers below `total` that are not `taken`, each with the number of others that it stands for: sums over all
+ * that are not taken are, on average, the weighted sums over these. All of them, weight 1, where there are few.
+ *
+ * @param length null: evenly. Else numbers are rows in runs of this length, of which the first see few keys and have the larger
+ *   gradients (of squares that fall as 1 / row): half as many again are drawn evenly in the logarithm of the row.
+ */
+function drawWeighted(
+  count: number,
+  total: number,
+  length: number | null,
+  next: () => number,
+  taken: ReadonlySet<number>,
+): Drawn[] {
+  const byLogarithm = length === null ? 0 : Math.ceil(count / 2);
+  if (total <= taken.size + 2 * (count + byLogarithm)) {
+    return draw(total, total, [...taken], next).slice(taken.size).map((row) => ({ row, weight: 1 }));
+  }
+  const run = length ?? total;
+  const weightOf = (row: number) => {
+    const place = (row % run) + 1;
+    const share = byLogarithm > 0 ? Math.log1p(1 / place) / Math.log(run + 1) / (total / run) : 0;
+    return 1 / (count / total + byLogarithm * share);
+  };
+  const drawn = new Map<number, number>();
+  for (let n = 0; n < count + byLogarithm; n++) {
+    const [u, w] = [next(), next()];
+    const place = n < count ? Math.floor(u * run) : Math.min(Math.floor((run + 1) ** u), run) - 1;
+    const row = Math.floor(w * (total / run)) * run + place;
+    if (!taken.has(row)) drawn.set(row, (drawn.get(row) ?? 0) + weightOf(row));
+  }
+  return Array.from(drawn, ([row, weight]) => ({ row, weight }));
 }
 
 /** Numbers in [0, 1) by mulberry32, from a seed and two more integers. */

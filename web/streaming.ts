@@ -160,6 +160,7 @@ export class StreamingState implements AttentionState {
         scoreBound,
         errorBound,
         errorEstimate: null,
+        gradientErrorEstimate: null,
         relativeErrorEstimate: null,
         flops: 2 * batch * heads * tokens * (this.rank * (valueDim + 1) + (this.#length % CHUNK) * (headDim + valueDim)),
         bytes,

@@ -275,8 +275,16 @@ export interface Report {
   scoreBound: number;
   /** Proved bound of a polynomial's output error, in units of max |v - c|; null when there is none, for gradients, for exact. */
   errorBound: number | null;
-  /** Error measured on sampled exact rows, in the units of `tolerance` (`plan`: predicted); null when nothing was sampled. */
+  /**
+   * Error measured on sampled exact rows, in the units of `tolerance`: of the output in `forward`, of the gradients in `backward`
+   * (`plan`: predicted); null when nothing was sampled.
+   */
   errorEstimate: number | null;
+  /**
+   * The largest of the relative Frobenius errors of dq, dk and dv, each on its sampled rows (`plan`: that of dq, predicted); null
+   * in `forward` and when nothing was sampled.
+   */
+  gradientErrorEstimate: number | null;
   /** Relative Frobenius error of the output (backward: of dq, dk, dv together) on the same rows; null when nothing was sampled. */
   relativeErrorEstimate: number | null;
   /** Useful floating-point operations of the engine; `backward` without output and lse counts its forward pass too. */

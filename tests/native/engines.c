@@ -3,6 +3,7 @@
 // The engines against the naive oracle, forward and backward, over shapes that do not fit any tile; sampled rows and columns
 // likewise; canaries around every array and the workspace; results do not depend on how units are cut.
 
+#include "engines.h"
 #include "check.h"
 #include "rope_attention.h"
 
@@ -496,9 +497,29 @@ static void samples_match_the_oracle(const shape *s) {
     }
     CHECK(fabs(b.q_norm / q_norm - 1) < 1e-6 && fabs(b.v_half_range - half) < 1e-6, "bounds");
 
-    uint32_t large[RA_EXTREMES], aligned[RA_EXTREMES], far_keys[RA_EXTREMES];
-    CHECK(ra_sample_extremes(&oracle.p, &oracle.x, kv, large, aligned, far_keys, workspace) == RA_OK, "extremes");
+    uint32_t large[RA_EXTREMES], aligned[RA_EXTREMES], opposed[RA_EXTREMES], far_keys[RA_EXTREMES];
+    CHECK(ra_sample_extremes(&oracle.p, &oracle.x, kv, large, aligned, opposed, far_keys, workspace) == RA_OK,
+          "extremes");
     CHECK(large[0] == b.q_argmax && far_keys[0] == b.k_argmax, "largest %u %u", large[0], b.q_argmax);
+    // no score against those keys is beyond that of the first row of its list, but in the exact diagonal blocks
+    float high = 0, low = 0, high_found = 0, low_found = 0;
+    for (uint32_t row = 0; row < group * s->Nq; row++) {
+      guarded scores = guarded_new(s->Nk, 1, 1);
+      uint32_t i = row % s->Nq, written = 0;
+      ra_range seen = ra_keys_of(&oracle.p, i), state = ra_state_keys(&oracle.p, ra_chunk_start(&oracle.p, i));
+      written = ra_sample_scores(&oracle.p, &oracle.x, kv, &row, 1, 1, scores.data, workspace);
+      CHECK(written == seen.end - seen.first, "scores of row %u: %u", row, written);
+      for (uint32_t m = 0; m < RA_EXTREMES; m++)
+        if (state.first <= far_keys[m] && far_keys[m] < state.end) {
+          float score = scores.data[far_keys[m] - seen.first];
+          high = fmaxf(high, score), low = fminf(low, score);
+          if (row == aligned[0]) high_found = fmaxf(high_found, score);
+          if (row == opposed[0]) low_found = fminf(low_found, score);
+        }
+      guarded_free(&scores);
+    }
+    CHECK(fabsf(high - high_found) <= 1e-5f * high, "aligned %u: %g, not %g", aligned[0], high_found, high);
+    CHECK(fabsf(low - low_found) <= -1e-5f * low, "opposed %u: %g, not %g", opposed[0], low_found, low);
 
     for (uint32_t polynomials = 0; polynomials < 2; polynomials++) {
       const run *want = polynomials ? &polynomial : &oracle;

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT
+//
+// What `method: 'auto'` costs: its time over that of `method: 'exact'` on the same arrays, planning, checking and a polynomial
+// that misses included, over head sizes, lengths, bounds, masks, tolerances and kinds of input. Run by `make bench-auto`;
+// arguments by ARGS="...":
+//
+//   --dims 16,32,64   --lengths 256,512,1024,2048,4096,8192,16384   --bounds 0.25,0.5,1,2   --masks full,causal
+//   --tolerances 1e-1,1e-2,1e-3,1e-4   --passes forward,backward   --kinds uniform,... (all)   --binary relaxed-simd, simd128
+//   --seconds 0.25 (of pairs of calls for each figure)   --json build/bench-auto.json
+//
+// Exact and auto take turns, in changing order; a figure is the median of the ratios of neighbouring calls. The table has one
+// row for each head size, mask, pass and length: the worst ratio and its input, how often a polynomial was taken, and its best.
+
+import { mkdirSync, writeFileSync } from 'node:fs';
+import { dirname } from 'node:path';
+import { parseArgs } from 'node:util';
+import { createRopeAttention } from '../../dist/index.js';
+import { KINDS, instance } from '../promise/instances.mjs';
+
+const { values: given } = parseArgs({
+  options: {
+    dims: { type: 'string', default: '16,32,64' },
+    lengths: { type: 'string', default: '256,512,1024,2048,4096,8192,16384' },
+    bounds: { type: 'string', default: '0.25,0.5,1,2' },
+    masks: { type: 'string', default: 'full,causal' },
+    tolerances: { type: 'string', default: '1e-1,1e-2,1e-3,1e-4' },
+    passes: { type: 'string', default: 'forward,backward' },
+    kinds: { type: 'string', default: Object.keys(KINDS).join(',') },
+    binary: { type: 'string', default: 'auto' },
+    seconds: { type: 'string', default: '0.25' },
+    json: { type: 'string', default: 'build/bench-auto.json' },
+  },
+});
+const list = (text) => text.split(',');
+const numbers = (text) => list(text).map(Number);
+
+const attention = await createRopeAttention({ relaxedSimd: given.binary === 'auto' ? 'auto' : given.binary === 'relaxed-simd' });
+const median = (values) => [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)];
+
+const timed = (call) => {
+  const start = performance.now();
+  const { report } = call();
+  return { milliseconds: performance.now() - start, report };
+};
+
+/** Median ratio of auto's time to exact's. */
+function compare(args, pass) {
+  const exact = () => attention[pass]({ ...args, method: 'exact' });
+  const auto = () => attention[pass](args);
+  timed(exact);
+  const { report } = timed(auto);
+  const [ratios, exactTimes] = [[], []];
+  const start = performance.now();
+  for (let n = 0; n < 3 || (performance.now() - start < 1000 * Number(given.seconds) && n < 400); n++) {
+    const [first, second] = n % 2 === 0 ? [exact, auto] : [auto, exact];
+    const [a, b] = [timed(first), timed(second)];
+    const [exactly, automatically] = n % 2 === 0 ? [a, b] : [b, a];
+    ratios.push(automatically.milliseconds / exactly.milliseconds);
+    exactTimes.push(exactly.milliseconds);
+  }
+  return { ratio: median(ratios), milliseconds: median(exactTimes), method: report.method, degree: report.degree, reason: report.reason };
+}
+
+const rows = [];
+console.log(`${attention.simd}; time of auto / time of exact, medians of neighbouring calls\n`);
+console.log('| D | mask | pass | N | exact ms | cases | polynomial | best | worst | of |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |');
+for (const headDim of numbers(given.dims)) {
+  for (const mask of list(given.masks)) {
+    for (const pass of list(given.passes)) {
+      for (const length of numbers(given.lengths)) {
+        const cases = [];
+        for (const kind of list(given.kinds)) {
+          for (const bound of numbers(given.bounds)) {
+            const setting = { shape: { heads: 1, queryLength: length, headDim }, causal: mask === 'causal' };
+            const { dOutput, ...args } = instance({ kind, bound, seed: 1, ...setting });
+            const saved = pass === 'backward' ? attention.forward({ ...args, method: 'exact' }) : undefined;
+            for (const tolerance of numbers(given.tolerances)) {
+              const call = { ...args, tolerance, ...(pass === 'backward' && { dOutput, saved }) };
+              cases.push({ headDim, mask, pass, length, kind, bound, tolerance, ...compare(call, pass) });
+            }
+          }
+        }
+        rows.push(...cases);
+        const worst = cases.reduce((a, b) => (b.ratio > a.ratio ? b : a));
+        const polynomial = cases.filter(({ method }) => method === 'polynomial');
+        const best = polynomial.length > 0 ? Math.min(...polynomial.map(({ ratio }) => ratio)).toFixed(3) : '';
+        const where = `${worst.kind}, ${worst.bound}, ${worst.tolerance}: ${worst.reason}`;
+        const cells = [headDim, mask, pass, length, worst.milliseconds.toPrecision(3), cases.length, polynomial.length, best];
+        console.log(`| ${cells.join(' | ')} | ${worst.ratio.toFixed(3)} | ${where} |`);
+      }
+    }
+  }
+}
+const worst = rows.reduce((a, b) => (b.ratio > a.ratio ? b : a));
+const over = rows.filter(({ ratio }) => ratio > 1.1).length;
+console.log(`\n${rows.length} cases, ${over} above 1.1; the worst is ${worst.ratio.toFixed(3)}`);
+mkdirSync(dirname(given.json), { recursive: true });
+writeFileSync(given.json, `${JSON.stringify({ simd: attention.simd, rows }, null, 1)}\n`);

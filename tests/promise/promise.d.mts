@@ -1,0 +1,34 @@
+import type { BackwardResult, ForwardResult, Options, RopeAttention } from '../../dist/index.js';
+import type { Instance } from './instances.mjs';
+
+export type Promise = 'certified' | 'forward' | 'backward';
+
+/** An error over its tolerance, null where nothing was promised; the certified bound over the error. */
+export interface Kept {
+  tolerance: number;
+  ratio: number | null;
+  slack: number | null;
+  degree: number | null;
+}
+
+export interface Expected {
+  output: Float32Array | Float64Array;
+  dq: Float32Array | Float64Array;
+  dk: Float32Array | Float64Array;
+  dv: Float32Array | Float64Array;
+}
+
+export const TOLERANCES: readonly number[];
+export const SETTINGS: Record<string, (length: number, headDim: number) => Omit<Instance, 'q' | 'k' | 'v' | 'dOutput'>>;
+export function numbered(n: number, lengths?: readonly number[]): { name: string; kind: string; setting: string; args: Instance };
+export function outputError(args: Instance, output: ForwardResult['output'], expected: Expected['output']): number;
+export function gradientError(got: Pick<BackwardResult, 'dq' | 'dk' | 'dv'>, expected: Expected): number;
+export function promised(
+  attention: RopeAttention,
+  args: Instance,
+  how: Promise,
+  tolerances: readonly number[],
+  expected: Expected,
+  options?: Pick<Options, 'method'>,
+): Kept[];
+export function expectedOf(args: Instance): Expected;

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MIT
+//
+// The promise of `tolerance`, tested as FINUFFT tests its own: instances by the thousand, tolerances from 1e-1 to 1e-6, eight a
+// decade, and the error that results over the tolerance that was asked for. Sequences are short and heads small, so that
+// every instance has a float64 reference of all its rows; `method: 'polynomial'` has polynomials run where `auto` would not.
+//
+// Based on: Barnett, Magland, af Klinteberg. A Parallel Nonuniform Fast Fourier Transform Library Based on an "Exponential of
+// Semicircle" Kernel. 2019 (arXiv 1808.06736).
+
+import { reference } from '../../dist/index.js';
+import { KINDS, instance, random } from './instances.mjs';
+
+/** 1e-1 to 1e-6, eight a decade. */
+export const TOLERANCES = Array.from({ length: 41 }, (_, n) => 10 ** (-1 - n / 8));
+
+/** Masks and shapes, by name: settings for a length and a head size. */
+export const SETTINGS = {
+  full: (length, headDim) => ({ shape: { heads: 1, queryLength: length, headDim } }),
+  causal: (length, headDim) => ({ shape: { heads: 1, queryLength: length, headDim }, causal: true }),
+  segments: (length, headDim) => ({
+    shape: { heads: 1, queryLength: length, headDim },
+    segments: [0, Math.floor(length / 7), Math.floor(length / 2)],
+  }),
+  'causal segments': (length, headDim) => ({ ...SETTINGS.segments(length, headDim), causal: true }),
+  'query offset': (length, headDim) => ({
+    shape: { heads: 1, queryLength: Math.ceil(length / 2), keyLength: length, headDim },
+    causal: true,
+    queryOffset: Math.floor(length / 3),
+  }),
+  grouped: (length, headDim) => ({
+    shape: { batch: 2, heads: 4, kvHeads: 2, queryLength: Math.ceil(length / 4), keyLength: Math.ceil(length / 3), headDim, valueDim: 3 },
+    rotary: { dim: 2 * Math.floor(headDim / 4) || 2, interleaved: true },
+  }),
+  'many heads': (length, headDim) => ({
+    shape: { heads: 12, kvHeads: 6, queryLength: Math.ceil(length / 3), headDim },
+    causal: true,
+  }),
+  'grouped causal': (length, headDim) => ({
+    shape: { heads: 4, kvHeads: 2, queryLength: Math.ceil(length / 2), headDim, valueDim: headDim + 3 },
+    causal: true,
+  }),
+};
+
+const LENGTHS = [33, 64, 100, 200, 333];
+const HEAD_DIMS = [2, 4, 8];
+const BOUNDS = [0.05, 0.25, 0.5, 1, 2];
+
+/** Instance number `n` of the sweep: the kinds and the settings in turn, the rest by chance, longer ones less often. */
+export function numbered(n, lengths = LENGTHS) {
+  const r = random(n);
+  const kinds = Object.keys(KINDS);
+  const settings = Object.keys(SETTINGS);
+  const kind = kinds[n % kinds.length];
+  const setting = settings[Math.floor(n / kinds.length) % settings.length];
+  const headDim = HEAD_DIMS[r.whole(HEAD_DIMS.length)];
+  const bound = BOUNDS[r.whole(BOUNDS.length)];
+  const length = lengths[Math.floor(lengths.length * r.uniform() ** 1.5)];
+  const name = `${n}: ${kind}, ${setting}, D = ${headDim}, N = ${length}, entries to ${bound}`;
+  return { name, kind, setting, args: instance({ kind, bound, seed: n, ...SETTINGS[setting](length, headDim) }) };
+}
+
+/** Half the range of the widest value column of each key/value head. */
+function halfRanges({ v, shape }) {
+  const { queryLength, keyLength = queryLength, headDim, valueDim = headDim } = shape;
+  return Array.from({ length: v.length / keyLength / valueDim }, (_, head) => {
+    let widest = 0;
+    for (let d = 0; d < valueDim; d++) {
+      let [low, high] = [Infinity, -Infinity];
+      for (let j = 0; j < keyLength; j++) {
+        const x = v[(head * keyLength + j) * valueDim + d];
+        [low, high] = [Math.min(low, x), Math.max(high, x)];
+      }
+      widest = Math.max(widest, (high - low) / 2);
+    }
+    return widest;
+  });
+}
+
+/** The output's error in the units of the tolerance, each head in its own. */
+export function outputError(args, output, expected) {
+  const { heads, kvHeads = heads } = args.shape;
+  const ranges = halfRanges(args);
+  const width = (output.length * (heads / kvHeads)) / heads / (ranges.length / kvHeads);
+  let worst = 0;
+  for (let n = 0; n < output.length; n++) {
+    const error = Math.abs(output[n] - expected[n]) / ranges[Math.floor(n / width)];
+    if (!(error <= worst)) worst = Number.isNaN(error) ? Infinity : error;
+  }
+  return worst;
+}
+
+/** The largest of the relative Frobenius errors of dq, dk and dv. */
+export function gradientError(got, expected) {
+  return Math.max(
+    ...['dq', 'dk', 'dv'].map((name) => {
+      let [difference, size] = [0, 0];
+      for (let n = 0; n < got[name].length; n++) {
+        difference += (got[name][n] - expected[name][n]) ** 2;
+        size += expected[name][n] ** 2;
+      }
+      return difference === 0 ? 0 : Math.sqrt(difference / size);
+    }),
+  );
+}
+
+/** A call whose miss, a RangeError, is a promise not given: null. */
+function attempted(call) {
+  try {
+    return call();
+  } catch (error) {
+    if (error instanceof RangeError && /misses the tolerance/.test(error.message)) return null;
+    throw error;
+  }
+}
+
+/**
+ * One instance at some tolerances: what was promised, and the error over the tolerance.
+ *
+ * @param how 'certified', 'forward' or 'backward' (both sampled)
+ * @returns for each tolerance { tolerance, ratio, slack, degree }; ratio null where nothing was promised, slack the certified
+ *   bound over the error
+ */
+export function promised(attention, args, how, tolerances, expected, options = { method: 'polynomial' }) {
+  const { dOutput: _, ...forwardArgs } = args;
+  return tolerances.map((tolerance) => {
+    const guarantee = how === 'certified' ? 'certified' : 'sampled';
+    const call = { tolerance, guarantee, ...options };
+    const got = attempted(() =>
+      how === 'backward' ? attention.backward({ ...args, ...call }) : attention.forward({ ...forwardArgs, ...call }),
+    );
+    if (!got) return { tolerance, ratio: null, slack: null, degree: null };
+    const error = how === 'backward' ? gradientError(got, expected) : outputError(args, got.output, expected.output);
+    const { errorBound, degree } = got.report;
+    return { tolerance, ratio: error / tolerance, slack: how === 'certified' && errorBound ? errorBound / error : null, degree };
+  });
+}
+
+/** Float64 results of both passes. */
+export function expectedOf(args) {
+  const { dOutput: _, ...forwardArgs } = args;
+  return { ...reference.forward(forwardArgs), ...reference.backward(args) };
+}

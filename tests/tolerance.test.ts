@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: MIT
+//
+// The promise of `tolerance` over instances of all kinds (promise/), on both binaries: a certified error is never above the
+// tolerance, a sampled one above it in at most one call of a thousand and nowhere above twice. `make sweep` runs more.
+
+import { describe, expect, test } from '@jest/globals';
+
+import { eachBinary } from './support.js';
+import { KINDS, instance } from './promise/instances.mjs';
+import { TOLERANCES, expectedOf, numbered, promised, type Expected, type Kept, type Promise } from './promise/promise.mjs';
+
+const COUNT = 240;
+const references = new Map<number, Expected>();
+
+/** Three tolerances of an instance: others for each, all of the 41 in turn. */
+const some = (n: number) => [0, 14, 28].map((step) => TOLERANCES[(3 * n + step) % TOLERANCES.length]);
+
+describe('instances of every kind, mask and size', () => {
+  eachBinary((attention) => {
+    test.each<[Promise, number, number]>([
+      ['certified', 1, 0.3],
+      ['forward', 2, 0.6],
+      ['backward', 2, 0.6],
+    ])('%s: no error is above %d tolerances', (how, most, share) => {
+      const kept: (Kept & { name: string })[] = [];
+      for (let n = 0; n < COUNT; n++) {
+        const { name, args } = numbered(n);
+        const expected = references.get(n) ?? expectedOf(args);
+        references.set(n, expected);
+        kept.push(...promised(attention(), args, how, some(n), expected).map((one) => ({ ...one, name })));
+      }
+      const given = kept.filter(({ ratio }) => ratio !== null);
+      expect(given.length).toBeGreaterThan(share * kept.length); // most calls do promise something
+      const over = (limit: number) => given.filter(({ ratio }) => !(ratio! <= limit));
+      expect(over(most)).toEqual([]);
+      expect(over(1).length).toBeLessThanOrEqual(given.length / 1000 + 1);
+    });
+  });
+});
+
+describe('lengths at which `auto` runs polynomials by itself', () => {
+  eachBinary((attention) => {
+    test.each(Object.keys(KINDS))('%s', (kind) => {
+      let polynomials = 0;
+      for (const causal of [false, true]) {
+        for (const [length, headDim, bound, seed] of [
+          [1500, 4, 1, 1],
+          [2048, 16, 0.25, 2],
+        ]) {
+          const args = instance({ kind, bound, seed, shape: { heads: 1, queryLength: length, headDim }, causal });
+          const { dOutput: _, ...forwardArgs } = args;
+          const exact = { ...attention().forward({ ...forwardArgs, method: 'exact' }), ...attention().backward({ ...args, method: 'exact' }) };
+          for (const how of ['forward', 'backward', 'certified'] as const) {
+            // The exact engine is the reference here, right to 1e-6.
+            for (const { ratio, degree } of promised(attention(), args, how, [3e-2, 1e-3, 1e-4], exact, { method: 'auto' })) {
+              expect(ratio).toBeLessThanOrEqual(how === 'certified' ? 1 : 2);
+              if (degree !== null) polynomials++;
+            }
+          }
+        }
+      }
+      expect(polynomials).toBeGreaterThan(0);
+    });
+  });
+});
