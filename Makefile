@@ -176,6 +176,13 @@ test-jest: page | tools-browser ## the Jest tests only (ARGS=... goes to Jest)
 bench: build | tools-browser ## the benchmarks, tests/bench/*.mjs (BENCH=file for one, ARGS=... goes to it)
 	@$(NODE) scripts/bench.mjs $(BENCH) -- $(ARGS)
 
+.PHONY: bench-auto sweep
+bench-auto: build ## what choosing costs: time of auto over exact, an hour (ARGS=... for less)
+	@$(NODE) scripts/bench.mjs tests/promise/auto.mjs -- $(ARGS)
+
+sweep: build ## how the tolerance is kept: errors over tolerances on thousands of instances, minutes (ARGS=...)
+	@$(NODE) scripts/bench.mjs tests/promise/sweep.mjs -- $(ARGS)
+
 .PHONY: report
 report: build ## build/report/: the experiments as a page and as JSON, under ten minutes (ARGS=--quick: well under one)
 	@$(NODE) scripts/bench.mjs report/report.mjs -- $(ARGS)

@@ -565,7 +565,7 @@ function drawWeighted(
   taken: ReadonlySet<number>,
 ): Drawn[] {
   const byLogarithm = length === null ? 0 : Math.ceil(count / 2);
-  if (total <= taken.size + 2 * (count + byLogarithm)) {
+  if (total <= taken.size + 3 * (count + byLogarithm)) {
     return draw(total, total, [...taken], next).slice(taken.size).map((row) => ({ row, weight: 1 }));
   }
   const run = length ?? total;

@@ -15,7 +15,7 @@ import { mkdirSync, writeFileSync } from 'node:fs';
 import { dirname } from 'node:path';
 import { parseArgs } from 'node:util';
 import { createRopeAttention } from '../../dist/index.js';
-import { KINDS, instance } from '../promise/instances.mjs';
+import { KINDS, instance } from './instances.mjs';
 
 const { values: given } = parseArgs({
   options: {
