@@ -28,7 +28,7 @@ static const ra_engine *engine_of(const ra_problem *p) {
 static int check_relative(const ra_problem *p) {
   if (!ra_is_relative(p)) return 1;
   if (p->relative_positions) return p->support_count == 0 && !p->cos_table && !p->query_positions && !p->key_positions;
-  int inside = p->support && p->weights && p->rotary_dim == 0;
+  int inside = p->support && p->weights && p->rotary_dim == 0 && p->support_count <= RA_MAX_SUPPORT;
   for (uint32_t n = 0; inside && n < p->support_count; n++)
     inside = p->support[2 * (size_t)n] < p->head_dim && p->support[2 * (size_t)n + 1] < p->head_dim;
   return inside;
@@ -57,7 +57,7 @@ int ra_check(const ra_problem *p) {
               p->softcap >= 0 && p->softcap <= FLT_MAX && p->score_bound >= 0 &&
               (!p->bias || p->bias_heads == 1 || p->bias_heads == p->heads);
   int plain = !ra_is_modified(p) && !p->sinks;
-  int known = (p->method != RA_POLYNOMIAL || plain) && (p->method == RA_NAIVE || !ra_is_relative(p));
+  int known = p->method != RA_POLYNOMIAL || plain;
   // units are counted in 32 bits
   uint64_t blocks = (uint64_t)p->query_length / 32 + p->key_length / 32 + 4;
   int units = sizes && (uint64_t)p->batch * p->heads <= UINT32_MAX / 4 / blocks;

@@ -47,11 +47,13 @@ uint32_t ra_query_start(const ra_problem *p, uint32_t j);
 // The first query whose range of keys begins behind key j: none from there on sees j.
 uint32_t ra_query_end(const ra_problem *p, uint32_t j);
 
-// Scores are more than a product of queries and keys.
-static inline int ra_is_modified(const ra_problem *p) { return p->softcap > 0 || p->bias || p->mask || p->allowed; }
-
 // Scores come from a relative map, not from rotated rows.
 static inline int ra_is_relative(const ra_problem *p) { return p->relative_positions || p->support_count > 0; }
+
+// Scores are more than a product of queries and keys.
+static inline int ra_is_modified(const ra_problem *p) {
+  return p->softcap > 0 || p->bias || p->mask || p->allowed || ra_is_relative(p);
+}
 
 // Entries of what goes by i - j: bias, relative maps.
 static inline size_t ra_diagonals(const ra_problem *p) { return (size_t)p->query_length + p->key_length - 1; }

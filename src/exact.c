@@ -18,6 +18,7 @@
 #include "engines.h"
 #include "pack.h"
 #include "products.h"
+#include "relative.h"
 #include "rotary.h"
 #include "softmax.h"
 #include "tile.h"
@@ -56,11 +57,14 @@ typedef struct exact {
   int narrow;                          // scores are within NARROW, and plain or only capped
   int near;                            // softcap bends scores by little: ra_tanh_near
   uint32_t panels, strips;             // groups of PANEL keys, of 8 queries (backward: of 32, times 4)
+  uint32_t block_queries, block_keys;  // of a forward tile, of a backward step
   size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays; dq, dk, dv, dout alike
   float cap, inverse_cap;              // softcap in powers of two; 0: none
   char *q_space, *k_space;             // rotary tables
-  float *rows;                         // [ROWS][Dp] rotated rows on their way
-  float *k_panel;                      // [panels][D][PANEL] rotated keys
+  ra_relative *relative;               // NULL: none
+  char *relative_space;
+  float *rows;    // [ROWS][Dp] rotated rows on their way
+  float *k_panel; // [panels][D][PANEL] rotated keys
   // forward
   float *q_strip;         // [32 strips][D][8]; backward: all strips of the head
   float *out_t;           // [32 strips][Dv][8] numerators
@@ -96,11 +100,17 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
   e.inverse_cap = p->softcap > 0 ? 1 / e.cap : 0;
   e.near = p->softcap > 0 && p->score_bound > 0 && p->score_bound <= p->softcap * RA_TANH_NEAR;
   e.narrow = p->score_bound > 0 && p->score_bound * RA_LOG2_E <= NARROW && !p->bias && !p->mask && !p->allowed &&
-             (p->softcap == 0 || e.near);
-  size_t diagonals = (size_t)p->query_length + p->key_length + 2 * PAD;
+             !ra_is_relative(p) && (p->softcap == 0 || e.near);
+  e.block_queries = pass == RA_FORWARD ? QUERY_BLOCK : QUERY_CHUNK;
+  e.block_keys = pass == RA_BACKWARD ? KEY_BLOCK : p->mask || p->allowed ? KEY_TILE_MASK : KEY_TILE;
+  size_t diagonals = ra_diagonals(p) + 2 * PAD;
   e.state = ra_take(w, 1, 1, sizeof(exact_state));
   e.q_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
   e.k_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
+  if (ra_is_relative(p)) {
+    e.relative = ra_take(w, 1, 1, sizeof(ra_relative));
+    e.relative_space = ra_take(w, 1, ra_relative_bytes(p, e.block_queries, e.block_keys), 1);
+  }
   e.rows = ra_take_floats(w, ROWS, e.Dp);
   e.k_panel = ra_take_floats(w, e.panels, (size_t)e.D * PANEL);
   if (pass == RA_FORWARD) {
@@ -159,11 +169,11 @@ RA_KERNEL void prepare_keys(const exact *e, const float *k) {
 
 // --- Modified scores ------------------------------------------------------------------------------------------------
 //
-// s = softcap tanh(q.k / softcap) + bias + mask, all in powers of two.
+// s = softcap tanh(q.k / softcap) + bias + mask, all in powers of two; of a relative map (relative.h) q W k in place of q.k.
 
 static void prepare_modifiers(const exact *e, uint32_t head) {
   const ra_problem *p = e->p;
-  size_t length = (size_t)p->query_length + p->key_length - 1;
+  size_t length = ra_diagonals(p);
   if (e->zero) ra_fill(e->zero, LANES, 0);
   if (e->dbias) ra_fill(e->dbias, length + 2 * PAD, 0);
   if (!e->bias) return;
@@ -237,61 +247,76 @@ RA_KERNEL void biased_block(const exact *e, const float *k_panel, const float *q
   added_tile(e, k_panel, q_strip, panels, i, key0, mask, QUERY_CHUNK, start, s, max);
 }
 
-// softcap, then bias and mask, less the reference; `slope` is set to the derivative of softcap.
-RA_INLINE f32x4 capped(const exact *e, f32x4 value, const int near, const float *bias, const float *mask,
-                       const float *reference, f32x4 *slope) {
-  f32x4 x = f32x4_mul(value, f32x4_splat(e->inverse_cap));
-  const ra_tanh_constants *constants = ra_tanh_load();
-  f32x4 t = near ? f32x4_mul(x, ra_tanh_near(x, constants)) : ra_tanh(x, constants);
-  *slope = f32x4_sub(f32x4_splat(1), f32x4_mul(t, t));
-  return f32x4_sub(added(bias, mask, f32x4_mul(f32x4_splat(e->cap), t)), f32x4_load(reference));
+// How softcap is taken.
+enum { UNCAPPED, CAPPED, CAPPED_NEAR };
+
+// softcap, then bias and mask, less the reference; `slope` is set to the derivative of softcap, if there is one.
+RA_INLINE f32x4 modified(const exact *e, f32x4 value, const int cap, const float *bias, const float *mask,
+                         const float *reference, f32x4 *slope) {
+  if (cap != UNCAPPED) {
+    f32x4 x = f32x4_mul(value, f32x4_splat(e->inverse_cap));
+    const ra_tanh_constants *constants = ra_tanh_load();
+    f32x4 t = cap == CAPPED_NEAR ? f32x4_mul(x, ra_tanh_near(x, constants)) : ra_tanh(x, constants);
+    *slope = f32x4_sub(f32x4_splat(1), f32x4_mul(t, t));
+    value = f32x4_mul(f32x4_splat(e->cap), t);
+  }
+  return f32x4_sub(added(bias, mask, value), f32x4_load(reference));
 }
 
 // A forward tile of plain scores, queries from i, keys from key0: s and mask [keys][8], and the maxima.
-RA_INLINE void cap_rows(const exact *e, const int near, uint32_t i, uint32_t key0, uint32_t keys, const float *mask,
-                        const float *reference, float *s, f32x4 max[2]) {
+RA_INLINE void modify_rows(const exact *e, const int cap, uint32_t i, uint32_t key0, uint32_t keys, const float *mask,
+                           const float *reference, float *s, f32x4 max[2]) {
   f32x4 slope, max0 = f32x4_splat(-INFINITY), max1 = max0;
   for (uint32_t n = 0; n < keys; n++, s += LANES) {
     const float *bias = e->bias ? e->bias + diagonal(e, i, key0 + n) : NULL, *mask_n = mask ? mask + n * LANES : NULL;
-    f32x4 s0 = capped(e, f32x4_load(s), near, bias, mask_n, reference, &slope);
+    f32x4 s0 = modified(e, f32x4_load(s), cap, bias, mask_n, reference, &slope);
     f32x4 s1 =
-        capped(e, f32x4_load(s + 4), near, bias ? bias + 4 : NULL, mask_n ? mask_n + 4 : NULL, reference + 4, &slope);
+        modified(e, f32x4_load(s + 4), cap, bias ? bias + 4 : NULL, mask_n ? mask_n + 4 : NULL, reference + 4, &slope);
     f32x4_store(s, s0), f32x4_store(s + 4, s1);
     max0 = f32x4_max(max0, s0), max1 = f32x4_max(max1, s1);
   }
   max[0] = max0, max[1] = max1;
 }
 
+RA_KERNEL void shift_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *mask,
+                          const float *reference, float *s, f32x4 max[2]) {
+  modify_rows(e, UNCAPPED, i, key0, keys, mask, reference, s, max);
+}
+
 RA_KERNEL void cap_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *mask,
                         const float *reference, float *s, f32x4 max[2]) {
-  cap_rows(e, 0, i, key0, keys, mask, reference, s, max);
+  modify_rows(e, CAPPED, i, key0, keys, mask, reference, s, max);
 }
 
 RA_KERNEL void cap_near_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *mask,
                              const float *reference, float *s, f32x4 max[2]) {
-  cap_rows(e, 1, i, key0, keys, mask, reference, s, max);
+  modify_rows(e, CAPPED_NEAR, i, key0, keys, mask, reference, s, max);
 }
 
 // A backward block: s [keys][32], slope likewise.
-RA_INLINE void cap_chunk(const exact *e, const int near, uint32_t i, uint32_t key0, uint32_t keys,
-                         const float *reference, float *s) {
+RA_INLINE void modify_chunk(const exact *e, const int cap, uint32_t i, uint32_t key0, uint32_t keys,
+                            const float *reference, float *s) {
   for (uint32_t n = 0; n < keys; n++)
     for (uint32_t c = 0; c < QUERY_CHUNK; c += 4) {
       const float *bias = e->bias ? e->bias + diagonal(e, i, key0 + n) + c : NULL;
       uint32_t at = n * QUERY_CHUNK + c;
       f32x4 slope, value = f32x4_load(s + at);
-      f32x4_store(s + at, capped(e, value, near, bias, e->mask ? e->mask + at : NULL, reference + c, &slope));
-      f32x4_store(e->slope + at, slope);
+      f32x4_store(s + at, modified(e, value, cap, bias, e->mask ? e->mask + at : NULL, reference + c, &slope));
+      if (cap != UNCAPPED) f32x4_store(e->slope + at, slope);
     }
 }
 
+RA_KERNEL void shift_block(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *reference, float *s) {
+  modify_chunk(e, UNCAPPED, i, key0, keys, reference, s);
+}
+
 RA_KERNEL void cap_block(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *reference, float *s) {
-  cap_chunk(e, 0, i, key0, keys, reference, s);
+  modify_chunk(e, CAPPED, i, key0, keys, reference, s);
 }
 
 RA_KERNEL void cap_near_block(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *reference,
                               float *s) {
-  cap_chunk(e, 1, i, key0, keys, reference, s);
+  modify_chunk(e, CAPPED_NEAR, i, key0, keys, reference, s);
 }
 
 // dbias of the diagonals that ds [keys][32] crosses.
@@ -436,10 +461,12 @@ static uint32_t open_keys(ra_range first, ra_range last, uint32_t key0, uint32_t
 static void modified_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t panels, const float *q_strip,
                           const float *mask, const float *reference, float *s, f32x4 max[2]) {
   const float *k_panel = e->k_panel + (size_t)key0 * e->D;
-  if (e->cap > 0) {
-    score_tile(k_panel, q_strip, e->D, panels, e->zero, s, max);
+  if (e->relative || e->cap > 0) {
+    if (e->relative) ra_relative_scores(e->relative, k_panel, q_strip, i, key0, panels, LANES, s);
+    else score_tile(k_panel, q_strip, e->D, panels, e->zero, s, max);
     if (e->near) cap_near_tile(e, i, key0, PANEL * panels, mask, reference, s, max);
-    else cap_tile(e, i, key0, PANEL * panels, mask, reference, s, max);
+    else if (e->cap > 0) cap_tile(e, i, key0, PANEL * panels, mask, reference, s, max);
+    else shift_tile(e, i, key0, PANEL * panels, mask, reference, s, max);
   } else if (e->bias || e->mask) biased_tile(e, k_panel, q_strip, panels, i, key0, mask, reference, s, max);
   else score_tile(k_panel, q_strip, e->D, panels, reference, s, max);
 }
@@ -520,14 +547,16 @@ RA_KERNEL void forward_block(const exact *e, uint32_t head, const float *q, cons
   ra_fill(e->out_t, (size_t)strips * e->Dv * LANES, 0);
   ra_fill(e->reference, (size_t)strips * LANES, 0);
   ra_fill(e->sum, (size_t)strips * LANES, 0);
-  uint32_t end = range[strips * LANES - 1].end, key_tile = e->mask ? KEY_TILE_MASK : KEY_TILE;
-  for (uint32_t tile = range[0].first / key_tile * key_tile; tile < end; tile += key_tile)
+  uint32_t end = range[strips * LANES - 1].end, key_tile = e->block_keys;
+  for (uint32_t tile = range[0].first / key_tile * key_tile; tile < end; tile += key_tile) {
+    if (e->relative) ra_relative_move(e->relative, query0, tile + key_tile - 1);
     for (uint32_t n = 0; n < strips; n++) {
       const ra_range *lanes = range + n * LANES;
       uint32_t first = lanes[0].first / PANEL * PANEL, last = ra_min_u32(tile + key_tile, lanes[LANES - 1].end);
       if (first < tile) first = tile;
       if (first < last) forward_tile(e, head, n, query0 + n * LANES, lanes, first, last - first, v);
     }
+  }
   for (uint32_t n = 0; n < strips; n++) {
     uint32_t i = query0 + n * LANES;
     finish_strip(e, head, n, ra_min_u32(LANES, p->query_length - i), out + i * e->out_row, lse + i);
@@ -643,8 +672,23 @@ RA_KERNEL void accumulate_rows(const float *a, uint32_t panels, const float *b, 
   }
 }
 
+// What dS of a step gives where scores are those of a relative map; queries carry scale * log2 e.
+static void relative_gradients(const exact *e, uint32_t query0, uint32_t key0, uint32_t panels, float *dk_block,
+                               float *dweights) {
+  const float *k_panel = e->k_panel + (size_t)key0 * e->D, *q_strip = e->q_strip + (size_t)query0 * e->D;
+  size_t strip_size = (size_t)e->D * LANES;
+  for (uint32_t n = 0; n < QUERY_CHUNK; n += LANES)
+    ra_relative_queries(e->relative, k_panel, e->ds + n, QUERY_CHUNK, query0 + n, key0, panels,
+                        e->dq_t + (size_t)(query0 + n) * e->Dp);
+  ra_relative_keys(e->relative, q_strip, strip_size, e->ds, query0, key0, panels, dk_block, e->Dp);
+  if (dweights)
+    ra_relative_weights(e->relative, q_strip, strip_size, k_panel, e->ds, query0, key0, panels, (float)RA_LN_2,
+                        dweights);
+}
+
 // A chunk of 32 queries against a block of keys: the five products of the backward pass.
-RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uint32_t key0, uint32_t keys) {
+RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uint32_t key0, uint32_t keys,
+                             float *dweights) {
   const ra_problem *p = e->p;
   uint32_t last = ra_min_u32(query0 + QUERY_CHUNK, p->query_length) - 1, strip0 = query0 / LANES;
   ra_range of_first = ra_keys_of(p, query0), of_last = ra_keys_of(p, last);
@@ -658,16 +702,20 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
 
   // in the forward pass this was s = q.k, P = 2^(s - lse)
   if (e->mask) load_mask(e, head, query0, QUERY_CHUNK, key0, keys);
+  if (e->relative) ra_relative_move(e->relative, query0, key0 + KEY_BLOCK - 1);
   for (uint32_t n = 0; n < 4; n++) {
     const float *q_strip = e->q_strip + (size_t)(strip0 + n) * e->D * LANES, *lse2 = e->lse2 + (strip0 + n) * LANES;
     float *s = e->weight + n * LANES;
-    if (e->cap == 0 && (e->bias || e->mask))
+    if (e->relative)
+      ra_relative_scores(e->relative, k_panel, q_strip, query0 + n * LANES, key0, panels, QUERY_CHUNK, s);
+    else if (e->cap == 0 && (e->bias || e->mask))
       biased_block(e, k_panel, q_strip, panels, query0 + n * LANES, key0, e->mask ? e->mask + n * LANES : NULL, lse2,
                    s);
     else product_tiles(k_panel, q_strip, e->D, panels, e->cap > 0 ? e->zero : lse2, s);
   }
   if (e->near) cap_near_block(e, query0, key0, PANEL * panels, e->lse2 + query0, e->weight);
   else if (e->cap > 0) cap_block(e, query0, key0, PANEL * panels, e->lse2 + query0, e->weight);
+  else if (e->relative) shift_block(e, query0, key0, PANEL * panels, e->lse2 + query0, e->weight);
   uint32_t open = last == query0 + QUERY_CHUNK - 1 ? open_keys(of_first, of_last, key0, PANEL * panels) : 0;
   if (open < PANEL * panels) mask_block(e, e->weight + open * QUERY_CHUNK, PANEL * panels - open, query0, key0 + open);
   weigh_block(e->weight, PANEL * panels);
@@ -684,21 +732,27 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
   for (uint32_t n = 0; e->slope && n < PANEL * panels * QUERY_CHUNK; n += 4)
     f32x4_store(e->ds + n, f32x4_mul(f32x4_load(e->ds + n), f32x4_load(e->slope + n)));
 
-  // undoes q.k on both sides
-  accumulate_rows(e->ds, panels, e->q_rows + (size_t)query0 * e->Dp, e->Dp, e->dk_block + (size_t)start * e->Dp);
+  // undoes q.k on both sides, or q W k on all three
+  float *dk_block = e->dk_block + (size_t)start * e->Dp;
+  if (e->relative) {
+    relative_gradients(e, query0, key0, panels, dk_block, dweights);
+    return;
+  }
+  accumulate_rows(e->ds, panels, e->q_rows + (size_t)query0 * e->Dp, e->Dp, dk_block);
   for (uint32_t n = 0; n < 4; n++)
     ra_add_columns(e->k_rows + (size_t)key0 * e->Dp, e->Dp, e->Dp, e->ds + n * LANES, QUERY_CHUNK, PANEL * panels,
                    e->dq_t + (size_t)(strip0 + n) * e->Dp * LANES, LANES);
 }
 
-// One block of keys against all queries of a head; dk, dv of the block are overwritten, or added to (`add`).
-RA_KERNEL void backward_block(const exact *e, uint32_t head, uint32_t key0, float *dk, float *dv, int add) {
+// One block of keys against all queries of a head; dk, dv of the block are overwritten, or added to (`add`), dweights added to.
+RA_KERNEL void backward_block(const exact *e, uint32_t head, uint32_t key0, float *dk, float *dv, int add,
+                              float *dweights) {
   const ra_problem *p = e->p;
   uint32_t keys = ra_min_u32(KEY_BLOCK, p->key_length - key0), end = ra_query_end(p, key0 + keys - 1);
   ra_fill(e->dk_block, (size_t)KEY_BLOCK * e->Dp, 0);
   ra_fill(e->dv_block, (size_t)KEY_BLOCK * e->Dvp, 0);
   for (uint32_t i = ra_query_start(p, key0) / QUERY_CHUNK * QUERY_CHUNK; i < end; i += QUERY_CHUNK)
-    backward_step(e, head, i, key0, keys);
+    backward_step(e, head, i, key0, keys, dweights);
 
   // queries carried scale * log2 e
   ra_rotary_rows(&e->state->k_rotary, e->dk_block, e->Dp, e->dk_block, e->Dp, keys, key0, RA_ROTATE_TRANSPOSE,
@@ -722,7 +776,7 @@ RA_KERNEL void finish_queries(const exact *e, uint32_t head, float *dq, float *d
                    p->scale);
   }
   if (!e->dbias || !dbias) return;
-  size_t length = (size_t)p->query_length + p->key_length - 1;
+  size_t length = ra_diagonals(p);
   uint32_t own = p->bias_heads > 1 ? head % p->heads : 0;
   for (size_t n = 0; n < length; n++) {
     float *sum = dbias + own * length + n;
@@ -743,17 +797,22 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
   exact e = arrange(p, pass, &cursor);
   size_t Nq = p->query_length, Nk = p->key_length;
   uint32_t blocks = blocks_per_head(p, pass), group = ra_group(p);
+  float *dweights = p->support_count > 0 ? x->dweights : NULL;
+  ra_problem rows = *p; // of rows alone
+  if (e.relative) rows.rotary_dim = 0;
   for (uint32_t unit = first; unit < last; unit++) {
     uint32_t head = unit / blocks, block = unit % blocks, kv = head / group, batch = head / p->heads;
     size_t q_head = ra_head(p, head, p->heads, Nq, e.D), out_head = ra_head(p, head, p->heads, Nq, e.Dv);
     size_t k_head = ra_head(p, kv, p->kv_heads, Nk, e.D), v_head = ra_head(p, kv, p->kv_heads, Nk, e.Dv);
     if (unit == 0) {
-      ra_rotary_init(&e.state->q_rotary, p, 1, NULL, e.q_space);
-      ra_rotary_init(&e.state->k_rotary, p, 0, &e.state->q_rotary, e.k_space);
+      ra_rotary_init(&e.state->q_rotary, &rows, 1, NULL, e.q_space);
+      ra_rotary_init(&e.state->k_rotary, &rows, 0, &e.state->q_rotary, e.k_space);
+      if (e.relative) ra_relative_init(e.relative, p, e.block_queries, e.block_keys, e.relative_space);
+      if (pass == RA_BACKWARD && dweights) ra_fill(dweights, p->support_count * ra_diagonals(p), 0);
     }
     if (block == 0) {
-      ra_rotary_batch(&e.state->q_rotary, p, 1, batch);
-      ra_rotary_batch(&e.state->k_rotary, p, 0, batch);
+      ra_rotary_batch(&e.state->q_rotary, &rows, 1, batch);
+      ra_rotary_batch(&e.state->k_rotary, &rows, 0, batch);
       prepare_modifiers(&e, head);
     }
     if (block == 0 && head % group == 0) {
@@ -766,7 +825,7 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
     }
     if (block == 0)
       prepare_queries(&e, head, x->q + q_head, x->out + out_head, x->lse + head * Nq, x->dout + out_head, x->dsinks);
-    backward_block(&e, head, block * KEY_BLOCK, x->dk + k_head, x->dv + v_head, head % group != 0);
+    backward_block(&e, head, block * KEY_BLOCK, x->dk + k_head, x->dv + v_head, head % group != 0, dweights);
     if (block == blocks - 1) finish_queries(&e, head, x->dq + q_head, x->dbias);
   }
   return RA_OK;

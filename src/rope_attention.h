@@ -80,6 +80,7 @@ enum {
 // The largest sizes that are accepted: with them no index product inside one head overflows 32 bits.
 #define RA_MAX_HEAD_DIM 1024u
 #define RA_MAX_DEGREE 8u
+#define RA_MAX_SUPPORT (RA_MAX_HEAD_DIM * RA_MAX_HEAD_DIM)
 
 typedef struct ra_problem {
   uint32_t batch, heads, kv_heads;   // >= 1; heads is a multiple of kv_heads
@@ -120,11 +121,11 @@ typedef struct ra_problem {
   size_t mask_batch, mask_head, mask_row; // strides in elements, 0 where all have the same; keys are contiguous
   const float *sinks;                     // [H], or NULL
 
-  // What the caller knows: no |scale q.k| exceeds it; 0: nothing. Small ones spare the exact engine the search for maxima, and
+  // What the caller knows: no |scale q.k|, or |scale q W k|, exceeds it; 0: nothing. Small ones spare the exact engine the search for maxima, and
   // most of softcap; then |v| must be 0 or its largest entry from 1e-28 to 1e30 / Nk.
   float score_bound;
 
-  // Relative maps: one of the two, or neither. The naive engine only.
+  // Relative maps: one of the two, or neither. Not the polynomial engine.
   // Positions differ by relative_positions[i - j + Nk - 1] in the rotation, not in the mask; [Nq + Nk - 1] finite numbers, with
   // frequencies and without query_positions and key_positions.
   const float *relative_positions;
@@ -210,6 +211,9 @@ size_t RA_API(ra_rotate_workspace)(const ra_problem *p);
 int RA_API(ra_rotate)(const ra_problem *p, float *x, uint32_t inverse, void *workspace);
 
 // --- Looking at the data: what a planner needs ----------------------------------------------------------------------
+//
+// With a relative map only the bounds, where k_centred_norm says nothing about scores; scores, rows and columns refuse it (0,
+// RA_ERROR_PROBLEM).
 
 // Bounds over one key/value head and its group of query heads. |s_ij| <= scale * q_norm * k_norm, and, of the rows that are no
 // outliers and after a shift by a constant of the row (which softmax does not see), |s_ij| <= scale * q_plain_norm *

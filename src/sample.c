@@ -339,7 +339,7 @@ static uint32_t next_tile(const lanes *l, uint32_t j) {
 
 uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
                           uint32_t count, uint32_t stride, float *scores, void *workspace) {
-  if (ra_check(p) != RA_OK || count == 0 || count > LANES || stride == 0) return 0;
+  if (ra_check(p) != RA_OK || ra_is_relative(p) || count == 0 || count > LANES || stride == 0) return 0;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
   lanes l = load_lanes(&e, x, kv_head, rows, count);
@@ -421,7 +421,8 @@ static void take_references(const lanes *l, weigher *w, const float *s) {
 
 int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
                    const float *coefficients, uint32_t degree, float *out, float *lse, float *dq, void *workspace) {
-  if (ra_check(p) != RA_OK || count == 0 || count > LANES || degree > RA_MAX_DEGREE) return RA_ERROR_PROBLEM;
+  if (ra_check(p) != RA_OK || ra_is_relative(p) || count == 0 || count > LANES || degree > RA_MAX_DEGREE)
+    return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
   lanes l = load_lanes(&e, x, kv_head, rows, count);
@@ -529,7 +530,7 @@ static int some_between(const uint32_t *keys, uint32_t first, uint32_t end) {
 
 int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys, uint32_t count,
                       float *dk, float *dv, void *workspace) {
-  if (ra_check(p) != RA_OK || count == 0 || count > LANES) return RA_ERROR_PROBLEM;
+  if (ra_check(p) != RA_OK || ra_is_relative(p) || count == 0 || count > LANES) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
   uint32_t lane_keys[LANES], first = UINT32_MAX, last = 0;

@@ -24,6 +24,7 @@ function withValue(x: Float32Array, at: number, value: number): Float32Array {
 }
 
 /** Eight rows. */
+const RELATIVE = { support: Uint32Array.of(0, 0, 1, 7), weights: new Float32Array(22) };
 const TABLES = { cos: new Float32Array(32).fill(1), sin: new Float32Array(32) };
 
 let attention: RopeAttention;
@@ -202,8 +203,46 @@ const COMMON: Case[] = [
   [{ sinks: [1, 2, 3, 4] }, TypeError, '@: sinks must be a Float32Array, got an array'],
   [{ sinks: Float32Array.of(1, 2, -Infinity, 4) }, RangeError, '@: sinks[2] must be finite, got -Infinity'],
   [{ sinks: new Float32Array(4), method: 'polynomial' }, RangeError, "@: method 'polynomial' has no sinks"],
-  [{ relativePositions: new Float32Array(11) }, RangeError, '@: relativePositions is not available in this version'],
-  [{ relative: {} }, RangeError, '@: relative is not available in this version'],
+  [{ relativePositions: new Float32Array(10) }, RangeError, '@: relativePositions has 10 values, queryLength + keyLength - 1 needs 11'],
+  [{ relativePositions: new Float64Array(11) }, TypeError, '@: relativePositions must be a Float32Array, got a Float64Array'],
+  [{ relativePositions: withValue(new Float32Array(11), 3, NaN) }, RangeError, '@: relativePositions[3] must be finite, got NaN'],
+  [{ relativePositions: new Float32Array(11), rotary: false }, RangeError, '@: relativePositions needs a rotary.dim above 0, got 0'],
+  [
+    { relativePositions: new Float32Array(11), rotary: { tables: TABLES } },
+    TypeError,
+    '@: relativePositions and rotary.tables are both given; give one of them',
+  ],
+  [
+    { relativePositions: new Float32Array(11), rotary: { keyPositions: [0, 1, 2, 3, 4, 5, 6] } },
+    TypeError,
+    '@: relativePositions and rotary.keyPositions are both given',
+  ],
+  [{ relativePositions: new Float32Array(11), relative: RELATIVE }, TypeError, '@: relativePositions and relative are two ways'],
+  [{ relativePositions: new Float32Array(11), method: 'polynomial' }, RangeError, "@: method 'polynomial' has no relativePositions"],
+  [{ relative: {} }, TypeError, '@: relative.support must be a Uint32Array, got undefined'],
+  [{ relative: [1] }, TypeError, '@: relative must be an object, got an array'],
+  [{ relative: { ...RELATIVE, bias: 1 } }, TypeError, '@: there is no option relative.bias; known are support, weights'],
+  [{ relative: { ...RELATIVE, support: [0, 1] } }, TypeError, '@: relative.support must be a Uint32Array, got an array'],
+  [
+    { relative: { ...RELATIVE, support: new Uint32Array(3) } },
+    RangeError,
+    '@: relative.support must be 1 to 1048576 pairs of dimensions, got 3 values',
+  ],
+  [{ relative: { ...RELATIVE, support: new Uint32Array(0) } }, RangeError, '@: relative.support must be 1 to 1048576 pairs'],
+  [{ relative: { ...RELATIVE, support: Uint32Array.of(0, 1, 8, 0) } }, RangeError, '@: relative.support[2] must be below headDim, 8, got 8'],
+  [
+    { relative: { ...RELATIVE, weights: new Float32Array(21) } },
+    RangeError,
+    '@: relative.weights has 21 values, support of that size with queryLength + keyLength - 1 needs 22',
+  ],
+  [{ relative: { support: RELATIVE.support } }, TypeError, '@: relative.weights must be a Float32Array, got undefined'],
+  [{ relative: RELATIVE, rotary: {} }, TypeError, '@: relative takes the place of the rotation; rotary must be false or absent'],
+  [{ relative: RELATIVE, method: 'polynomial' }, RangeError, "@: method 'polynomial' has no relative"],
+  [
+    { relative: { ...RELATIVE, weights: withValue(new Float32Array(22), 12, Infinity) }, checkFinite: true },
+    RangeError,
+    '@: relative.weights[12] must be finite, got Infinity',
+  ],
   [{ layout: 'bnhc' }, RangeError, "@: layout must be one of 'bhnd', 'bnhd', got 'bnhc'"],
   [{ layout: 1 }, TypeError, '@: layout must be one of'],
   [{ method: 'toeplitz' }, RangeError, "@: method 'toeplitz' is not available in this version"],
@@ -448,6 +487,8 @@ describe('options reach the kernels', () => {
     { rotary: { queryPositions: [5, 0, 3.5, -2, 9] } },
     { rotary: { keyPositions: Float32Array.from({ length: 14 }, (_, n) => (n * 5) % 13) } },
     { rotary: { tables: { cos: TABLES.cos, sin: TABLES.cos.map((_, n) => Math.sin(n)) } } },
+    { relativePositions: Float32Array.from({ length: 11 }, (_, n) => (n % 4) / 2) },
+    { relative: { support: RELATIVE.support, weights: Float32Array.from({ length: 22 }, (_, n) => (n % 7) - 3) } },
   ];
   /** These say what the default is. */
   const IDLE = [SETTINGS[0], SETTINGS[14], SETTINGS[16]];

@@ -95,9 +95,12 @@ const everything = {
   mask: Float32Array.from({ length: 4900 }, (_, n) => n % 3),
   sinks: Float32Array.of(1, 2),
 };
+const relative = { support: Uint32Array.of(0, 1, 1, 0, 1, 1), weights: Float32Array.from({ length: 417 }, (_, n) => n % 5) };
 test.each<[string, Partial<Setting>, (number | null)[]]>([
   ['both engines', {}, [null, 2]],
   ['with all options', everything, [null]],
+  ['with positions that differ otherwise', { relativePositions: relative.weights.subarray(0, 139) }, [null]],
+  ['with a relative map', { ...everything, rotary: undefined, relative }, [null]],
 ])('the kernels work past 2 GiB as below: %s', (_, options, degrees) => {
   const bytes = new Uint8Array(readFileSync(new URL('../dist/rope-attention.wasm', import.meta.url)));
   const { problem: settled, inputs } = readCall(
@@ -114,7 +117,9 @@ test.each<[string, Partial<Setting>, (number | null)[]]>([
     const arena = new Arena(exports.memory, (exports.__heap_base.value as number) + shift, MEMORY_LIMIT);
     const session = new Session('backward', settled, exports, arena);
     session.load(inputs, 'backward', 0);
-    const found: unknown[] = [session.prepare(1), session.scores(1, rows, 3), session.rows(1, rows, null, true)];
+    const sampled = !options.relative && !options.relativePositions;
+    const found: unknown[] = [session.prepare(1)];
+    if (sampled) found.push(session.scores(1, rows, 3), session.rows(1, rows, null, true));
     for (const degree of degrees) {
       for (const pass of ['forward', 'backward'] as const) {
         session.setWorkspace(session.workspaceBytes(pass, degree));
@@ -122,7 +127,8 @@ test.each<[string, Partial<Setting>, (number | null)[]]>([
         expect(session.run(pass, 0, session.units(pass))).toBe(true);
       }
       for (const name of ['out', 'lse', 'dq', 'dk', 'dv'] as const) found.push(session.result(name));
-      found.push(session.columns(1, rows), session.vector('dbias'), session.vector('dsinks'));
+      if (sampled) found.push(session.columns(1, rows));
+      found.push(...(['dbias', 'dsinks', 'dweights'] as const).map((name) => session.vector(name)));
     }
     expect(session.bytes).toBeGreaterThan(shift);
     session.close();

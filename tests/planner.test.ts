@@ -270,6 +270,10 @@ describe('the choice', () => {
     [{ segments: [0, 700], window: [100, 100] as const }, 'exact: no polynomial is predicted cheaper at this size'],
     [{ softcap: 3 }, 'exact: no polynomial has softcap'],
     [{ bias: new Float32Array(4095) }, 'exact: no polynomial has bias'],
+    [
+      { relativePositions: new Float32Array(4095) },
+      'exact: no polynomial has relativePositions, whose scores do not factorise',
+    ],
     [{ mask: new Uint8Array(2048).fill(1), maskShape: [1, 1, 1, 2048] as const }, 'exact: no polynomial has mask'],
     [{ sinks: new Float32Array(2), softcap: 1 }, 'exact: no polynomial has softcap or sinks'],
     [{ window: [100, -1] as const, method: 'exact' as const }, 'exact: as asked'],

@@ -9,11 +9,11 @@ import * as rope from '../dist/index.js';
 const readme = readFileSync(new URL('../README.md', import.meta.url), 'utf8');
 
 describe('README', () => {
-  it('has an example of at most ten lines that runs and prints what it says, and two that go on from there', async () => {
-    const [[, example], [, streaming], [, fitting]] = [...readme.matchAll(/```js\n([\s\S]*?)```/g)];
+  it('has an example of at most ten lines that runs and prints what it says, and three that go on from there', async () => {
+    const [[, example], [, streaming], [, fitting], [, relative]] = [...readme.matchAll(/```js\n([\s\S]*?)```/g)];
     const lines = example.trim().split('\n').filter((line) => line !== '');
     expect(lines.length).toBeLessThanOrEqual(10);
-    const body = (example + streaming + fitting).replace(/import .* from 'rope-attention';/g, '');
+    const body = (example + streaming + fitting + relative).replace(/import .* from 'rope-attention';/g, '');
     const log = jest.fn();
     const AsyncFunction = (async () => {}).constructor as new (...args: string[]) => (...args: unknown[]) => Promise<void>;
     await new AsyncFunction('createRopeAttention', 'gradientParts', 'console', body)(rope.createRopeAttention, rope.gradientParts, { log });
@@ -23,6 +23,8 @@ describe('README', () => {
       [2, expect.any(Number), expect.any(Number), 8 * 16, expect.any(Number)],
       ...[1, 2, 3, 4, 5].map(() => [expect.any(Number), expect.stringMatching(/^(exact|polynomial)/)]),
       [expect.any(Number), expect.any(Number), 153, expect.any(Number)],
+      [expect.stringMatching(/^exact: no polynomial has relativePositions/)],
+      [16 * 1199],
     ]);
     const losses = log.mock.calls.slice(2, 7).map(([loss]) => loss as number);
     expect(losses).toEqual([...losses].sort((a, b) => b - a));

@@ -6,7 +6,7 @@
 import { describe, expect, test } from '@jest/globals';
 
 import { reference } from '../dist/index.js';
-import { describeSetting, draw, inLayout, inner, lengths, maxAbs, problem, random, withLayout } from './support.js';
+import { describeSetting, draw, inLayout, inner, lengths, maxAbs, problem, random, relativeMap, withLayout } from './support.js';
 import type { Floats, Problem, Setting } from './support.js';
 
 /** Values that float64 arithmetic of a few dozen operations reproduces. */
@@ -264,6 +264,25 @@ describe('gradients are finite differences of the forward pass', () => {
     },
     { shape: base, rotary: { tables: { cos: noise(10, 11), sin: noise(10, 12) } } },
     { shape: { ...base, queryLength: 6 }, segments: [0, 2, 5], causal: true },
+    { shape: { ...base, keyLength: 6 }, relativePositions: noise(10, 13) },
+    { shape: { ...base, headDim: 5 }, relativePositions: noise(9, 14), rotary: { dim: 4, interleaved: true }, causal: true },
+    {
+      shape: base,
+      relativePositions: noise(9, 15),
+      rotary: { scaling: { type: 'yarn', factor: 2, originalLength: 4, attentionFactor: 1.3 } },
+    },
+    { shape: { ...base, headDim: 3, keyLength: 4 }, relative: relativeMap({ ...base, headDim: 3, keyLength: 4 }, 5, 16) },
+    {
+      shape: { ...base, batch: 2, heads: 4, kvHeads: 2 },
+      relative: relativeMap(base, 7, 17),
+      softcap: 2,
+      bias: noise(36, 18),
+      mask: noise(25, 19),
+      sinks: noise(4, 20),
+      layout: 'bnhd',
+      causal: true,
+      queryOffset: 1,
+    },
   ];
 
   // Central differences of a function of size 10 in float64: step 1e-4 leaves a truncation of 1e-8 times the third
@@ -279,12 +298,13 @@ describe('gradients are finite differences of the forward pass', () => {
       v: Float64Array.from(args.v),
       bias: args.bias && Float64Array.from(args.bias),
       sinks: args.sinks && Float64Array.from(args.sinks),
+      relative: args.relative && { ...args.relative, weights: Float64Array.from(args.relative.weights) },
     };
     const loss = () => inner(reference.forward(wide).output, args.dOutput);
-    const { dq, dk, dv, dBias, dSinks } = reference.backward(args);
-    const gradients = { q: dq, k: dk, v: dv, bias: dBias, sinks: dSinks };
-    for (const name of ['q', 'k', 'v', 'bias', 'sinks'] as const) {
-      const x = wide[name];
+    const { dq, dk, dv, dBias, dSinks, dWeights } = reference.backward(args);
+    const gradients = { q: dq, k: dk, v: dv, bias: dBias, sinks: dSinks, weights: dWeights };
+    for (const name of ['q', 'k', 'v', 'bias', 'sinks', 'weights'] as const) {
+      const x = name === 'weights' ? wide.relative?.weights : wide[name];
       expect(gradients[name] === undefined).toBe(x === undefined);
       if (!x) continue;
       const differences = x.map((value, n) => {
@@ -328,13 +348,6 @@ describe('rotation', () => {
 describe('misuse', () => {
   const args: Problem = problem({ shape: { heads: 1, queryLength: 3, headDim: 4 } }, 6);
 
-  test('options that it does not have are named', () => {
-    const some = new Float32Array(5);
-    expect(() => reference.forward({ ...args, relativePositions: some })).toThrow(RangeError);
-    expect(() => reference.backward({ ...args, relativePositions: some })).toThrow('relativePositions');
-    expect(() => reference.forward({ ...args, relative: { support: new Uint32Array(2), weights: some } })).toThrow('relative');
-  });
-
   test('arrays that do not fit the shape are named', () => {
     for (const name of ['q', 'k', 'v', 'dOutput'] as const) {
       const short = { ...args, [name]: args[name].subarray(1) };
@@ -347,6 +360,14 @@ describe('misuse', () => {
     expect(() => reference.forward({ ...args, mask: new Uint8Array(6), maskShape: [1, 2, 1, 3] })).toThrow('maskShape = 1,2,1,3');
     expect(() => reference.forward({ ...args, sinks: new Float32Array(2) })).toThrow('sinks has 2 values, shape needs 1');
     expect(() => reference.forward({ ...args, rotary: { queryPositions: [1] } })).toThrow('positions has 1 values');
+    const [positions, weights, support] = [new Float32Array(5), new Float32Array(10), Uint32Array.of(0, 1, 2, 3)];
+    const relative = { support, weights };
+    expect(() => reference.forward({ ...args, relativePositions: weights })).toThrow('relativePositions has 10 values, shape needs 5');
+    expect(() => reference.forward({ ...args, relativePositions: positions, rotary: false })).toThrow('without relative and rotary: false');
+    expect(() => reference.forward({ ...args, relativePositions: positions, relative })).toThrow('without relative and rotary: false');
+    expect(() => reference.forward({ ...args, relative: { support, weights: positions } })).toThrow('relative.weights has 5 values');
+    expect(() => reference.forward({ ...args, relative: { support: Uint32Array.of(0, 1, 4, 0), weights } })).toThrow('support reaches');
+    expect(() => reference.forward({ ...args, relative, rotary: {} })).toThrow('relative stands without rotary');
   });
 
   test('arguments are left as they were', () => {

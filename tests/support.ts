@@ -57,9 +57,52 @@ export type Setting = Pick<
   | 'mask'
   | 'maskShape'
   | 'sinks'
+  | 'relativePositions'
+  | 'relative'
 >;
 export type Arrays = Pick<BackwardArgs, 'q' | 'k' | 'v' | 'dOutput'>;
 export type Problem = Setting & Arrays;
+
+/** Entries of random matrices W_t in random places, some of them named twice. */
+export function relativeMap(shape: Shape, places: number, seed: number): NonNullable<Setting['relative']> {
+  const { queryLength, keyLength, headDim } = fullShape(shape);
+  const { uniform, normal } = random(seed);
+  const support = Uint32Array.from({ length: 2 * places }, () => Math.floor(headDim * uniform()));
+  support.copyWithin(2, 0, places > 1 ? 2 : 0);
+  return { support, weights: draw(places * (queryLength + keyLength - 1), normal) };
+}
+
+/** f(i + queryOffset - j) for every diagonal. */
+export function positionsBy(shape: Shape, f: (t: number) => number, queryOffset = 0): Float32Array {
+  const { queryLength, keyLength } = fullShape(shape);
+  return Float32Array.from({ length: queryLength + keyLength - 1 }, (_, n) => f(n - (keyLength - 1) + queryOffset));
+}
+
+/** The rotation by f(t) as a relative map: 2 x 2 blocks, and 1 for dimensions that do not turn. */
+export function rotationMap(
+  shape: Shape,
+  positions: Float32Array,
+  { dim = shape.headDim, interleaved = false, base = 10000 }: { dim?: number; interleaved?: boolean; base?: number } = {},
+): NonNullable<Setting['relative']> {
+  const places: number[] = [];
+  const rows: Float32Array[] = [];
+  const add = (a: number, b: number, of: (t: number) => number) => {
+    places.push(a, b);
+    rows.push(positions.map(of));
+  };
+  for (let p = 0; p < dim / 2; p++) {
+    const [first, second] = interleaved ? [2 * p, 2 * p + 1] : [p, p + dim / 2];
+    const angle = (t: number) => t * base ** ((-2 * p) / dim);
+    add(first, first, (t) => Math.cos(angle(t)));
+    add(first, second, (t) => Math.sin(angle(t)));
+    add(second, first, (t) => -Math.sin(angle(t)));
+    add(second, second, (t) => Math.cos(angle(t)));
+  }
+  for (let d = dim; d < shape.headDim; d++) add(d, d, () => 1);
+  const weights = new Float32Array(rows.length * positions.length);
+  rows.forEach((row, n) => weights.set(row, n * positions.length));
+  return { support: Uint32Array.from(places), weights };
+}
 
 /** What `forward` takes: it knows no dOutput. */
 export function forwardArgs({ dOutput: _, ...args }: Problem): Omit<Problem, 'dOutput'> {

@@ -67,6 +67,10 @@ describe('results', () => {
       const given = { ...smallForward, ...options };
       expect(plain((await remote.forward(given)).output)).toEqual(plain(local.forward(given).output));
     }
+    const relative = { support: Uint32Array.of(0, 1, 2, 2), weights: Float32Array.from({ length: 130 }, (_, n) => (n % 5) - 2) };
+    const mapped = { ...small, relative };
+    const { dk, dWeights } = await remote.backward(mapped);
+    expect([dk, dWeights!].map(plain)).toEqual([local.backward(mapped).dk, local.backward(mapped).dWeights]);
     local.dispose();
   });
 

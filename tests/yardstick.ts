@@ -11,11 +11,12 @@ import type { Floats, Problem } from './support.js';
 /** The results of both passes. */
 export const RESULTS = ['output', 'lse', 'dq', 'dk', 'dv'] as const;
 /** Together with gradients that are there with their options. */
-export type ByResult<T> = Record<(typeof RESULTS)[number], T> & { dBias?: T; dSinks?: T };
+export type ByResult<T> = Record<(typeof RESULTS)[number], T> & { dBias?: T; dSinks?: T; dWeights?: T };
 
 /** The names of the results of a problem. */
-export function resultsOf({ bias, sinks }: Problem): (keyof ByResult<unknown>)[] {
-  return [...RESULTS, ...(bias ? (['dBias'] as const) : []), ...(sinks ? (['dSinks'] as const) : [])];
+export function resultsOf({ bias, sinks, relative }: Problem): (keyof ByResult<unknown>)[] {
+  const more = { dBias: bias, dSinks: sinks, dWeights: relative };
+  return [...RESULTS, ...(['dBias', 'dSinks', 'dWeights'] as const).filter((name) => more[name])];
 }
 
 export interface Yardstick {
@@ -51,8 +52,9 @@ export function yardstick(args: Problem): Yardstick {
 interface Pair {
   /** Flat row of the key. */
   key: number;
-  /** Entry of bias. */
+  /** Entry of bias, and of what goes by i - j and is the same for all heads. */
   diagonal: number;
+  shared: number;
   bias: number;
   mask: number;
 }
@@ -74,16 +76,59 @@ function pairsOf(args: Problem, r: number): { head: number; pairs: Pair[] } {
   const pairs: Pair[] = [];
   for (let j = first; j < end; j++) {
     const own = bias && bias.length > queryLength + keyLength - 1 ? head : 0;
-    const diagonal = own * (queryLength + keyLength - 1) + i - j + keyLength - 1;
+    const shared = i - j + keyLength - 1;
+    const diagonal = own * (queryLength + keyLength - 1) + shared;
     const value = mask ? mask[maskRow * keyLength + j] : 0;
     const masked = mask?.BYTES_PER_ELEMENT === 1 ? (value === 0 ? -Infinity : 0) : value;
     if (masked < -3.4657e29) continue;
-    pairs.push({ key: keyHead * keyLength + j, diagonal, bias: bias ? bias[diagonal] : 0, mask: masked });
+    pairs.push({ key: keyHead * keyLength + j, diagonal, shared, bias: bias ? bias[diagonal] : 0, mask: masked });
   }
   return { head, pairs };
 }
 
 const row = <T extends Float32Array | Float64Array>(x: T, r: number, width: number) => x.subarray(r * width, (r + 1) * width) as T;
+
+/** One entry of the matrices W_t of a relative map: s = scale sum q[a] at(t) k[b], t counted from the first diagonal on. */
+interface Entry {
+  a: number;
+  b: number;
+  at: (t: number) => number;
+}
+
+/** The map's entries, those of a rotation by relativePositions too; null where rows are rotated. */
+function entriesOf({ shape, rotary, relativePositions, relative }: Problem): Entry[] | null {
+  const { queryLength, keyLength, headDim } = fullShape(shape);
+  if (relative) {
+    const { support, weights } = relative;
+    const at = (n: number) => (t: number) => weights[n * (queryLength + keyLength - 1) + t];
+    return Array.from({ length: support.length / 2 }, (_, n) => ({ a: support[2 * n], b: support[2 * n + 1], at: at(n) }));
+  }
+  if (!relativePositions) return null;
+  const { base, dim = headDim, interleaved = false, scaling, frequencies } = { ...(rotary as Rotary) };
+  const computed = rotaryFrequencies({ dim, base, scaling });
+  const factor = computed.attentionFactor ** 2;
+  const entries: Entry[] = [];
+  for (let p = 0; p < dim / 2; p++) {
+    const [first, second] = interleaved ? [2 * p, 2 * p + 1] : [p, p + dim / 2];
+    const angles = Float64Array.from(relativePositions, (position) => position * (frequencies ?? computed.frequencies)[p]);
+    const [cos, sin] = [Math.cos, Math.sin].map((of) => angles.map((angle) => factor * of(angle)));
+    entries.push({ a: first, b: first, at: (t) => cos[t] }, { a: first, b: second, at: (t) => sin[t] });
+    entries.push({ a: second, b: first, at: (t) => -sin[t] }, { a: second, b: second, at: (t) => cos[t] });
+  }
+  for (let d = dim; d < headDim; d++) entries.push({ a: d, b: d, at: () => 1 });
+  return entries;
+}
+
+/** q W_t (side 'a'), or k W_t^T (side 'b'), each term and sum passed through `round`; x itself without a map. */
+function mapped<T extends Floats>(entries: Entry[] | null, x: T, side: 'a' | 'b', t: number, round: (x: number) => number): T {
+  if (!entries) return x;
+  const y = x.map(() => 0) as T;
+  for (const entry of entries) {
+    const to = entry[side === 'a' ? 'b' : 'a'];
+    y[to] = round(y[to] + round(round(entry.at(t)) * x[entry[side]]));
+  }
+  return y;
+}
 
 /**
  * Both passes in float32, layout 'bhnd': every product and sum rounded, one running sum for each, a whole row of weights in
@@ -97,13 +142,15 @@ export function plainFloat32(args: Problem): ByResult<Float32Array> {
   const softcap = givenCap === undefined ? undefined : f(givenCap);
   const scale = f(args.scale ?? 1 / Math.sqrt(headDim));
 
+  const entries = entriesOf(args);
   const rotary: Rotary = args.rotary === false ? { dim: 0 } : (args.rotary ?? {});
-  const { base, dim = headDim, interleaved = false, scaling, tables } = rotary;
+  const { base, dim = entries ? 0 : headDim, interleaved = false, scaling, tables } = rotary;
   const angles = rotaryFrequencies({ dim, base, scaling });
   const frequencies = rotary.frequencies ?? angles.frequencies;
   const factor = f(angles.attentionFactor);
   /** Rows of the queries, or of the keys. */
   const rotate = (x: Float32Array, of: 'queries' | 'keys', sign: number) => {
+    if (entries) return Float32Array.from(x);
     const [length, heads] = of === 'queries' ? [queryLength, shape.heads] : [keyLength, shape.kvHeads];
     const given = of === 'queries' ? rotary.queryPositions : rotary.keyPositions;
     const y = Float32Array.from(x);
@@ -139,15 +186,15 @@ export function plainFloat32(args: Problem): ByResult<Float32Array> {
   const lse = new Float32Array(q.length / headDim).fill(-Infinity);
   const [dq, dk, dv] = [q, k, v].map((x) => new Float32Array(x.length));
   const [p, slope] = [new Float32Array(keyLength), new Float32Array(keyLength)];
-  const [dBias, dSinks] = [bias, sinks].map((x) => x && new Float32Array(x.length));
+  const [dBias, dSinks, dWeights] = [bias, sinks, args.relative?.weights].map((x) => x && new Float32Array(x.length));
   for (let r = 0; r < lse.length; r++) {
     const { head, pairs } = pairsOf(args, r);
     const [q_r, out_r, dout_r] = [row(q, r, headDim), row(output, r, valueDim), row(dOutput, r, valueDim)];
     const sink = sinks ? sinks[head] : -Infinity;
 
     let largest = sink;
-    pairs.forEach(({ key, bias, mask }, j) => {
-      p[j] = scale * dot(q_r, row(k, key, headDim));
+    pairs.forEach(({ key, shared, bias, mask }, j) => {
+      p[j] = scale * dot(mapped(entries, q_r, 'a', shared, f), row(k, key, headDim));
       slope[j] = 1;
       if (softcap !== undefined) {
         const t = f(Math.tanh(f(p[j] / softcap)));
@@ -172,14 +219,20 @@ export function plainFloat32(args: Problem): ByResult<Float32Array> {
 
     const delta = dot(dout_r, out_r);
     if (dSinks) dSinks[head] = dSinks[head] - f(f(sinkWeight / sum) * delta);
-    pairs.forEach(({ key, diagonal }, j) => {
+    pairs.forEach(({ key, diagonal, shared }, j) => {
       const dP = dot(dout_r, row(v, key, valueDim));
       const dS = f(p[j] * f(dP - delta));
       const dT = f(scale * f(dS * slope[j]));
       if (dBias) dBias[diagonal] = dBias[diagonal] + dS;
       accumulate(row(dv, key, valueDim), p[j], dout_r);
-      accumulate(row(dq, r, headDim), dT, row(k, key, headDim));
-      accumulate(row(dk, key, headDim), dT, q_r);
+      const k_j = row(k, key, headDim);
+      accumulate(row(dq, r, headDim), dT, mapped(entries, k_j, 'b', shared, f));
+      accumulate(row(dk, key, headDim), dT, mapped(entries, q_r, 'a', shared, f));
+      if (!dWeights) return;
+      entries!.forEach(({ a, b }, n) => {
+        const at = n * (queryLength + keyLength - 1) + shared;
+        dWeights[at] = dWeights[at] + f(f(dT * q_r[a]) * k_j[b]);
+      });
     });
   }
   return {
@@ -190,11 +243,13 @@ export function plainFloat32(args: Problem): ByResult<Float32Array> {
     dv,
     ...(dBias && { dBias }),
     ...(dSinks && { dSinks }),
+    ...(dWeights && { dWeights }),
   };
 }
 
-/** R q or R k, in float64. */
+/** R q or R k, in float64; q and k themselves where a relative map takes the place of R. */
 export function turned(args: Problem, name: 'q' | 'k'): Float64Array {
+  if (entriesOf(args)) return Float64Array.from(args[name]);
   const { batch, kvHeads, keyLength, headDim } = fullShape(args.shape);
   const rotary = args.rotary === false ? { dim: 0 } : { ...args.rotary };
   const { queryPositions, keyPositions } = rotary;
@@ -213,12 +268,16 @@ export function turned(args: Problem, name: 'q' | 'k'): Float64Array {
  *   a_ij = P_ij (1 + |scale| |q_i|.|k_j|)                     output  sum_j a_ij |v_j|     dv  sum_i a_ij |dout_i|
  *   b_ij = a_ij |scale| (|dout_i|.|v_j| + its mean by P_i)    dq      sum_j b_ij |k_j|     dk  sum_i b_ij |q_i|
  *
- * with |x| the vector of magnitudes, after rotation; and |lse_i| + sum_j a_ij for lse. Bias and mask add to the magnitude of a
+ * with |x| the vector of magnitudes, after rotation (of a relative map, |q| |W| |k| in place of |q|.|k|, |W| |k| of |k|, and so on; and
+ * sum b_ij |q_ia| |k_jb| for dWeights); and |lse_i| + sum_j a_ij for lse. Bias and mask add to the magnitude of a
  * score; softcap counts that of the result twice (tanh to 4e-7), and 2 for its slope, a difference from 1.
  */
 export function magnitudes(args: Problem): ByResult<number> {
   const { headDim, valueDim } = fullShape(args.shape);
-  const { scale = 1 / Math.sqrt(headDim), softcap, bias, sinks } = args;
+  const { scale = 1 / Math.sqrt(headDim), softcap, bias, sinks, relative } = args;
+  const entries = entriesOf(args);
+  const sizes = entries && entries.map(({ a, b, at }) => ({ a, b, at: (t: number) => Math.abs(at(t)) }));
+  const same = (x: number) => x;
   const [turnedQ, turnedK] = [turned(args, 'q'), turned(args, 'k')];
   const [q, k, v, dout] = [turnedQ, turnedK, args.v, args.dOutput].map((x) => Float64Array.from(x, Math.abs));
   const { lse } = reference.forward(args);
@@ -227,14 +286,15 @@ export function magnitudes(args: Problem): ByResult<number> {
     for (let d = 0; d < x.length; d++) y[d] += a * x[d];
   };
   const of = (x?: Floats) => new Float64Array(x?.length ?? 0);
-  const total = { output: of(dout), dq: of(q), dk: of(k), dv: of(v), lse: of(lse), dBias: of(bias), dSinks: of(sinks) };
+  const total = { output: of(dout), dq: of(q), dk: of(k), dv: of(v), lse: of(lse) };
+  const more = { dBias: of(bias), dSinks: of(sinks), dWeights: of(relative?.weights) };
   for (let r = 0; r < lse.length; r++) {
     const { head, pairs } = pairsOf(args, r);
     const signed = row(turnedQ, r, headDim);
     const [q_r, dout_r] = [row(q, r, headDim), row(dout, r, valueDim)];
-    const scores = pairs.map(({ key, bias, mask }) => {
-      const product = scale * inner(signed, row(turnedK, key, headDim));
-      const size = Math.abs(scale) * inner(q_r, row(k, key, headDim));
+    const scores = pairs.map(({ key, shared, bias, mask }) => {
+      const product = scale * inner(mapped(entries, signed, 'a', shared, same), row(turnedK, key, headDim));
+      const size = Math.abs(scale) * inner(mapped(sizes, q_r, 'a', shared, same), row(k, key, headDim));
       const more = Math.abs(bias) + Math.abs(mask);
       if (softcap === undefined) return { weight: Math.exp(product + bias + mask - lse[r]), size: size + more, slope: 1 };
       const t = Math.tanh(product / softcap);
@@ -248,18 +308,22 @@ export function magnitudes(args: Problem): ByResult<number> {
     if (sinks && lse[r] !== -Infinity) {
       const a = Math.exp(sinks[head] - lse[r]) * (1 + Math.abs(sinks[head]) + Math.abs(lse[r]));
       total.lse[r] += a;
-      total.dSinks[head] += a * mean;
+      more.dSinks[head] += a * mean;
     }
-    pairs.forEach(({ key, diagonal }, j) => {
+    pairs.forEach(({ key, diagonal, shared }, j) => {
       const a = scores[j].weight * (1 + scores[j].size);
       const b = a * Math.abs(scale) * scores[j].slope * (dP[j] + mean);
       total.lse[r] += a;
-      if (bias) total.dBias[diagonal] += a * (dP[j] + mean);
+      if (bias) more.dBias[diagonal] += a * (dP[j] + mean);
       accumulate(row(total.output, r, valueDim), a, row(v, key, valueDim));
       accumulate(row(total.dv, key, valueDim), a, dout_r);
-      accumulate(row(total.dq, r, headDim), b, row(k, key, headDim));
-      accumulate(row(total.dk, key, headDim), b, q_r);
+      const k_j = row(k, key, headDim);
+      accumulate(row(total.dq, r, headDim), b, mapped(sizes, k_j, 'b', shared, same));
+      accumulate(row(total.dk, key, headDim), b, mapped(sizes, q_r, 'a', shared, same));
+      if (!relative) return;
+      const diagonals = more.dWeights.length / entries!.length;
+      entries!.forEach((entry, n) => (more.dWeights[n * diagonals + shared] += b * q_r[entry.a] * k_j[entry.b]));
     });
   }
-  return Object.fromEntries(Object.entries(total).map(([name, sums]) => [name, maxAbs(sums)])) as ByResult<number>;
+  return Object.fromEntries(Object.entries({ ...total, ...more }).map(([name, sums]) => [name, maxAbs(sums)])) as ByResult<number>;
 }

@@ -23,8 +23,13 @@ const UNIT = 2 ** -24;
 const KEY_CHUNK = 32;
 const FEATURE_BLOCK = 48;
 
-/** R: a number that no |score| of the head exceeds, once the mean key is subtracted; the rounding of the norms included. */
+/**
+ * R: a number that no |score| of the head exceeds, once the mean key is subtracted (with a relative map: as it is); the rounding of
+ * the norms included.
+ */
 export function scoreRadius(g: Geometry, bounds: Bounds): number {
+  // With a relative map the part of the mean key differs from key to key.
+  if (g.relative || g.relativePositions) return largestScore(g, bounds) * (1 + (g.headDim + 8) * UNIT);
   const rotated = g.rotaryGain * bounds.q_norm; // k_centred_norm is of rotated keys
   return Math.abs(g.scale) * rotated * bounds.k_centred_norm * (1 + (g.headDim + 8) * UNIT);
 }
@@ -32,9 +37,12 @@ export function scoreRadius(g: Geometry, bounds: Bounds): number {
 /** Norms of unrotated queries and keys. */
 type Norms = Pick<Bounds, 'q_norm' | 'k_norm'>;
 
-/** Cauchy-Schwarz: the largest |scale (R q).(R k)| for such norms, not centred, as far as these are exact. */
-export function largestScore(g: Pick<Geometry, 'scale' | 'rotaryGain'>, { q_norm, k_norm }: Norms): number {
-  return Math.abs(g.scale) * g.rotaryGain ** 2 * q_norm * k_norm;
+/** Cauchy-Schwarz: the largest |scale (R q).(R k)|, or |scale q W k|, for such norms, not centred, as far as these are exact. */
+export function largestScore(
+  g: Pick<Geometry, 'scale' | 'rotaryGain' | 'relative'>,
+  { q_norm, k_norm }: Norms,
+): number {
+  return Math.abs(g.scale) * (g.relative?.gain ?? g.rotaryGain ** 2) * q_norm * k_norm;
 }
 
 /**

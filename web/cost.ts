@@ -3,6 +3,7 @@
 // What a pass costs: useful floating-point operations, counted in closed form, over the share of the machine's peak that
 // each engine reaches. Only ratios of costs decide, so the peak itself is not needed. Counts are numbers, exact to 2^53.
 
+import { productsOfPair } from './relative.js';
 import { seenKeys } from './scores.js';
 import { cost as products, pairs } from './theory.js';
 import type { Geometry } from './validate.js';
@@ -66,9 +67,12 @@ export function allowedPairs(g: Geometry): number {
   return g.batch * g.heads * pairs(g);
 }
 
-/** Useful operations of the exact engine. */
+/** Useful operations of the exact engine; those of a relative map as relative.ts counts them. */
 export function exactFlops(g: Geometry, pass: Pass): number {
-  return products({ ...g, method: 'exact', pass });
+  const map = productsOfPair(g);
+  const more =
+    map === null ? 0 : pass === 'forward' ? map.score - g.headDim : map.score + map.gradients + map.weights - 3 * g.headDim;
+  return products({ ...g, method: 'exact', pass }) + 2 * more * allowedPairs(g);
 }
 
 /**

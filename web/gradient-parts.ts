@@ -141,6 +141,9 @@ function check(name: string, args: GradientPartsArgs): void {
     throw new RangeError(`${name}: rankTolerance must be from 0 to below 1, got ${rankTolerance}`);
   }
   if (softcap !== undefined) throw new RangeError(`${name}: has no softcap, got ${softcap}`);
+  for (const option of ['relativePositions', 'relative'] as const) {
+    if (args[option]) throw new RangeError(`${name}: has no ${option}`);
+  }
   if (degree === undefined) return;
   if (!Number.isInteger(degree) || degree < 0 || degree > MAX_DEGREE) {
     throw new RangeError(`${name}: degree must be an integer from 0 to ${MAX_DEGREE}, got ${degree}`);

@@ -31,7 +31,7 @@ export interface Largest {
 export type ArrayName = 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv';
 
 /** Gradients of what has no rows. */
-export type VectorName = 'dbias' | 'dsinks';
+export type VectorName = 'dbias' | 'dsinks' | 'dweights';
 
 /** Sampled rows: out [rows][Dv], lse [rows], dq [rows][D] (empty unless asked for). */
 export interface Rows {
@@ -259,6 +259,9 @@ interface Places {
   bias: number;
   mask: number;
   sinks: number;
+  relativePositions: number;
+  support: number;
+  weights: number;
   coefficients: number;
   own: number;
   rows: number;
@@ -319,6 +322,9 @@ export class Session {
       bias: some(g.bias, 4),
       mask: some(g.mask?.values, g.mask?.values.BYTES_PER_ELEMENT ?? 0),
       sinks: some(g.sinks, 4),
+      relativePositions: some(g.relativePositions, 4),
+      support: some(g.relative?.support, 4),
+      weights: some(g.relative?.weights, 4),
       coefficients: floats(this.heads * MAX_COEFFICIENTS),
       own: floats(MAX_COEFFICIENTS),
       rows: floats(SAMPLE_ROWS),
@@ -350,6 +356,9 @@ export class Session {
     if (g.mask && isAdded(g.mask)) arena.writeFloats(at.mask, g.mask.values);
     else if (g.mask) arena.writeBytes(at.mask, g.mask.values);
     if (g.sinks) arena.writeFloats(at.sinks, g.sinks);
+    if (g.relativePositions) arena.writeFloats(at.relativePositions, g.relativePositions);
+    if (g.relative) arena.writeIntegers(at.support, g.relative.support);
+    if (g.relative) arena.writeFloats(at.weights, g.relative.weights);
     arena.writeStruct(at.problem, PROBLEM, {
       batch: g.batch,
       heads: g.heads,
@@ -387,10 +396,10 @@ export class Session {
       mask_row: g.mask?.strides.row ?? 0,
       sinks: at.sinks,
       score_bound: 0,
-      relative_positions: 0,
-      support: 0,
-      support_count: 0,
-      weights: 0,
+      relative_positions: at.relativePositions,
+      support: at.support,
+      support_count: (g.relative?.support.length ?? 0) / 2,
+      weights: at.weights,
       outlier_queries: at.outlierQueries,
       outlier_keys: at.outlierKeys,
       outlier_query_count: 0,
@@ -479,6 +488,7 @@ export class Session {
       arrays.dv = floats(size.v);
       arrays.dbias = floats(this.geometry.bias?.length ?? 0);
       arrays.dsinks = floats(this.geometry.sinks?.length ?? 0);
+      arrays.dweights = floats(this.geometry.relative?.weights.length ?? 0);
     }
     this.#sampling = this.#arena.reserve(
       this.#size(this.#exports.ra_sample_workspace(this.#at.problem), 'ra_sample_workspace'),
@@ -537,10 +547,11 @@ export class Session {
     return this.#arena.readFloats(this.#arrays[array], batch * heads * length * width);
   }
 
-  /** A copy of the gradient of bias or sinks; undefined where there are none. */
+  /** A copy of the gradient of bias, sinks or relative weights; undefined where there are none. */
   vector(array: VectorName): Float32Array | undefined {
     this.#check();
-    const of = array === 'dbias' ? this.geometry.bias : this.geometry.sinks;
+    const { bias, sinks, relative } = this.geometry;
+    const of = { dbias: bias, dsinks: sinks, dweights: relative?.weights }[array];
     return of ? this.#arena.readFloats(this.#arrays[array], of.length) : undefined;
   }
 

@@ -82,7 +82,10 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
 
   if (problem.method === 'exact') return exactly('as asked');
   const foreign = exactOnly(problem);
-  if (foreign.length > 0) return exactly(`no polynomial has ${foreign.join(' or ')}`);
+  if (foreign.length > 0) {
+    const map = problem.relative || problem.relativePositions ? ', whose scores do not factorise' : '';
+    return exactly(`no polynomial has ${foreign.join(' or ')}${map}`);
+  }
   if (!bounds.every((one) => one.finite === 1)) {
     if (problem.method === 'polynomial')
       throw new RangeError(`${name}: method 'polynomial' needs finite inputs, found NaN or infinity`);

@@ -15,16 +15,20 @@ export type ReferenceRotary = Omit<Rotary, 'frequencies' | 'tables'> & {
 };
 
 /** Options whose arrays may be of either precision. */
-type Widened<T> = Omit<T, 'q' | 'k' | 'v' | 'x' | 'rotary' | 'bias' | 'mask' | 'sinks'> & {
+type Widened<T> = Omit<T, 'q' | 'k' | 'v' | 'x' | 'rotary' | 'bias' | 'mask' | 'sinks' | keyof WidenedMaps> & {
   rotary?: false | ReferenceRotary;
 };
+interface WidenedMaps {
+  relativePositions?: Values;
+  relative?: { support: Uint32Array; weights: Values };
+}
 interface WidenedScores {
   bias?: Values;
   mask?: Values | Uint8Array;
   sinks?: Values;
 }
 
-export type ReferenceForwardArgs = Widened<ForwardArgs> & WidenedScores & { q: Values; k: Values; v: Values };
+export type ReferenceForwardArgs = Widened<ForwardArgs> & WidenedMaps & WidenedScores & { q: Values; k: Values; v: Values };
 export type ReferenceRotateArgs = Widened<RotateArgs> & { x: Values };
 
 /** Added to a score, this and less forbids the pair. */
@@ -117,8 +121,60 @@ export function readRotation(
     return y;
   };
   return {
+    turn,
     turnQuery: (x: Float64Array, r: number, direction: Direction) => turn(x, queries[r], direction),
     turnKey: (x: Float64Array, r: number, direction: Direction) => turn(x, keys[r], direction),
+  };
+}
+
+// --- What depends on i - j ---------------------------------------------------------------------------------------------
+
+/**
+ * Scores of rows are scale q_i W_{i-j} k_j^T with W = 1 for rotated rows, a rotation for relativePositions (`turn` of
+ * readRotation), or the given W. Rows that a map takes in place of rotated ones are as they come.
+ */
+export function readMap(
+  name: string,
+  { queryLength, keyLength, headDim }: Sizes,
+  { relativePositions, relative, rotary }: WidenedMaps & { rotary?: false | ReferenceRotary },
+  turn: ReturnType<typeof readRotation>['turn'],
+) {
+  const diagonals = queryLength + keyLength - 1;
+  const diagonal = ({ i, j }: Pair): number => i - j + keyLength - 1;
+  if (relativePositions) {
+    if (relative || rotary === false) throw new RangeError(`${name}: relativePositions stands without relative and rotary: false`);
+    checkLength(name, 'relativePositions', relativePositions, [diagonals]);
+    // The query is turned by the difference of positions and the key by nothing; both take the attention factor.
+    const turned = (x: Float64Array, pair: Pair, direction: Direction) =>
+      turn(turn(x, relativePositions[diagonal(pair)], direction), 0, direction);
+    return {
+      ofQuery: (q: Float64Array, pair: Pair) => turned(q, pair, 'forward'),
+      ofKey: (k: Float64Array, pair: Pair) => turned(k, pair, 'transpose'),
+    };
+  }
+  if (!relative) return null;
+  if (rotary) throw new RangeError(`${name}: relative stands without rotary`);
+  const { support, weights } = relative;
+  const places = support.length / 2;
+  checkLength(name, 'relative.weights', weights, [places * diagonals]);
+  if (support.some((dimension) => dimension >= headDim)) throw new RangeError(`${name}: relative.support reaches headDim = ${headDim}`);
+  const multiply = (x: Float64Array, pair: Pair, transposed: boolean) => {
+    const y = new Float64Array(headDim);
+    for (let n = 0; n < places; n++) {
+      const [a, b] = [support[2 * n], support[2 * n + 1]];
+      y[transposed ? a : b] += weights[n * diagonals + diagonal(pair)] * x[transposed ? b : a];
+    }
+    return y;
+  };
+  return {
+    /** q W_t */
+    ofQuery: (q: Float64Array, pair: Pair) => multiply(q, pair, false),
+    /** k W_t^T */
+    ofKey: (k: Float64Array, pair: Pair) => multiply(k, pair, true),
+    /** Adds dT q_a k_b to the gradient of every entry of W_t. */
+    addTo: (dWeights: Float64Array, dT: number, q: Float64Array, k: Float64Array, pair: Pair) => {
+      for (let n = 0; n < places; n++) dWeights[n * diagonals + diagonal(pair)] += dT * q[support[2 * n]] * k[support[2 * n + 1]];
+    },
   };
 }
 

@@ -3,7 +3,8 @@
 // Softmax attention with rotary position embedding (RoPE), forward and backward, in float64: naive, short, obviously
 // right. The yardstick of every test and a text to read before the kernels. O(Nq Nk (D + Dv)) time per head.
 //
-//   t_ij   = scale (R_{i+queryOffset} q_i) . (R_j k_j)        on the allowed pairs (i, j)
+//   t_ij   = scale (R_{i+queryOffset} q_i) . (R_j k_j)        on the allowed pairs (i, j); scale q_i W_{i-j} k_j^T with `relative`,
+//            where W is R_f(i-j) with `relativePositions`
 //   s_ij   = softcap tanh(t_ij / softcap) + bias_{i-j} + mask_ij        (t_ij without these options)
 //   P_ij   = exp(s_ij) / (sum_j exp(s_ij) + exp(sink))
 //   out_i  = sum_j P_ij v_j             lse_i = log (sum_j exp(s_ij) + exp(sink))
@@ -13,13 +14,14 @@
 //   dT_ij  = dS_ij ds_ij/dt_ij
 //   dq_i   = R^T scale sum_j dT_ij (R k)_j
 //   dk_j   = R^T scale sum_i dT_ij (R q)_i
+//   (dq_i  = scale sum_j dT_ij W k_j      dk_j = scale sum_i dT_ij W^T q_i     dW_t = scale sum_{i-j=t} dT_ij q_i k_j^T)
 //
 // Papers: Su et al. 2021 (RoPE, arXiv 2104.09864); the names of the chain in arXiv 2412.17316v3 are s = P, l = dout, beta = dP,
 // gamma = dS, and gradient-parts.ts computes them as matrices.
 
-import { checkLength, readLayout, readRotation, readScores, readSizes } from './reference-options.js';
+import { checkLength, readLayout, readMap, readRotation, readScores, readSizes } from './reference-options.js';
 import type { AttentionLossArgs } from './types.js';
-import type { ReferenceForwardArgs, ReferenceRotateArgs, Values } from './reference-options.js';
+import type { Pair, ReferenceForwardArgs, ReferenceRotateArgs, Values } from './reference-options.js';
 
 export type { ReferenceForwardArgs, ReferenceRotateArgs, Values } from './reference-options.js';
 export type ReferenceBackwardArgs = ReferenceForwardArgs & {
@@ -45,9 +47,10 @@ export interface ReferenceBackward {
   dq: Float64Array;
   dk: Float64Array;
   dv: Float64Array;
-  /** The shapes of bias and sinks; there when these are. */
+  /** The shapes of bias, sinks and relative.weights; there when these are. */
   dBias?: Float64Array;
   dSinks?: Float64Array;
+  dWeights?: Float64Array;
 }
 
 export interface ReferenceLoss {
@@ -59,6 +62,7 @@ export interface ReferenceLoss {
   /** As of `backward`. */
   dBias?: Float64Array;
   dSinks?: Float64Array;
+  dWeights?: Float64Array;
   /** [batch, queryLength, heads * valueDim] */
   output: Float64Array;
 }
@@ -76,16 +80,15 @@ function accumulate(y: Float64Array, a: number, x: Float64Array): void {
 
 /** Rows of q and k, rotated, rows of v, and the softmax of every query row in turn. */
 export function prepare(name: string, args: ReferenceForwardArgs) {
-  for (const option of ['relativePositions', 'relative'] as const) {
-    if (args[option] !== undefined) throw new RangeError(`${name}: option ${option} is not supported by the reference`);
-  }
   const sizes = readSizes(name, args);
   const { heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale } = sizes;
   const { split, join } = readLayout(name, sizes, args);
-  const { turnQuery, turnKey } = readRotation(name, sizes, args, true);
+  const { turn, turnQuery, turnKey } = readRotation(name, sizes, args.relative ? { rotary: false } : args, true);
+  const map = readMap(name, sizes, args, turn);
+  const turned = (rows: Float64Array[], turnRow: typeof turnQuery) => (map ? rows : rows.map((row, r) => turnRow(row, r, 'forward')));
   const { allowed, modify, diagonal, sinkOf } = readScores(name, sizes, args);
-  const rotatedQ = split('q', args.q, heads, queryLength, headDim).map((row, r) => turnQuery(row, r, 'forward'));
-  const rotatedK = split('k', args.k, kvHeads, keyLength, headDim).map((row, r) => turnKey(row, r, 'forward'));
+  const rotatedQ = turned(split('q', args.q, heads, queryLength, headDim), turnQuery);
+  const rotatedK = turned(split('k', args.k, kvHeads, keyLength, headDim), turnKey);
   const v = split('v', args.v, kvHeads, keyLength, valueDim);
 
   /**
@@ -96,14 +99,15 @@ export function prepare(name: string, args: ReferenceForwardArgs) {
     const [row, i] = [Math.floor(r / queryLength), r % queryLength];
     const [batch, head] = [Math.floor(row / heads), row % heads];
     const keyHead = batch * kvHeads + Math.floor((head * kvHeads) / heads);
-    const keys: { key: number; weight: number; slope: number; diagonal: number }[] = [];
+    const keys: { key: number; pair: Pair; weight: number; slope: number; diagonal: number }[] = [];
     let largest = sinkOf(head);
     for (let j = 0; j < keyLength; j++) {
       const pair = { batch, head, i, j };
       if (!allowed(pair)) continue;
       const key = keyHead * keyLength + j;
-      const { score, slope } = modify(scale * dot(rotatedQ[r], rotatedK[key]), pair);
-      keys.push({ key, weight: score, slope, diagonal: diagonal(pair) });
+      const query = map ? map.ofQuery(rotatedQ[r], pair) : rotatedQ[r];
+      const { score, slope } = modify(scale * dot(query, rotatedK[key]), pair);
+      keys.push({ key, pair, weight: score, slope, diagonal: diagonal(pair) });
       largest = Math.max(largest, score);
     }
     if (largest === -Infinity) return { keys: [], sinkWeight: 0, head, lse: -Infinity };
@@ -113,14 +117,14 @@ export function prepare(name: string, args: ReferenceForwardArgs) {
     for (const one of keys) one.weight /= sum;
     return { keys, sinkWeight: sink / sum, head, lse: largest + Math.log(sum) };
   };
-  return { ...sizes, turnQuery, turnKey, join, split, rotatedQ, rotatedK, v, softmax };
+  return { ...sizes, turnQuery, turnKey, map, join, split, rotatedQ, rotatedK, v, softmax };
 }
 
 /**
  * out_i = sum_j softmax_j(s_ij) v_j in float64, arguments as for `RopeAttention.forward`; all arrays but those of integers may
  * be float64 too. Rows with nothing allowed are zeros with lse -Infinity. Cost O(Nq Nk (D + Dv)) per head.
  *
- * @throws RangeError for arrays whose size does not fit the shape, and for relativePositions and relative.
+ * @throws RangeError for arrays whose size does not fit the shape.
  */
 function forward(args: ReferenceForwardArgs): ReferenceForward {
   const { rotatedQ, v, heads, queryLength, valueDim, softmax, join } = prepare('reference.forward', args);
@@ -136,13 +140,13 @@ function forward(args: ReferenceForwardArgs): ReferenceForward {
 }
 
 /**
- * The gradients of sum(output * dOutput) by q, k, v, bias and sinks in float64, arguments as for `RopeAttention.backward`
+ * The gradients of sum(output * dOutput) by q, k, v, bias, sinks and relative weights in float64, arguments as for `RopeAttention.backward`
  * (output and lse are not needed). dk and dv are summed over the query heads of their group. Cost O(Nq Nk (D + Dv)) per head.
  *
  * @throws RangeError as `forward` does.
  */
 function backward(args: ReferenceBackwardArgs): ReferenceBackward {
-  const { rotatedQ, rotatedK, v, softmax, turnQuery, turnKey, ...rest } = prepare('reference.backward', args);
+  const { rotatedQ, rotatedK, v, softmax, turnQuery, turnKey, map, ...rest } = prepare('reference.backward', args);
   const { heads, kvHeads, headDim, valueDim, queryLength, keyLength, scale, split, join } = rest;
   const dOutput = split('dOutput', args.dOutput, heads, queryLength, valueDim);
   const dq = rotatedQ.map(() => new Float64Array(headDim));
@@ -150,28 +154,32 @@ function backward(args: ReferenceBackwardArgs): ReferenceBackward {
   const dv = v.map(() => new Float64Array(valueDim));
   const dBias = args.bias && new Float64Array(args.bias.length);
   const dSinks = args.sinks && new Float64Array(args.sinks.length);
+  const dWeights = args.relative && new Float64Array(args.relative.weights.length);
 
   for (let r = 0; r < rotatedQ.length; r++) {
     const { keys, sinkWeight, head } = softmax(r);
     const dP = keys.map(({ key }) => dot(dOutput[r], v[key]));
     const delta = keys.reduce((sum, { weight }, n) => sum + weight * dP[n], 0);
     if (dSinks) dSinks[head] -= sinkWeight * delta;
-    keys.forEach(({ key, weight, slope, diagonal }, n) => {
+    keys.forEach(({ key, pair, weight, slope, diagonal }, n) => {
       const dS = weight * (dP[n] - delta);
       accumulate(dv[key], weight, dOutput[r]);
       if (dBias) dBias[diagonal] += dS;
-      accumulate(dq[r], scale * dS * slope, rotatedK[key]);
-      accumulate(dk[key], scale * dS * slope, rotatedQ[r]);
+      const [q, k, dT] = [rotatedQ[r], rotatedK[key], scale * dS * slope];
+      accumulate(dq[r], dT, map ? map.ofKey(k, pair) : k);
+      accumulate(dk[key], dT, map ? map.ofQuery(q, pair) : q);
+      if (dWeights) map?.addTo?.(dWeights, dT, q, k, pair);
     });
   }
-  const turnedQ = dq.map((row, r) => turnQuery(row, r, 'transpose'));
-  const turnedK = dk.map((row, r) => turnKey(row, r, 'transpose'));
+  const turnedQ = map ? dq : dq.map((row, r) => turnQuery(row, r, 'transpose'));
+  const turnedK = map ? dk : dk.map((row, r) => turnKey(row, r, 'transpose'));
   return {
     dq: join(turnedQ, heads, queryLength),
     dk: join(turnedK, kvHeads, keyLength),
     dv: join(dv, kvHeads, keyLength),
     ...(dBias && { dBias }),
     ...(dSinks && { dSinks }),
+    ...(dWeights && { dWeights }),
   };
 }
 

@@ -5,6 +5,7 @@
 //   softcap tanh(s_ij / softcap) + bias_{i-j} + mask_ij,     and one more key of score `sink` and value zero.
 
 import { readFinite, readFloats, readInteger, readNumber, tagOf, wrong, type Given } from './check.js';
+import type { Relative } from './relative.js';
 import type { Shape } from './types.js';
 
 const UINT32_MAX = 2 ** 32 - 1;
@@ -49,8 +50,9 @@ export function readScores(name: string, given: Given, sizes: Sizes): Scores {
 }
 
 /** Names of the options in use that only the exact engine knows, and sampled rows do not. */
-export function exactOnly({ softcap, bias, mask, sinks }: Scores): string[] {
-  const used = { softcap: softcap > 0, bias: bias !== null, mask: mask !== null, sinks: sinks !== null };
+export function exactOnly({ softcap, bias, mask, sinks, relativePositions, relative }: Scores & Relative): string[] {
+  const scores = { softcap: softcap > 0, bias: bias !== null, mask: mask !== null, sinks: sinks !== null };
+  const used = { ...scores, relativePositions: relativePositions !== null, relative: relative !== null };
   return Object.entries(used).flatMap(([option, inUse]) => (inUse ? [option] : []));
 }
 

@@ -121,6 +121,17 @@ export type Method = 'auto' | 'exact' | 'polynomial' | 'toeplitz';
 /** `certified`: the bound is proved from norms. `sampled`: the error is measured on exact rows of a seeded sample. */
 export type Guarantee = 'certified' | 'sampled';
 
+/**
+ * Scores scale * q_i W_{i-j} k_j^T, the general form of arXiv 2505.11892: every W_t is headDim x headDim and has entries in the same
+ * few places (a, b), so that s_ij = scale * sum_n q_i[a_n] weights[n, i - j + keyLength - 1] k_j[b_n].
+ */
+export interface RelativeMap {
+  /** [places, 2]: a and b of each place, below headDim. What is named twice adds up. */
+  support: Uint32Array;
+  /** [places, queryLength + keyLength - 1]; gradient `dWeights`. Finite, where masks forbid as well. */
+  weights: Float32Array;
+}
+
 /** What to compute; the same for `forward`, `backward` and `plan` (and, but for `layout`, `attentionLoss`). */
 export interface Options {
   shape: Shape;
@@ -157,10 +168,13 @@ export interface Options {
   maskShape?: readonly [batch: number, heads: number, queryLength: number, keyLength: number];
   /** Attention sinks: one more key for each head, of this score and of value zero; [heads], finite. lse counts it. */
   sinks?: Float32Array;
-  /** Not available yet: a RangeError. */
+  /**
+   * The rotation between query i and key j is by entry [i - j + keyLength - 1] of these queryLength + keyLength - 1 numbers instead
+   * of i + queryOffset - j (ReRoPE and its kin); masks stay. Finite. Not with rotary.tables or positions of rows.
+   */
   relativePositions?: Float32Array;
-  /** Not available yet: a RangeError. */
-  relative?: { support: Uint32Array; weights: Float32Array };
+  /** Instead of a rotation (`rotary` is false or absent): any matrices with few entries, one for each i - j. */
+  relative?: RelativeMap;
   /** Default 'auto': the cheapest engine that meets the tolerance. */
   method?: Method;
   /**
@@ -176,7 +190,7 @@ export interface Options {
   seed?: number;
   /** A forced method that misses the tolerance: 'error' (default) throws a RangeError, 'report' returns the result as it is. */
   onMiss?: 'error' | 'report';
-  /** Look for NaN and infinity in q, k, v and dOutput first: a RangeError that names the array and the place. Default false. */
+  /** Look for NaN and infinity in q, k, v, dOutput and relative.weights first: a RangeError that names the array and the place. Default false. */
   checkFinite?: boolean;
 }
 
@@ -253,9 +267,10 @@ export interface AttentionLossResult {
   dx1: Float32Array;
   dx2: Float32Array;
   dy: Float32Array;
-  /** As of `backward`; there when `bias`, `sinks` are. */
+  /** As of `backward`; there when `bias`, `sinks`, `relative` are. */
   dBias?: Float32Array;
   dSinks?: Float32Array;
+  dWeights?: Float32Array;
   /** The forward pass: output [batch, queryLength, heads * valueDim], lse, and its report. */
   saved: ForwardResult;
   /** Of the backward pass. */
@@ -320,6 +335,8 @@ export interface BackwardResult {
   dBias?: Float32Array;
   /** The shape of sinks, summed over batches; there when `sinks` are. */
   dSinks?: Float32Array;
+  /** The shape of relative.weights, summed over batches and heads; there when `relative` is. */
+  dWeights?: Float32Array;
   report: Report;
 }
 

@@ -4,6 +4,7 @@
 // later layer has to doubt; check.ts says how values are refused. Arguments are only read.
 
 import { readBoolean, readChoice, readFinite, readFloats, readInteger, readNumber, readRecord, wrong, type Given } from './check.js';
+import { readRelative, rotaryBeside, type Relative } from './relative.js';
 import { readRotary, type Rotation } from './rotation.js';
 import { exactOnly, readScores, type Scores } from './scores.js';
 import type { AttentionLossArgs, BackwardArgs, CreateOptions, ForwardArgs, Layout, PlanArgs, RotateArgs, Shape } from './types.js';
@@ -18,7 +19,7 @@ const MOST_VALUES = 2 ** 30;
 export const TOLERANCE_FLOOR = 1e-6;
 
 /** Sizes, rotation, masks: what the kernels compute. */
-export interface Geometry extends Rotation, Scores {
+export interface Geometry extends Rotation, Relative, Scores {
   batch: number;
   heads: number;
   kvHeads: number;
@@ -82,7 +83,6 @@ const OPTIONS = [
   'relative',
 ].concat(['method', 'tolerance', 'guarantee', 'degree', 'seed', 'onMiss', 'checkFinite']);
 const TRAINING = ['a1', 'a2', 'a3', 'x1', 'x2', 'y', 'e'] as const;
-const LATER = ['relativePositions', 'relative'];
 
 /** The options of each call, by name. */
 export const ARGUMENTS = {
@@ -114,6 +114,7 @@ export function readCall(name: 'forward' | 'backward' | 'plan', args: ForwardArg
     for (const option of ['q', 'k', 'v', 'dOutput'] as const) {
       if (inputs[option]) readFinite(name, option, inputs[option]);
     }
+    if (problem.relative) readFinite(name, 'relative.weights', problem.relative.weights);
   }
   return { problem, inputs };
 }
@@ -215,7 +216,6 @@ function valuesOf(name: string, array: string, ...factors: number[]): number {
 
 function readProblem(name: string, given: Given): Problem {
   const geometry = readGeometry(name, given);
-  refuseLater(name, given);
   const tolerance = given['tolerance'] === undefined ? 1e-3 : readNumber(name, 'tolerance', given['tolerance']);
   if (!(tolerance >= TOLERANCE_FLOOR && tolerance < Infinity)) {
     throw wrong(
@@ -259,9 +259,12 @@ export function readGeometry(name: string, given: Given): Geometry {
   }
   const scale = given['scale'] === undefined ? 1 / Math.sqrt(shape.headDim) : readNumber(name, 'scale', given['scale']);
   if (!Number.isFinite(Math.fround(scale * Math.LOG2E))) throw wrong(name, 'scale', 'finite and at most 2.3e38 in size', scale, true);
+  const rotary = rotaryBeside(name, given);
+  const rotation = readRotary(name, rotary, { ...shape, queryOffset, hasKeys: name !== 'rotate' });
   return {
     ...shape,
-    ...readRotary(name, given['rotary'], { ...shape, queryOffset, hasKeys: name !== 'rotate' }),
+    ...rotation,
+    ...readRelative(name, given, shape, rotation),
     causal: readBoolean(name, 'causal', given['causal'], false),
     queryOffset,
     scale,
@@ -291,11 +294,4 @@ function readShape(name: string, value: unknown): Required<Shape> {
     headDim,
     valueDim: size('valueDim', MAX_DIM, headDim),
   };
-}
-
-/** Options that the types name for a later version. */
-function refuseLater(name: string, given: Given): void {
-  for (const option of LATER) {
-    if (given[option] !== undefined) throw new RangeError(`${name}: ${option} is not available in this version`);
-  }
 }

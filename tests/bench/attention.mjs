@@ -14,12 +14,13 @@
 // spread is (third quartile - first) / median. Beyond --exact-up-to exact is not run: its time at that length is scaled by the
 // square of the ratio of lengths, and marked ~.
 
-import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { mkdirSync, writeFileSync } from 'node:fs';
 import { arch, cpus } from 'node:os';
 import { dirname } from 'node:path';
 import { parseArgs } from 'node:util';
-import { createRopeAttention, theory } from '../../dist/index.js';
+import { theory } from '../../dist/index.js';
 import { uniform } from './peers/problem.mjs';
+import { open, peakOf } from './tools/peak.mjs';
 
 const { values: given } = parseArgs({
   options: {
@@ -73,30 +74,6 @@ function race(runs) {
     }
   }
   return Object.fromEntries(names.map((name) => [name, summarise(times[name])]));
-}
-
-/** GFLOP/s of multiply-adds in the binary: the better of its two kinds, the best of some runs. */
-function peakOf(binary) {
-  const rate = (kind, iterations, operations) => {
-    let best = 0;
-    for (let n = 0; n < 5; n++) {
-      const t = performance.now();
-      binary.ra_peak(kind, iterations);
-      best = Math.max(best, (iterations * operations) / (performance.now() - t) / 1e6);
-    }
-    return best;
-  };
-  return Math.max(rate(0, 1_000_000, 96), rate(1, 1_920_000, 64));
-}
-
-async function open(simd) {
-  const file = new URL(`../../dist/rope-attention${simd === 'simd128' ? '' : '.relaxed'}.wasm`, import.meta.url);
-  const bytes = readFileSync(file);
-  if (!WebAssembly.validate(bytes)) return null;
-  return {
-    attention: await createRopeAttention({ wasm: bytes }),
-    binary: (await WebAssembly.instantiate(bytes)).instance.exports,
-  };
 }
 
 function range(v, columns) {

@@ -81,6 +81,18 @@ static const shape EXACT_SHAPES[] = {
     {2, 2, 1, 70, 50, 8, 8, 8, 0, 0, 0, 0.35f, 1, .mask = 3},
     {2, 4, 2, 70, 60, 8, 8, 8, 0, 1, -3, 0.35f, 1, .sinks = 1},
     {2, 2, 1, 70, 140, 8, 8, 8, 0, 1, 70, 0.35f, 1, .mask = 1, .sinks = 2},
+    {1, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0.7f, 1, .relative = 1},
+    {1, 1, 1, 1, 1, 1, 3, 0, 0, 0, 0, 0.7f, 1, .relative = 3},
+    {2, 4, 2, 45, 50, 6, 3, 6, 1, 1, 5, 0.35f, 1, .relative = 1, .layout = 1},
+    {1, 2, 1, 300, 290, 10, 7, 8, 0, 0, 0, 0.3f, 1, .relative = 1},
+    {1, 2, 2, 290, 140, 16, 16, 16, 1, 1, -20, 0.25f, 1, .relative = 2},
+    {1, 1, 1, 129, 40, 5, 7, 4, 0, 0, -30, 0.45f, 1, .relative = 2},
+    {2, 2, 1, 70, 33, 8, 8, 0, 0, 0, 0, 0.35f, 1, .relative = 3},
+    {1, 3, 1, 33, 500, 5, 6, 0, 0, 1, 470, 0.5f, 1, .relative = 3},
+    {1, 1, 1, 300, 300, 8, 8, 8, 0, 0, 0, 0.35f, 1, .relative = 3, .window = 2, .segments = 1},
+    {1, 2, 1, 130, 140, 8, 8, 8, 0, 1, 10, 0.35f, 1, .relative = 1, .bias_heads = 2},
+    {2, 2, 1, 130, 140, 8, 8, 8, 0, 0, 0, 0.35f, 1, .relative = 3, .mask = 1, .softcap = 0.8f},
+    {2, 4, 2, 70, 260, 8, 4, 8, 0, 1, 200, 0.35f, 1, .relative = 1, .mask = 2, .sinks = 1},
     {2,
      4,
      2,
@@ -250,7 +262,8 @@ static run start(const shape *s, uint32_t method, uint32_t degree) {
                     .dv = r.dv.data,
                     .dbias = s->bias_heads ? r.dbias.data : NULL,
                     .dsinks = s->sinks ? r.dsinks.data : NULL,
-                    .dweights = r.p.support_count ? r.dweights.data : NULL};
+                    .dweights = s->relative ? r.dweights.data : NULL}; // of no weights: nothing may be written
+
   return r;
 }
 
@@ -594,6 +607,12 @@ static void bad_problems_are_refused(void) {
   weighted.relative = 3;
   good = problem(&relative, RA_NAIVE, 0);
   CHECK(ra_workspace(&good, RA_FORWARD) > 0, "relative positions");
+  uint32_t row = 0;
+  float one[8];
+  CHECK(ra_sample_workspace(&good) > 0, "bounds");
+  CHECK(ra_sample_scores(&good, &(ra_arrays){0}, 0, &row, 1, 1, one, NULL) == 0, "sampled scores");
+  CHECK(ra_sample_rows(&good, &(ra_arrays){0}, 0, &row, 1, NULL, 0, one, one, one, NULL) == RA_ERROR_PROBLEM, "rows");
+  CHECK(ra_sample_columns(&good, &(ra_arrays){0}, 0, &row, 1, one, one, NULL) == RA_ERROR_PROBLEM, "columns");
   CHECK(ra_rotate_workspace(&good) == 0 && ra_rotate(&good, NULL, 0, NULL) == RA_ERROR_PROBLEM, "rotate");
   REFUSED(method = RA_POLYNOMIAL);
   REFUSED(query_positions = query_positions);
@@ -607,6 +626,7 @@ static void bad_problems_are_refused(void) {
   REFUSED(weights = NULL);
   REFUSED(rotary_dim = 8);
   REFUSED(head_dim = 6);
+  REFUSED(support_count = RA_MAX_SUPPORT + 1);
   good = problem(&SHAPES[4], RA_EXACT, 0);
   CHECK(ra_run(&good, &(ra_arrays){0}, RA_FORWARD, NULL, 0, 1000) == RA_ERROR_UNITS, "units");
   CHECK(ra_workspace(&good, 2) == 0, "pass");
