@@ -226,6 +226,11 @@ describe('words and files', () => {
       expect(finding(panel, full)).toMatch(/^[A-Z].*\.$/);
       expect(finding(panel, full)).not.toMatch(/NaN|undefined|null|Infinity/);
     }
+    const begun = new Dataset(SMALL);
+    const { points } = await run(SMALL, fakeEngine());
+    begun.add(points.filter((point) => point.kind !== 'time' || point.length === timedLengths(SMALL)[0]), 'live');
+    expect(begun.times().length).toBeGreaterThan(1);
+    expect(finding('time', begun)).toMatch(/in a moment/);
   });
 
   test('the CSV has one line for each point and its settings', async () => {

@@ -52,7 +52,8 @@ function time(dataset: Dataset): string {
   const curves = timeCurves(dataset.times());
   const exact = curves.find((curve) => curve.degree === null);
   const polynomials = curves.filter((curve) => curve.degree !== null);
-  if (!exact || polynomials.length === 0) return NOTHING_YET;
+  // One length says nothing about others.
+  if (!exact || exact.points.length < 2 || polynomials.length === 0) return NOTHING_YET;
   const always = polynomials.filter((curve) => curve.crossover === 'before').map((curve) => String(curve.degree));
   const wins = always.length === 0 ? [] : [`${always.length > 1 ? 'degrees' : 'degree'} ${list(always)} at every length shown`];
   for (const { degree, crossover } of polynomials) {
