@@ -533,6 +533,23 @@ describe('when a prediction fails', () => {
 });
 
 describe("method 'polynomial'", () => {
+  test('runs its own forward pass where the given output and lse would spoil the gradients', () => {
+    const args = problem({ shape: { heads: 1, queryLength: 700, headDim: 8 }, causal: true }, 16, uniform(0.6));
+    const expected = reference.backward(args);
+    const saved = attention.forward({ ...withoutGradient(args), method: 'exact' });
+    const rough = { ...saved, output: saved.output.map((x) => x + 0.05) };
+    const call = { ...args, method: 'polynomial', tolerance: 0.02 } as const;
+    const found = attention.backward({ ...call, saved: rough });
+    expect(found.report.reason).toContain('with the given output and lse, which were computed again');
+    for (const name of ['dq', 'dk', 'dv'] as const) expect(relativeFrobenius(found[name], expected[name])).toBeLessThan(0.02);
+    // Not where they are good enough, nor where the degree says that they are that of the forward pass.
+    const again = attention.backward({ ...call, saved });
+    expect(again.report.reason).not.toContain('computed again');
+    expect(again.report.flops).toBeLessThan(found.report.flops);
+    const forced = attention.backward({ ...call, degree: 4, saved: rough, onMiss: 'report' });
+    expect(forced.report.reason).not.toContain('computed again');
+  });
+
   const args = withoutGradient(problem({ shape: SHAPE }, 11, uniform(0.5)));
 
   test('finds the smallest degree by itself, at any length', () => {
