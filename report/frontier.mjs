@@ -35,7 +35,7 @@ export const sizes = {
     ...{ maxDegree: 4, rows: 64, allRowsUpTo: 1024, exactUpTo: 8192, seconds: 0.03 },
   },
   tiny: {
-    ...{ headDim: 4, lengths: [64, 256], bounds: [0.5, 2], tolerance: 1e-2 },
+    ...{ headDim: 4, lengths: [64, 256], bounds: [0.5, 1, 2], tolerance: 1e-2 },
     ...{ maxDegree: 2, rows: 16, allRowsUpTo: 64, exactUpTo: 256, seconds: 0 },
   },
 };

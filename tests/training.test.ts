@@ -28,6 +28,8 @@ const settings: Setting[] = [
   { shape: crossed, causal: true, queryOffset: 14, rotary: false },
   { shape: crossed, bias: bias(crossed), sinks: Float32Array.of(0, 1, -1, 2), softcap: 3, window: [20, 4] },
   { shape: { heads: 1, queryLength: 260, headDim: 6, modelDim: 1100 }, causal: true }, // products in two slices
+  { shape: one, relative: { support: Uint32Array.of(0, 0, 3, 5, 7, 2), weights: draw(3 * 79, random(8).normal) } },
+  { shape: one, causal: true, relativePositions: Float32Array.from({ length: 79 }, (_, t) => Math.min(t - 39, 12)) },
   { shape: one, segments: [0, 7, 31], mask: Uint8Array.from({ length: 1600 }, (_, n) => n % 5) },
 ];
 const name = ({ shape, ...options }: Setting) => `${Object.values(shape).join(' ')} ${Object.keys(options).join(' ')}`;
@@ -80,7 +82,7 @@ eachBinary((attention) => {
           expect(found[gradient]).toHaveLength(expected()[gradient].length);
           expect(relativeFrobenius(found[gradient], expected()[gradient])).toBeLessThan(roundings);
         }
-        for (const vector of ['dBias', 'dSinks'] as const) {
+        for (const vector of ['dBias', 'dSinks', 'dWeights'] as const) {
           expect(found[vector] === undefined).toBe(expected()[vector] === undefined);
           if (found[vector]) expect(relativeFrobenius(found[vector], expected()[vector]!)).toBeLessThan(roundings);
         }
@@ -225,6 +227,8 @@ describe('gradientParts', () => {
     { shape: heads, scale: 1 / 6 },
     { shape: heads, causal: true, queryOffset: 8, rotary: { dim: 4, interleaved: true } },
     { shape: heads, rotary: false },
+    { shape: heads, causal: true, relativePositions: Float32Array.from({ length: 53 }, (_, t) => Math.min(t - 30, 4)) },
+    { shape: heads, relative: { support: Uint32Array.of(0, 5, 2, 2), weights: draw(2 * 53, random(7).normal) } },
     { shape: heads, window: [5, 3], bias: bias(heads), sinks: Float32Array.of(0.5) },
   ];
   const close = { rtol: 1e-12, atol: 1e-12 };
@@ -342,7 +346,8 @@ describe('gradientParts', () => {
     [{ degree: 9 }, 'gradientParts: degree must be an integer from 0 to 8, got 9'],
     [{ degree: 1.5 }, 'gradientParts: degree must be'],
     [{ degree: 8, shape: { heads: 1, queryLength: 4, headDim: 64 } }, 'gradientParts: the factors of degree 8 have'],
-    [{ degree: 1, sinks: Float32Array.of(1) }, 'gradientParts: no polynomial has sinks'],
+    [{ degree: 1, sinks: Float32Array.of(1) }, 'gradientParts: the factors have no sinks'],
+    [{ degree: 1, relativePositions: new Float32Array(53) }, 'gradientParts: the factors have no relativePositions'],
     [{ rankTolerance: 1 }, 'gradientParts: rankTolerance must be'],
     [{ rankTolerance: NaN }, 'gradientParts: rankTolerance must be'],
     [{ a1: new Float32Array(3) }, 'gradientParts: a1 has 3 values, shape needs 115'],

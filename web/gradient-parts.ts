@@ -16,7 +16,8 @@
 
 import { polynomialFactors } from './low-rank.js';
 import { MAX_DEGREE, fitToScores } from './polynomial.js';
-import { dot, multiply, prepare, prepareLoss, type ReferenceLossArgs } from './reference.js';
+import type { Pair } from './reference-options.js';
+import { accumulate, dot, multiply, prepare, prepareLoss, type ReferenceLossArgs } from './reference.js';
 import { numericalRank, singularValues } from './singular-values.js';
 import { rank } from './theory.js';
 
@@ -86,7 +87,7 @@ const MOST = 2 ** 27;
  * Arguments as for `reference.attentionLoss`, with one head and one batch, and without softcap.
  *
  * @throws RangeError for arrays whose size does not fit the shape, for several heads, for lengths and degrees out of reach, and for
- *   softcap; with `degree` also for bias, mask and sinks, which the factors do not have.
+ *   softcap; with `degree` also for bias, mask, sinks, relative and relativePositions, which the factors do not have.
  */
 export function gradientParts(args: GradientPartsArgs): GradientParts {
   const name = 'gradientParts';
@@ -94,29 +95,36 @@ export function gradientParts(args: GradientPartsArgs): GradientParts {
   check(name, args);
   const { a1, a2, a3, e } = problem;
   const { call, queries, keys } = prepareLoss(name, problem);
-  const { rotatedQ, rotatedK, scale, headDim, valueDim, softmax, turnQuery, turnKey } = prepare(name, call);
+  const { rotatedQ, rotatedK, scale, headDim, valueDim, softmax, turnQuery, turnKey, map } = prepare(name, call);
   const h = call.v;
 
   const s = new Float64Array(queries * keys);
   const allowed: number[] = [];
+  const pairs: Pair[] = [];
   for (let i = 0; i < queries; i++) {
-    for (const { key, weight } of softmax(i).keys) {
+    for (const { key, pair, weight } of softmax(i).keys) {
       s[i * keys + key] = weight;
       allowed.push(i * keys + key);
+      pairs.push(pair);
     }
   }
   const matrices = chain(s, h, e, keys);
   const { l, gamma } = matrices;
-  const turned = (rows: Float64Array, turn: typeof turnQuery) =>
-    flat(rowsOf(rows, headDim).map((row, r) => turn(row.map((x) => scale * x), r, 'transpose')));
-  const dq = turned(multiply(gamma, flat(rotatedK), keys), turnQuery);
-  const dk = turned(multiply(gamma, flat(rotatedQ), queries, true), turnKey);
+  // R k and R q, or W_{i-j} k and W_{i-j}^T q where these do not factorise.
+  const [dq, dk] = [queries, keys].map((rows) => rowsOf(new Float64Array(rows * headDim), headDim));
+  for (const pair of pairs) {
+    const [q, k, dT] = [rotatedQ[pair.i], rotatedK[pair.j], scale * gamma[pair.i * keys + pair.j]];
+    accumulate(dq[pair.i], dT, map ? map.ofKey(k, pair) : k);
+    accumulate(dk[pair.j], dT, map ? map.ofQuery(q, pair) : q);
+  }
+  const turned = (rows: Float64Array[], turn: typeof turnQuery) =>
+    flat(map ? rows : rows.map((row, r) => turn(row, r, 'transpose')));
 
   const values = each((matrix) => singularValues(matrices[matrix], queries, matrix === 'l' ? valueDim : keys));
   return {
     loss: l.reduce((sum, x) => sum + x * x, 0) / 2,
-    dx1: multiply(a1, dq, queries, true),
-    dx2: multiply(a2, dk, keys, true),
+    dx1: multiply(a1, turned(dq, turnQuery), queries, true),
+    dx2: multiply(a2, turned(dk, turnKey), keys, true),
     dy: multiply(a3, multiply(s, l, queries, true), keys, true),
     h,
     ...matrices,
@@ -141,17 +149,14 @@ function check(name: string, args: GradientPartsArgs): void {
     throw new RangeError(`${name}: rankTolerance must be from 0 to below 1, got ${rankTolerance}`);
   }
   if (softcap !== undefined) throw new RangeError(`${name}: has no softcap, got ${softcap}`);
-  for (const option of ['relativePositions', 'relative'] as const) {
-    if (args[option]) throw new RangeError(`${name}: has no ${option}`);
-  }
   if (degree === undefined) return;
   if (!Number.isInteger(degree) || degree < 0 || degree > MAX_DEGREE) {
     throw new RangeError(`${name}: degree must be an integer from 0 to ${MAX_DEGREE}, got ${degree}`);
   }
   const size = rank(headDim, degree) * (queryLength + keyLength);
   if (size > MOST) throw new RangeError(`${name}: the factors of degree ${degree} have ${size} numbers, at most ${MOST} are allowed`);
-  for (const option of ['bias', 'mask', 'sinks'] as const) {
-    if (args[option]) throw new RangeError(`${name}: no polynomial has ${option}; leave degree out`);
+  for (const option of ['bias', 'mask', 'sinks', 'relative', 'relativePositions'] as const) {
+    if (args[option]) throw new RangeError(`${name}: the factors have no ${option}; leave degree out`);
   }
 }
 

@@ -74,7 +74,7 @@ export function dot(x: Float64Array, y: Float64Array): number {
 }
 
 /** y += a x */
-function accumulate(y: Float64Array, a: number, x: Float64Array): void {
+export function accumulate(y: Float64Array, a: number, x: Float64Array): void {
   for (let d = 0; d < y.length; d++) y[d] += a * x[d];
 }
 

@@ -169,6 +169,7 @@ export function readLoss(args: AttentionLossArgs): Training {
     e: [batch, queryLength, heads, valueDim],
   };
   const checkFinite = readBoolean(name, 'checkFinite', given['checkFinite'], false);
+  if (checkFinite && problem.relative) readFinite(name, 'relative.weights', problem.relative.weights);
   const read = (option: (typeof TRAINING)[number]) => {
     const array = readFloats(name, option, given[option], valuesOf(name, option, ...sizes[option]));
     return [option, checkFinite ? readFinite(name, option, array) : array];
