@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Four float lanes: the one vocabulary that every kernel is written in, with three bodies: WebAssembly SIMD,
-// WebAssembly relaxed SIMD (RA_RELAXED: multiply-add is one rounding) and plain C for native tests.
+// WebAssembly relaxed SIMD (RA_RELAXED: multiply-add is one rounding), and vectors of gcc and clang for native tests.
 
 #ifndef RA_SIMD_H
 #define RA_SIMD_H
@@ -82,60 +82,60 @@ RA_INLINE f32x4 f32x4_high_halves(f32x4 a, f32x4 b) { return wasm_i32x4_shuffle(
 
 #include <string.h>
 
-typedef struct f32x4 {
-  float lane[4];
-} f32x4;
+// Vectors of the compiler: gcc, clang.
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t ra_mask __attribute__((vector_size(16)));
 
-#define RA_LANES(expression)                                                                                           \
-  f32x4 r;                                                                                                             \
-  for (int i = 0; i < 4; i++) r.lane[i] = (expression);                                                                \
-  return r
+RA_INLINE f32x4 f32x4_load(const float *p) {
+  f32x4 r;
+  memcpy(&r, p, sizeof r);
+  return r;
+}
+RA_INLINE void f32x4_store(float *p, f32x4 a) { memcpy(p, &a, sizeof a); }
+RA_INLINE f32x4 f32x4_splat(float a) { return (f32x4){a, a, a, a}; }
+RA_INLINE f32x4 f32x4_load_splat(const float *p) { return f32x4_splat(*p); }
+RA_INLINE f32x4 f32x4_add(f32x4 a, f32x4 b) { return a + b; }
+RA_INLINE f32x4 f32x4_sub(f32x4 a, f32x4 b) { return a - b; }
+RA_INLINE f32x4 f32x4_mul(f32x4 a, f32x4 b) { return a * b; }
+RA_INLINE f32x4 f32x4_div(f32x4 a, f32x4 b) { return a / b; }
+RA_INLINE f32x4 f32x4_madd(f32x4 a, f32x4 b, f32x4 c) { return a * b + c; }
 
-RA_INLINE f32x4 f32x4_load(const float *p) { RA_LANES(p[i]); }
-RA_INLINE void f32x4_store(float *p, f32x4 a) { memcpy(p, a.lane, sizeof a.lane); }
-RA_INLINE f32x4 f32x4_load_splat(const float *p) { RA_LANES(*p); }
-RA_INLINE f32x4 f32x4_splat(float a) { RA_LANES(a); }
-RA_INLINE f32x4 f32x4_add(f32x4 a, f32x4 b) { RA_LANES(a.lane[i] + b.lane[i]); }
-RA_INLINE f32x4 f32x4_sub(f32x4 a, f32x4 b) { RA_LANES(a.lane[i] - b.lane[i]); }
-RA_INLINE f32x4 f32x4_mul(f32x4 a, f32x4 b) { RA_LANES(a.lane[i] * b.lane[i]); }
-RA_INLINE f32x4 f32x4_div(f32x4 a, f32x4 b) { RA_LANES(a.lane[i] / b.lane[i]); }
-RA_INLINE f32x4 f32x4_abs(f32x4 a) { RA_LANES(a.lane[i] < 0 ? -a.lane[i] : a.lane[i]); }
-RA_INLINE f32x4 f32x4_madd(f32x4 a, f32x4 b, f32x4 c) { RA_LANES(a.lane[i] * b.lane[i] + c.lane[i]); }
-RA_INLINE f32x4 f32x4_max(f32x4 a, f32x4 b) { RA_LANES(b.lane[i] < a.lane[i] ? a.lane[i] : b.lane[i]); }
-RA_INLINE f32x4 f32x4_min(f32x4 a, f32x4 b) { RA_LANES(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
-
-RA_INLINE int f32x4_any_greater(f32x4 a, f32x4 b) {
-  int any = 0;
-  for (int i = 0; i < 4; i++) any |= a.lane[i] > b.lane[i];
-  return any;
+RA_INLINE f32x4 ra_select(ra_mask where, f32x4 a, f32x4 b) {
+  return (f32x4)(((ra_mask)a & where) | ((ra_mask)b & ~where));
 }
 
-RA_INLINE f32x4 f32x4_where_less(f32x4 x, f32x4 y, f32x4 a, f32x4 b) {
-  RA_LANES(x.lane[i] < y.lane[i] ? a.lane[i] : b.lane[i]);
+RA_INLINE f32x4 f32x4_abs(f32x4 a) {
+  return (f32x4)((ra_mask)a & (ra_mask){INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX});
+}
+RA_INLINE f32x4 f32x4_max(f32x4 a, f32x4 b) { return ra_select(b < a, a, b); }
+RA_INLINE f32x4 f32x4_min(f32x4 a, f32x4 b) { return ra_select(a < b, a, b); }
+RA_INLINE f32x4 f32x4_where_less(f32x4 x, f32x4 y, f32x4 a, f32x4 b) { return ra_select(x < y, a, b); }
+
+RA_INLINE int f32x4_any_greater(f32x4 a, f32x4 b) {
+  ra_mask greater = a > b;
+  return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;
 }
 
 RA_INLINE f32x4 f32x4_bits_to_exponent(f32x4 a) {
   uint32_t bits[4];
-  memcpy(bits, a.lane, sizeof bits);
+  memcpy(bits, &a, sizeof bits);
   for (int i = 0; i < 4; i++) bits[i] <<= 23;
-  memcpy(a.lane, bits, sizeof bits);
+  memcpy(&a, bits, sizeof bits);
   return a;
 }
 
 RA_INLINE void f32x4_store_halves(float *low, float *high, f32x4 a) {
-  memcpy(low, a.lane, 2 * sizeof *low), memcpy(high, a.lane + 2, 2 * sizeof *high);
+  float lane[4];
+  memcpy(lane, &a, sizeof lane);
+  memcpy(low, lane, 2 * sizeof *low), memcpy(high, lane + 2, 2 * sizeof *high);
 }
 
-#define RA_PICK(c0, c1, c2, c3)                                                                                        \
-  f32x4 r = {{c0, c1, c2, c3}};                                                                                        \
-  return r
-
-RA_INLINE f32x4 f32x4_zip_low(f32x4 a, f32x4 b) { RA_PICK(a.lane[0], b.lane[0], a.lane[1], b.lane[1]); }
-RA_INLINE f32x4 f32x4_zip_high(f32x4 a, f32x4 b) { RA_PICK(a.lane[2], b.lane[2], a.lane[3], b.lane[3]); }
-RA_INLINE f32x4 f32x4_even(f32x4 a, f32x4 b) { RA_PICK(a.lane[0], a.lane[2], b.lane[0], b.lane[2]); }
-RA_INLINE f32x4 f32x4_odd(f32x4 a, f32x4 b) { RA_PICK(a.lane[1], a.lane[3], b.lane[1], b.lane[3]); }
-RA_INLINE f32x4 f32x4_low_halves(f32x4 a, f32x4 b) { RA_PICK(a.lane[0], a.lane[1], b.lane[0], b.lane[1]); }
-RA_INLINE f32x4 f32x4_high_halves(f32x4 a, f32x4 b) { RA_PICK(a.lane[2], a.lane[3], b.lane[2], b.lane[3]); }
+RA_INLINE f32x4 f32x4_zip_low(f32x4 a, f32x4 b) { return (f32x4){a[0], b[0], a[1], b[1]}; }
+RA_INLINE f32x4 f32x4_zip_high(f32x4 a, f32x4 b) { return (f32x4){a[2], b[2], a[3], b[3]}; }
+RA_INLINE f32x4 f32x4_even(f32x4 a, f32x4 b) { return (f32x4){a[0], a[2], b[0], b[2]}; }
+RA_INLINE f32x4 f32x4_odd(f32x4 a, f32x4 b) { return (f32x4){a[1], a[3], b[1], b[3]}; }
+RA_INLINE f32x4 f32x4_low_halves(f32x4 a, f32x4 b) { return (f32x4){a[0], a[1], b[0], b[1]}; }
+RA_INLINE f32x4 f32x4_high_halves(f32x4 a, f32x4 b) { return (f32x4){a[2], a[3], b[2], b[3]}; }
 
 #endif
 
