@@ -83,8 +83,8 @@ RA_INLINE f32x4 f32x4_high_halves(f32x4 a, f32x4 b) { return wasm_i32x4_shuffle(
 #include <string.h>
 
 // Vectors of the compiler: gcc, clang.
-typedef float f32x4 __attribute__((vector_size(16)));
-typedef int32_t ra_mask __attribute__((vector_size(16)));
+typedef __attribute__((vector_size(16))) float f32x4;
+typedef __attribute__((vector_size(16))) int32_t ra_mask;
 
 RA_INLINE f32x4 f32x4_load(const float *p) {
   f32x4 r;
