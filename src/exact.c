@@ -319,6 +319,16 @@ RA_KERNEL void cap_near_block(const exact *e, uint32_t i, uint32_t key0, uint32_
   modify_chunk(e, CAPPED_NEAR, i, key0, keys, reference, s);
 }
 
+// The strips, queries from i on, whose products with keys from key0 on are the scores: of a relative map that is one matrix here
+// the mapped ones. *pairwise: there are none, as every pair meets a matrix of its own.
+static const float *factors(const exact *e, const float *q_strip, uint32_t strips, uint32_t i, uint32_t key0,
+                            uint32_t keys, int *pairwise) {
+  *pairwise = e->relative && !ra_relative_is_constant(e->relative, i, strips * LANES, key0, keys);
+  if (!e->relative || *pairwise) return q_strip;
+  ra_relative_map(e->relative, q_strip, strips, i, key0);
+  return e->relative->mapped;
+}
+
 // dbias of the diagonals that ds [keys][32] crosses.
 RA_KERNEL void add_diagonals(const exact *e, uint32_t i, uint32_t key0, uint32_t keys, const float *ds) {
   float sum[KEY_BLOCK + QUERY_CHUNK]; // diagonal(i, key0 + keys - 1) and on
@@ -461,8 +471,10 @@ static uint32_t open_keys(ra_range first, ra_range last, uint32_t key0, uint32_t
 static void modified_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t panels, const float *q_strip,
                           const float *mask, const float *reference, float *s, f32x4 max[2]) {
   const float *k_panel = e->k_panel + (size_t)key0 * e->D;
-  if (e->relative || e->cap > 0) {
-    if (e->relative) ra_relative_scores(e->relative, k_panel, q_strip, i, key0, panels, LANES, s);
+  int pairwise;
+  q_strip = factors(e, q_strip, 1, i, key0, PANEL * panels, &pairwise);
+  if (pairwise || e->cap > 0) {
+    if (pairwise) ra_relative_scores(e->relative, k_panel, q_strip, i, key0, panels, LANES, s);
     else score_tile(k_panel, q_strip, e->D, panels, e->zero, s, max);
     if (e->near) cap_near_tile(e, i, key0, PANEL * panels, mask, reference, s, max);
     else if (e->cap > 0) cap_tile(e, i, key0, PANEL * panels, mask, reference, s, max);
@@ -672,15 +684,26 @@ RA_KERNEL void accumulate_rows(const float *a, uint32_t panels, const float *b, 
   }
 }
 
-// What dS of a step gives where scores are those of a relative map; queries carry scale * log2 e.
-static void relative_gradients(const exact *e, uint32_t query0, uint32_t key0, uint32_t panels, float *dk_block,
-                               float *dweights) {
+// What dS of a step gives where scores are those of a relative map: products with the mapped queries where the map is constant.
+// Queries carry scale * log2 e.
+static void relative_gradients(const exact *e, uint32_t query0, uint32_t key0, uint32_t panels, int pairwise,
+                               float *dk_block, float *dweights) {
   const float *k_panel = e->k_panel + (size_t)key0 * e->D, *q_strip = e->q_strip + (size_t)query0 * e->D;
   size_t strip_size = (size_t)e->D * LANES;
-  for (uint32_t n = 0; n < QUERY_CHUNK; n += LANES)
-    ra_relative_queries(e->relative, k_panel, e->ds + n, QUERY_CHUNK, query0 + n, key0, panels,
-                        e->dq_t + (size_t)(query0 + n) * e->Dp);
-  ra_relative_keys(e->relative, q_strip, strip_size, e->ds, query0, key0, panels, dk_block, e->Dp);
+  for (uint32_t n = 0; n < QUERY_CHUNK; n += LANES) {
+    float *dq_t = e->dq_t + (size_t)(query0 + n) * e->Dp, *mapped = e->relative->mapped + n * e->D;
+    if (pairwise) {
+      ra_relative_queries(e->relative, k_panel, e->ds + n, QUERY_CHUNK, query0 + n, key0, panels, dq_t);
+      continue;
+    }
+    ra_transpose(mapped, LANES, e->D, LANES, e->rows + n * e->Dp, e->Dp);
+    ra_fill(mapped, strip_size, 0); // its gradient now
+    ra_add_columns(e->k_rows + (size_t)key0 * e->Dp, e->Dp, e->D, e->ds + n, QUERY_CHUNK, PANEL * panels, mapped,
+                   LANES);
+    ra_relative_map_back(e->relative, mapped, query0 + n, key0, dq_t);
+  }
+  if (pairwise) ra_relative_keys(e->relative, q_strip, strip_size, e->ds, query0, key0, panels, dk_block, e->Dp);
+  else accumulate_rows(e->ds, panels, e->rows, e->Dp, dk_block);
   if (dweights)
     ra_relative_weights(e->relative, q_strip, strip_size, k_panel, e->ds, query0, key0, panels, (float)RA_LN_2,
                         dweights);
@@ -703,11 +726,13 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
   // in the forward pass this was s = q.k, P = 2^(s - lse)
   if (e->mask) load_mask(e, head, query0, QUERY_CHUNK, key0, keys);
   if (e->relative) ra_relative_move(e->relative, query0, key0 + KEY_BLOCK - 1);
+  int pairwise;
+  const float *q_strips = e->q_strip + (size_t)query0 * e->D;
+  q_strips = factors(e, q_strips, QUERY_CHUNK / LANES, query0, key0, PANEL * panels, &pairwise);
   for (uint32_t n = 0; n < 4; n++) {
-    const float *q_strip = e->q_strip + (size_t)(strip0 + n) * e->D * LANES, *lse2 = e->lse2 + (strip0 + n) * LANES;
+    const float *q_strip = q_strips + n * e->D * LANES, *lse2 = e->lse2 + (strip0 + n) * LANES;
     float *s = e->weight + n * LANES;
-    if (e->relative)
-      ra_relative_scores(e->relative, k_panel, q_strip, query0 + n * LANES, key0, panels, QUERY_CHUNK, s);
+    if (pairwise) ra_relative_scores(e->relative, k_panel, q_strip, query0 + n * LANES, key0, panels, QUERY_CHUNK, s);
     else if (e->cap == 0 && (e->bias || e->mask))
       biased_block(e, k_panel, q_strip, panels, query0 + n * LANES, key0, e->mask ? e->mask + n * LANES : NULL, lse2,
                    s);
@@ -715,7 +740,7 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
   }
   if (e->near) cap_near_block(e, query0, key0, PANEL * panels, e->lse2 + query0, e->weight);
   else if (e->cap > 0) cap_block(e, query0, key0, PANEL * panels, e->lse2 + query0, e->weight);
-  else if (e->relative) shift_block(e, query0, key0, PANEL * panels, e->lse2 + query0, e->weight);
+  else if (pairwise) shift_block(e, query0, key0, PANEL * panels, e->lse2 + query0, e->weight);
   uint32_t open = last == query0 + QUERY_CHUNK - 1 ? open_keys(of_first, of_last, key0, PANEL * panels) : 0;
   if (open < PANEL * panels) mask_block(e, e->weight + open * QUERY_CHUNK, PANEL * panels - open, query0, key0 + open);
   weigh_block(e->weight, PANEL * panels);
@@ -735,7 +760,7 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
   // undoes q.k on both sides, or q W k on all three
   float *dk_block = e->dk_block + (size_t)start * e->Dp;
   if (e->relative) {
-    relative_gradients(e, query0, key0, panels, dk_block, dweights);
+    relative_gradients(e, query0, key0, panels, pairwise, dk_block, dweights);
     return;
   }
   accumulate_rows(e->ds, panels, e->q_rows + (size_t)query0 * e->Dp, e->Dp, dk_block);

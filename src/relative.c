@@ -33,12 +33,14 @@ static size_t layout(ra_relative *r, const ra_problem *p, uint32_t queries, uint
   r->count = p->relative_positions ? p->head_dim + p->rotary_dim : p->support_count;
   r->table_rows = p->relative_positions ? rotation_rows(p) : p->support_count;
   r->diagonals = ra_diagonals(p), r->before = p->key_length - 1;
-  r->width = (size_t)queries + keys, r->panel_size = D * PANEL;
+  r->width = (size_t)queries + keys, r->panel_size = D * PANEL, r->strip_size = D * LANES;
   r->table = p->relative_positions ? ra_take_floats(&w, r->table_rows, r->diagonals) : p->weights;
   r->entries = ra_take(&w, r->count, 3, sizeof(uint32_t));
   r->of_queries = ra_take(&w, r->count + D, 2, sizeof(uint32_t));
   r->of_keys = ra_take(&w, r->count + D, 2, sizeof(uint32_t));
+  r->same = ra_take(&w, r->diagonals, 1, sizeof(uint32_t));
   r->window = ra_take_floats(&w, r->table_rows, r->width);
+  r->mapped = ra_take_floats(&w, STRIPS, r->strip_size);
   r->products = ra_take_floats(&w, keys + PAD, CHUNK);
   r->column = ra_take_floats(&w, keys + PAD, 1);
   r->sums = ra_take_floats(&w, 4, keys + CHUNK + 2 * PAD);
@@ -99,10 +101,23 @@ static uint32_t group_entries(const ra_relative *r, uint32_t D, int side, uint32
   return groups;
 }
 
+// Rows of the map itself: positions, or weights.
+static void find_constant(ra_relative *r, const float *map, uint32_t rows) {
+  size_t length = r->diagonals;
+  for (size_t t = 0; t < length; t++) r->same[t] = 1; // that t + 1 is the same
+  for (uint32_t n = 0; n < rows; n++, map += length)
+    for (size_t t = 0; t + 1 < length; t++) r->same[t] &= map[t] == map[t + 1];
+  uint32_t last = (uint32_t)length - 1;
+  r->same[last] = last;
+  for (uint32_t t = last; t-- > 0;) r->same[t] = last = r->same[t] ? last : t;
+}
+
 void ra_relative_init(ra_relative *r, const ra_problem *p, uint32_t queries, uint32_t keys, void *space) {
   layout(r, p, queries, keys, space);
   if (p->relative_positions) fill_rotation(r, p, (float *)r->table);
   for (uint32_t n = 0; n < p->support_count; n++) set_entry(r, n, p->support[2 * n], p->support[2 * n + 1], n);
+  if (p->relative_positions) find_constant(r, p->relative_positions, 1);
+  else find_constant(r, p->weights, p->support_count);
   uint32_t start[RA_MAX_HEAD_DIM];
   r->query_groups = group_entries(r, p->head_dim, 0, LANES, PANEL, start, r->of_queries);
   r->key_groups = group_entries(r, p->head_dim, 1, 1, LANES, start, r->of_keys);
@@ -124,6 +139,44 @@ void ra_relative_move(ra_relative *r, uint32_t first_query, uint32_t last_key) {
 // Where the window has (i, j).
 static size_t column_of(const ra_relative *r, uint32_t i, uint32_t j) {
   return (size_t)(i - r->first_query) + (r->last_key - j);
+}
+
+// --- Constant parts ---------------------------------------------------------------------------------------------------
+
+int ra_relative_is_constant(const ra_relative *r, uint32_t i, uint32_t queries, uint32_t key0, uint32_t keys) {
+  int64_t first = (int64_t)i - key0 - (keys - 1) + (int64_t)r->before,
+          last = (int64_t)i + queries - 1 - key0 + (int64_t)r->before;
+  if (first < 0) first = 0; // keys, and queries, that only fill up a tile
+  if (last >= (int64_t)r->diagonals) last = (int64_t)r->diagonals - 1;
+  return first >= last || r->same[first] >= last;
+}
+
+// y[own][8] += sum of x[other][8] W over the entries of each group, for 8 queries and one key. `own` and `other` are what the list
+// says times LANES over the steps that it was made with.
+static void map_strip(const uint32_t *list, uint32_t groups, uint32_t own_step, uint32_t other_step,
+                      const float *window, const float *x, float *y) {
+  for (uint32_t g = 0; g < groups; g++) {
+    float *y_g = y + list[0] / own_step * LANES;
+    f32x4 y0 = f32x4_load(y_g), y1 = f32x4_load(y_g + 4);
+    const uint32_t *end = list + 2 + 2 * list[1];
+    for (list += 2; list < end; list += 2) {
+      const float *x_e = x + list[0] / other_step * LANES, *row = window + list[1];
+      y0 = f32x4_madd(f32x4_load(x_e), f32x4_load(row), y0);
+      y1 = f32x4_madd(f32x4_load(x_e + 4), f32x4_load(row + 4), y1);
+    }
+    f32x4_store(y_g, y0), f32x4_store(y_g + 4, y1);
+  }
+}
+
+void ra_relative_map(const ra_relative *r, const float *q_strip, uint32_t strips, uint32_t i, uint32_t key0) {
+  ra_fill(r->mapped, strips * r->strip_size, 0);
+  for (uint32_t n = 0; n < strips; n++)
+    map_strip(r->of_keys, r->key_groups, 1, LANES, r->window + column_of(r, i + n * LANES, key0),
+              q_strip + n * r->strip_size, r->mapped + n * r->strip_size);
+}
+
+void ra_relative_map_back(const ra_relative *r, const float *dmapped, uint32_t i, uint32_t key0, float *dq) {
+  map_strip(r->of_queries, r->query_groups, LANES, PANEL, r->window + column_of(r, i, key0), dmapped, dq);
 }
 
 // --- Scores -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@
 //
 // takes |S| + (number of different a) multiply-adds a pair: 3 D for a rotation, three times those of a product. Gradients by q
 // and k take as many each, that by W |S|.
+//
+// Far from the diagonal maps are often constant (ReRoPE; keys by clipped distance). Where a block of queries and keys meets one
+// matrix only, q W is computed once for each query, and the rest is a product of matrices again.
 
 #ifndef RA_RELATIVE_H
 #define RA_RELATIVE_H
@@ -26,20 +29,30 @@ typedef struct ra_relative {
   uint32_t query_groups, key_groups;
   // the part of the table that a block of queries and keys meets, zeros where there is no such query or key
   float *window; // [table_rows][width], t falling with the key: see ra_relative_move
-  size_t width, panel_size;
+  size_t width, panel_size, strip_size;
   uint32_t first_query, last_key;
+  uint32_t *same;                  // [diagonals] the last t up to which all matrices are that of t
+  float *mapped;                   // [4][D][8] strips of q W
   float *products, *column, *sums; // of ra_relative_weights
 } ra_relative;
 
 // Bytes that ra_relative_init needs for blocks of up to `queries` and `keys`; RA_SIZE_OVERFLOW when they do not fit.
-// O(|S| (queries + keys + 1)), and O(D N) for positions.
+// O(|S| (queries + keys + 1) + N), and O(D N) for positions.
 size_t ra_relative_bytes(const ra_problem *p, uint32_t queries, uint32_t keys);
 
-// Fills *r for a problem with a relative map; `space` stays in use. Cost O(|S|), and for positions D/2 cos and sin a diagonal.
+// Fills *r for a problem with a relative map; `space` stays in use. Cost O(|S| N); for positions D/2 cos and sin a diagonal.
 void ra_relative_init(ra_relative *r, const ra_problem *p, uint32_t queries, uint32_t keys, void *space);
 
 // Moves the window: the functions below take queries from first_query on and keys up to last_key, as many as said to init.
 void ra_relative_move(ra_relative *r, uint32_t first_query, uint32_t last_key);
+
+// Whether queries i .. i + queries - 1 and keys key0 .. key0 + keys - 1 all meet the same matrix.
+int ra_relative_is_constant(const ra_relative *r, uint32_t i, uint32_t queries, uint32_t key0, uint32_t keys);
+
+// Where they do: r->mapped[n] = strip n of q W, for `strips` strips one after the other, queries from i on; and the gradient by
+// such a strip back to the queries, dq[a][8] += sum_b W_ab dmapped[b][8].
+void ra_relative_map(const ra_relative *r, const float *q_strip, uint32_t strips, uint32_t i, uint32_t key0);
+void ra_relative_map_back(const ra_relative *r, const float *dmapped, uint32_t i, uint32_t key0, float *dq);
 
 // In all of these a strip is [D][8], of queries from i on, and panels are [D][RA_TILE_ROWS], of keys from key0 on.
 

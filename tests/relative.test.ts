@@ -47,6 +47,12 @@ const long = { heads, queryLength: 150, headDim: 8 };
 const groups = { batch: 2, heads: 4, kvHeads: 2, queryLength: 70, keyLength: 83, headDim: 8, valueDim: 5 };
 const noise = (count: number, seed: number) => draw(count, random(seed).normal);
 const holes = (count: number, seed: number) => Uint8Array.from(noise(count, seed), (x) => Number(x > -1));
+const far = { heads, queryLength: 290, keyLength: 270, headDim: 4, valueDim: 3 };
+/** The same matrix before diagonal `first`, and behind `last`. */
+const nearby = ({ support, weights }: NonNullable<Setting['relative']>, diagonals: number, first: number, last: number) => ({
+  support,
+  weights: weights.map((_, n) => weights[n - (n % diagonals) + Math.max(first, Math.min(last, n % diagonals))]),
+});
 const options: Setting[] = [
   positions(long, clipped(64), { causal: true }),
   positions(long, clipped(64), { window: [100, 3], rotary: { interleaved: true } }),
@@ -67,6 +73,10 @@ const options: Setting[] = [
   matrices(groups, 16, { mask: holes(2 * 70 * 83, 9), maskShape: [2, 1, 70, 83], causal: true, queryOffset: 13 }),
   matrices(groups, 16, { causal: true, queryOffset: -40 }),
   matrices({ ...groups, queryLength: 1 }, 7, { queryOffset: 82, causal: true }),
+  // Constant from some distance on: whole tiles are products of matrices there.
+  positions(far, clipped(20), { rotary: { interleaved: true } }),
+  positions(far, clipped(20), { softcap: 2, bias: noise(559, 10) }),
+  { shape: far, relative: nearby(relativeMap(far, 5, 11), 559, 250, 300), causal: true },
 ];
 
 const named = (settings: Setting[], seed: number) =>

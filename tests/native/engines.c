@@ -89,6 +89,9 @@ static const shape EXACT_SHAPES[] = {
     {1, 1, 1, 129, 40, 5, 7, 4, 0, 0, -30, 0.45f, 1, .relative = 2},
     {2, 2, 1, 70, 33, 8, 8, 0, 0, 0, 0, 0.35f, 1, .relative = 3},
     {1, 3, 1, 33, 500, 5, 6, 0, 0, 1, 470, 0.5f, 1, .relative = 3},
+    {1, 2, 1, 400, 390, 10, 7, 10, 1, 0, 5, 0.3f, 1, .relative = 1},
+    {1, 1, 1, 400, 390, 6, 7, 0, 0, 1, 5, 0.3f, 1, .relative = 3, .bias_heads = 1},
+    {1, 1, 1, 400, 390, 6, 7, 0, 0, 0, 5, 0.3f, 1, .relative = 3, .softcap = 0.8f, .sinks = 1},
     {1, 1, 1, 300, 300, 8, 8, 8, 0, 0, 0, 0.35f, 1, .relative = 3, .window = 2, .segments = 1},
     {1, 2, 1, 130, 140, 8, 8, 8, 0, 1, 10, 0.35f, 1, .relative = 1, .bias_heads = 2},
     {2, 2, 1, 130, 140, 8, 8, 8, 0, 0, 0, 0.35f, 1, .relative = 3, .mask = 1, .softcap = 0.8f},
@@ -156,7 +159,7 @@ static void add_relative(ra_problem *p, const shape *s) {
   size_t length = (size_t)s->Nq + s->Nk - 1;
   for (size_t n = 0; n < length; n++) {
     double t = (double)n - (s->Nk - 1.0) + s->offset; // near: as it is; far: slowly
-    relative_positions[n] = (float)(s->relative > 3 ? t : fabs(t) < 9 ? t : t / 4 + 0.1 * sin(t));
+    relative_positions[n] = (float)(s->relative > 3 ? t : fabs(t) < 9 ? t : t > 40 ? 40 : t / 4 + 0.1 * sin(t));
   }
   if (s->relative % 3 == 1) p->relative_positions = relative_positions;
   if (s->relative == 2 || s->relative == 5) rotation_as_weights(p);
@@ -165,6 +168,14 @@ static void add_relative(ra_problem *p, const shape *s) {
     for (uint32_t n = 0; n < p->support_count; n++)
       support[2 * n] = n * 5 % 7 % s->D, support[2 * n + 1] = n * n % 11 % s->D;
     for (size_t n = 0; n < p->support_count * length; n++) weights[n] = check_random(&seed, 1);
+    for (size_t n = 0; n < p->support_count * length;
+         n++) { // constant in the last thirds, which the engine makes use of
+      size_t row = n / length * length, t = n % length,
+             middle = t < length / 3       ? length / 3
+                      : t > 2 * length / 3 ? 2 * length / 3
+                                           : t;
+      weights[n] = weights[row + middle];
+    }
   }
   if (p->support_count) p->support = support, p->weights = weights;
 }
