@@ -19,6 +19,8 @@ static const ra_engine *engine_of(const ra_problem *p) {
     return &ra_exact_engine;
   case RA_POLYNOMIAL:
     return &ra_polynomial_engine;
+  case RA_TOEPLITZ:
+    return &ra_toeplitz_engine;
   default:
     return NULL;
   }
@@ -51,16 +53,20 @@ int ra_check(const ra_problem *p) {
   int positions =
       (int64_t)p->query_offset + p->query_length <= INT32_MAX && p->key_length <= INT32_MAX &&
       (!(p->query_positions || p->key_positions) || p->position_batches == 1 || p->position_batches == p->batch);
-  int engine = engine_of(p) && (p->method != RA_POLYNOMIAL || (p->degree <= RA_MAX_DEGREE && p->coefficients));
+  int features = p->method == RA_POLYNOMIAL || p->method == RA_TOEPLITZ;
+  int engine = engine_of(p) && (!features || (p->degree <= RA_MAX_DEGREE && p->coefficients));
   int flags = p->interleaved <= 1 && p->causal <= 1 && p->layout <= 1 && isfinite(p->scale);
   int masks = p->window_left >= -1 && p->window_right >= -1 && (!p->segments || p->segment_count >= 1) &&
               p->softcap >= 0 && p->softcap <= FLT_MAX && p->score_bound >= 0 &&
               (!p->bias || p->bias_heads == 1 || p->bias_heads == p->heads);
   int plain = !ra_is_modified(p) && !p->sinks;
-  int known = p->method != RA_POLYNOMIAL || plain;
+  int by_distance = p->softcap == 0 && !p->mask && !p->allowed && !p->sinks && !p->segments && !ra_is_relative(p) &&
+                    !p->outlier_query_count && !p->outlier_key_count;
+  int known = (p->method != RA_POLYNOMIAL || plain) && (p->method != RA_TOEPLITZ || by_distance);
   // units are counted in 32 bits
   uint64_t blocks = (uint64_t)p->query_length / 32 + p->key_length / 32 + 4;
-  int units = sizes && (uint64_t)p->batch * p->heads <= UINT32_MAX / 4 / blocks;
+  int units = sizes && (uint64_t)p->batch * p->heads <= UINT32_MAX / 4 / blocks &&
+              (p->method != RA_TOEPLITZ || ra_toeplitz_fits(p));
   int valid = units && rotary && positions && engine && flags && masks && known && check_relative(p);
   return valid && are_outliers(p, p->outlier_keys, p->outlier_key_count, p->key_length) &&
                  are_outliers(p, p->outlier_queries, p->outlier_query_count, (uint64_t)ra_group(p) * p->query_length)

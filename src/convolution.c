@@ -19,21 +19,21 @@ enum {
 
 static uint32_t ceil_div(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
 
-// Multiply-adds of four columns, by operations: transforms of every block, products of every two. `log` is log2 S in whole
-// steps. One operation in a transform takes as long as one in a product (measured, within a tenth).
+// Time of a batch, in operations of a transform within L2: transforms of every block, products of every two, which take half as
+// long. `log` is log2 S.
 static double cost(uint32_t Nq, uint32_t Nk, uint32_t S, double log) {
-  double rows = ceil_div(Nq, S), columns = ceil_div(Nk, S);
-  return (rows + columns) * 10 * S * log + rows * columns * 16 * S;
+  double rows = ceil_div(Nq, S), columns = ceil_div(Nk, S), slower = S > 1 << 12 ? 1.15 : 1;
+  return (rows + columns) * 10 * S * log * slower + rows * columns * 8 * S;
 }
 
 uint32_t ra_convolution_block(uint32_t Nq, uint32_t Nk) {
   uint32_t best = SHORTEST, longer = Nq > Nk ? Nq : Nk;
   double least = INFINITY, log = 5;
   for (uint32_t power = SHORTEST; power <= LONGEST && power / 2 < longer; power *= 2, log++)
-    for (uint32_t odd = 1; odd <= 5; odd += 2) {
-      uint32_t S = odd == 1 ? power : odd == 3 ? power / 2 * 3 : power / 4 * 5; // between this power and the next
+    for (uint32_t odd = 4; odd <= 6; odd++) { // 5/4 and 3/2 of the power
+      uint32_t S = power / 4 * odd;
       if (S % RA_STRIP != 0 || S > LONGEST) continue;
-      double extra = odd == 1 ? 0 : odd == 3 ? 0.585 : 0.322, own = cost(Nq, Nk, S, log + extra);
+      double own = cost(Nq, Nk, S, log + (odd - 4) * 0.3);
       if (own < least) least = own, best = S;
     }
   return best;

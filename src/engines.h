@@ -15,7 +15,10 @@ typedef struct ra_engine {
   int (*run)(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *workspace, uint32_t first, uint32_t last);
 } ra_engine;
 
-extern const ra_engine ra_naive_engine, ra_exact_engine, ra_polynomial_engine;
+extern const ra_engine ra_naive_engine, ra_exact_engine, ra_polynomial_engine, ra_toeplitz_engine;
+
+// Whether the units of a pass of the Toeplitz engine can be counted in 32 bits.
+int ra_toeplitz_fits(const ra_problem *p);
 
 // Parts of ra_warm_up.
 void ra_exact_warm_up(uint32_t calls);

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
 //
-// rope-attention: softmax attention with rotary position embedding (RoPE), forward and backward, by two engines:
+// rope-attention: softmax attention with rotary position embedding (RoPE), forward and backward, by three engines:
 //
 //   exact       O(N^2 D) time, O(N D) memory: tiled online softmax;
 //   polynomial  O(N rank Dv) time, O(N D + rank Dv) memory: exp replaced by a polynomial of low degree, so that the
-//               matrix of scores becomes an inner product of monomial features.
+//               matrix of scores becomes an inner product of monomial features;
+//   toeplitz    O(N rank Dv log N) time, O(N (D + Dv)) memory: the same features, and what depends on i - j alone (any bias, any
+//               mask) in a Toeplitz matrix, which is applied by fast Fourier transforms.
 //
 // This work is based on:
 //   Alman, Song. Fast RoPE Attention: Combining the Polynomial Method and Fast Fourier Transform. 2025 (2505.11892)
@@ -57,7 +59,7 @@ enum {
   RA_OK = 0,
   RA_ERROR_PROBLEM = -1, // a field of ra_problem is outside its stated range
   RA_ERROR_UNITS = -2,   // first > last, or last > ra_units()
-  RA_NOT_POSITIVE = -3,  // polynomial engine: some row's weights do not add up to a positive finite number; the rows
+  RA_NOT_POSITIVE = -3,  // polynomial, toeplitz: some row's weights do not add up to a positive finite number; the rows
                          // concerned are zeros, all others are right
 };
 
@@ -69,6 +71,7 @@ enum {
   RA_NAIVE = 0,      // the oracle: plain loops over whole rows, one float sum each; O(N^2 D); in native builds only
   RA_EXACT = 1,      // tiled online softmax
   RA_POLYNOMIAL = 2, // exp(s) ~ sum_m coefficients[m] s^m
+  RA_TOEPLITZ = 3,   // the same, times exp(bias_{i-j}) by Fourier transforms
 };
 
 // Directions, the argument `pass`.
@@ -92,9 +95,9 @@ typedef struct ra_problem {
   int32_t query_offset;              // position of query 0; key 0 is at position 0
   float scale;                       // factor on the scores
   const double *frequencies;         // [rotary_dim/2] radians per position; NULL without rotation or with tables
-  uint32_t method;                   // RA_NAIVE, RA_EXACT, RA_POLYNOMIAL
-  uint32_t degree;                   // polynomial: g, 0 .. RA_MAX_DEGREE
-  const float *coefficients; // polynomial: [B * kv_heads][g + 1], c_0 .. c_g of p(s) for each key/value head, for s
+  uint32_t method;                   // RA_NAIVE, RA_EXACT, RA_POLYNOMIAL, RA_TOEPLITZ
+  uint32_t degree;                   // polynomial, toeplitz: g, 0 .. RA_MAX_DEGREE
+  const float *coefficients; // likewise: [B * kv_heads][g + 1], c_0 .. c_g of p(s) for each key/value head, for s
                              // taken with the mean of the rotated keys (but outliers) subtracted from every rotated key
   uint32_t layout;           // 0: [B][heads][N][width]   1: [B][N][heads][width]; lse is [B][H][Nq] always
 
@@ -109,10 +112,11 @@ typedef struct ra_problem {
 
   // Masks that give each query, i at position i + query_offset, a range of keys.
   int32_t window_left, window_right; // -1: unbounded; else key j is allowed when -right <= i + query_offset - j <= left
-  const uint32_t *segments;          // [segment_count] ascending first positions, or NULL: no attention across segments
+  const uint32_t *segments; // [segment_count] ascending first positions, or NULL: no attention across segments;
+                            // not toeplitz
   uint32_t segment_count;
 
-  // What is done to scores. All engines but the polynomial one.
+  // What is done to scores. All engines but the polynomial one; toeplitz: bias only.
   float softcap;                          // 0: none
   const float *bias;                      // [bias_heads][Nq + Nk - 1], entry i - j + Nk - 1, or NULL
   uint32_t bias_heads;                    // 1 or H
@@ -258,8 +262,8 @@ uint32_t RA_API(ra_sample_scores)(const ra_problem *p, const ra_arrays *x, uint3
 
 // Up to 8 rows of the forward pass, and of dq unless dq is NULL, with exp (coefficients NULL) or with the polynomial
 // coefficients[degree + 1] as the polynomial engine would use it (exact at the edges of causal masks and windows, and for
-// outliers), directly from the scores: O(count Nk (D + Dv)). out [count][Dv], lse [count], dq [count][D]. The gradient reads
-// x->dout only.
+// outliers), times exp(bias), directly from the scores: O(count Nk (D + Dv)). out [count][Dv], lse [count], dq [count][D]. The
+// gradient reads x->dout only.
 // RA_NOT_POSITIVE when a row's weights do not add up to a positive finite number.
 int RA_API(ra_sample_rows)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
                            uint32_t count, const float *coefficients, uint32_t degree, float *out, float *lse,

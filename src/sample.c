@@ -307,8 +307,15 @@ typedef struct lanes {
   uint32_t i[LANES];
   ra_range keys[LANES], state[LANES]; // state: keys that the polynomial engine takes through its state, but outliers
   size_t head[LANES];                 // flat head in [B][H]
+  const float *bias[LANES];           // entry of key 0, those of the others before it; NULL without bias
   uint32_t end;                       // of all their keys
 } lanes;
+
+// The bias of query i of a flat head to key 0; to key j, j entries before.
+static const float *bias_of(const ra_problem *p, size_t head, uint32_t i) {
+  size_t own = p->bias_heads > 1 ? head % p->heads * ((size_t)p->query_length + p->key_length - 1) : 0;
+  return p->bias ? p->bias + own + i + p->key_length - 1 : NULL;
+}
 
 static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count) {
   lanes l = {.end = 0};
@@ -317,6 +324,7 @@ static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, c
     l.i[n] = row % e->p->query_length;
     l.head[n] = kv_head * e->group + row / e->p->query_length;
     l.keys[n] = ra_keys_of(e->p, l.i[n]);
+    l.bias[n] = bias_of(e->p, l.head[n], l.i[n]);
     size_t h = row / e->p->query_length;
     int outlier = ra_outlier_bits(ra_outlier_queries(e->p, kv_head), (uint32_t)e->group, (uint32_t)h, l.i[n], 1) != 0;
     l.state[n] = outlier ? (ra_range){0, 0} : ra_state_keys(e->p, ra_chunk_start(e->p, l.i[n]));
@@ -357,12 +365,13 @@ uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
   return written;
 }
 
-// What weighs a score: exp(s - reference), or a polynomial, divided likewise, for the keys of the state but outliers.
+// What weighs a score: exp(s + bias - reference), or p(s) exp(bias - reference) for the keys of the state but outliers.
 typedef struct weigher {
   const float *coefficients; // [degree + 1], NULL for exp
   uint32_t degree;
   ra_outliers outliers; // keys
   float reference[LANES];
+  int seen[LANES]; // some key counts
 } weigher;
 
 // sum_m c_m s^m, or its derivative
@@ -390,10 +399,15 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
     if (n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, ra_min_u32(32, count - n));
     for (int h = 0; h < LANES; h += 4) {
       f32x4 key = f32x4_splat((float)n), s_n = f32x4_load(s + n * LANES + h);
-      f32x4 exponent = f32x4_mul(f32x4_sub(s_n, f32x4_load(w->reference + h)), to_log2);
+      float bias[4] = {0};
+      for (int i = 0; l->bias[0] && i < 4; i++) bias[i] = *(l->bias[h + i] - j0 - n);
+      f32x4 b = f32x4_load(bias), reference = f32x4_load(w->reference + h);
+      f32x4 exponent = f32x4_mul(f32x4_sub(f32x4_add(s_n, b), reference), to_log2);
       f32x4 value = ra_exp2(f32x4_min(f32x4_splat(128), exponent), constants); // from 2^128 on: infinity
       if (w->coefficients && !(outliers & 1)) {
-        f32x4 polynomial = f32x4_mul(horner(w, derivative, s_n), divided[h / 4]);
+        f32x4 factor = divided[h / 4];
+        if (l->bias[0]) factor = ra_exp2(f32x4_mul(f32x4_min(zero, f32x4_sub(b, reference)), to_log2), constants);
+        f32x4 polynomial = f32x4_mul(horner(w, derivative, s_n), factor);
         polynomial = f32x4_where_less(key, f32x4_load(to + h), polynomial, value);
         value = f32x4_where_less(key, f32x4_load(from + h), value, polynomial);
       }
@@ -403,19 +417,20 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
   }
 }
 
-// The largest score of each lane that exp weighs; the reference stays 0 where a polynomial is beside it and that is not large.
+// The largest score, bias included, that exp weighs; where a polynomial is beside it and that is not large the largest bias, or 0.
 static void take_references(const lanes *l, weigher *w, const float *s) {
   for (int i = 0; i < LANES; i++) {
-    float most = -FLT_MAX;
-    uint32_t plain = 0;
+    float most = -FLT_MAX, top = -FLT_MAX; // of keys that exp weighs, of the others
     for (uint32_t j = l->keys[i].first, outliers = 0; j < l->keys[i].end; j++, outliers >>= 1) {
       if (j == l->keys[i].first || j % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j, 32 - j % 32);
       int polynomial = w->coefficients && l->state[i].first <= j && j < l->state[i].end && !(outliers & 1);
-      if (polynomial) plain++;
-      else if (s[(size_t)j * LANES + i] > most) most = s[(size_t)j * LANES + i];
+      float bias = l->bias[i] ? *(l->bias[i] - j) : 0, score = s[(size_t)j * LANES + i] + bias;
+      if (polynomial) top = bias > top ? bias : top;
+      else if (score > most) most = score;
     }
-    if (plain > 0 && most < 20) most = 0;
-    w->reference[i] = most > -FLT_MAX ? most : 0;
+    if (most < top + 20) most = top;
+    w->seen[i] = most > RA_FORBIDDEN / (float)RA_LOG2_E;
+    w->reference[i] = w->seen[i] ? most : 0;
   }
 }
 
@@ -427,10 +442,10 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   sample e = arrange(p, &cursor);
   lanes l = load_lanes(&e, x, kv_head, rows, count);
   const float *v = x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv);
-  weigher w = {coefficients, degree, ra_outlier_keys(p, kv_head), {0}};
+  weigher w = {.coefficients = coefficients, .degree = degree, .outliers = ra_outlier_keys(p, kv_head)};
   double sum[LANES] = {0};
 
-  // pass 1: scores, and of those for exp the maximum
+  // pass 1: scores, and what to measure them by
   for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE))
     ra_set_rows(e.k_rows + (size_t)j * e.Dp, e.Dp, ra_min_u32(TILE, l.end - j), e.strip, LANES, (uint32_t)e.D,
                 e.s + (size_t)j * LANES, LANES);
@@ -450,8 +465,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   int status = RA_OK;
   for (uint32_t n = 0; n < count; n++) {
     double shift = 0, inverse = sum[n] > 0 ? 1 / sum[n] : 0;
-    if (coefficients && l.keys[n].end > l.keys[n].first && !(sum[n] > 0 && sum[n] <= (double)FLT_MAX))
-      status = RA_NOT_POSITIVE;
+    if (coefficients && w.seen[n] && !(sum[n] > 0 && sum[n] <= (double)FLT_MAX)) status = RA_NOT_POSITIVE;
     for (size_t d = 0; d < e.D; d++) shift += (double)e.rows[n * e.Dp + d] * e.k_mean[d];
     lse[n] = sum[n] > 0 ? (float)(log(sum[n]) + w.reference[n] + shift) : -INFINITY;
     for (size_t d = 0; d < e.Dv; d++) out[n * e.Dv + d] = (float)(e.sum_t[d * LANES + n] * inverse);
@@ -507,12 +521,16 @@ static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32
     double shift = 0, delta = 0, reference = lse[n] == -INFINITY ? 0 : lse[n];
     for (size_t d = 0; d < e->D; d++) shift += (double)e->rows[n * e->Dp + d] * e->k_mean[d];
     for (size_t d = 0; d < e->Dv; d++) delta += (double)dout[n * e->out_row + d] * out[d];
-    float live[LANES];
-    for (int i = 0; i < LANES; i++) live[i] = range.first <= keys[i] && keys[i] < range.end ? 1.0f : 0.0f;
+    const float *own = bias_of(e->p, head, i0 + n);
+    float live[LANES], bias[LANES] = {0};
+    for (int i = 0; i < LANES; i++) {
+      live[i] = range.first <= keys[i] && keys[i] < range.end ? 1.0f : 0.0f;
+      if (own) bias[i] = *(own - keys[i]);
+    }
     for (int h = 0; h < LANES; h += 4) {
       float *s = e->s + n * LANES + h, *weight = e->weight + n * LANES + h, *ds = e->ds + n * LANES + h;
-      f32x4 exponent =
-          f32x4_mul(f32x4_add(f32x4_load(s), f32x4_splat((float)(shift - reference))), f32x4_splat((float)RA_LOG2_E));
+      f32x4 total = f32x4_add(f32x4_load(s), f32x4_add(f32x4_splat((float)(shift - reference)), f32x4_load(bias + h)));
+      f32x4 exponent = f32x4_mul(total, f32x4_splat((float)RA_LOG2_E));
       f32x4 p = f32x4_where_less(f32x4_splat(0), f32x4_load(live + h), ra_exp2(exponent, constants), f32x4_splat(0));
       f32x4_store(weight, p);
       f32x4_store(ds, f32x4_mul(p, f32x4_sub(f32x4_load(ds), f32x4_splat((float)delta))));

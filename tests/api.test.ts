@@ -245,7 +245,21 @@ const COMMON: Case[] = [
   ],
   [{ layout: 'bnhc' }, RangeError, "@: layout must be one of 'bhnd', 'bnhd', got 'bnhc'"],
   [{ layout: 1 }, TypeError, '@: layout must be one of'],
-  [{ method: 'toeplitz' }, RangeError, "@: method 'toeplitz' is not available in this version"],
+  [{ method: 'toeplitz', softcap: 1 }, RangeError, "@: method 'toeplitz' has no softcap; 'auto' and 'exact' have it"],
+  [{ method: 'toeplitz', segments: [0, 2] }, RangeError, "@: method 'toeplitz' has no segments; 'auto' and 'exact' have it"],
+  [{ method: 'toeplitz', sinks: new Float32Array(4) }, RangeError, "@: method 'toeplitz' has no sinks"],
+  [{ method: 'toeplitz', mask: new Uint8Array(35) }, RangeError, "@: method 'toeplitz' has no mask"],
+  [{ method: 'toeplitz', degree: 9 }, RangeError, '@: degree must be an integer from 0 to 8, got 9'],
+  [
+    { method: 'toeplitz', bias: new Float32Array(11).fill(Infinity) },
+    RangeError,
+    "@: method 'toeplitz' needs a bias below Infinity, found NaN or Infinity",
+  ],
+  [
+    { method: 'toeplitz', guarantee: 'certified' },
+    RangeError,
+    "@: method 'toeplitz' misses the tolerance 0.001: ",
+  ],
   [{ method: 'fast' }, RangeError, "@: method must be one of 'auto', 'exact', 'polynomial', 'toeplitz', got 'fast'"],
   [{ method: 1 }, TypeError, '@: method must be one of'],
   [

@@ -5,8 +5,10 @@
 import { readFile } from 'node:fs/promises';
 
 import { Kernel } from '../dist/kernel.js';
+import { featuresOf } from '../dist/scores.js';
 import { readCall } from '../dist/validate.js';
 import { binaries } from './support.js';
+import type { Method } from '../dist/index.js';
 import type { Problem } from './support.js';
 
 /** A kernel of one of the `binaries`. */
@@ -21,14 +23,22 @@ export interface EngineResult {
   dq: Float32Array;
   dk: Float32Array;
   dv: Float32Array;
+  dBias: Float32Array | undefined;
   /** false when the weights of some row did not add up to a positive number, by either pass. */
   positive: boolean;
 }
 
-/** Forward, then backward with what forward returned. `coefficients` [batch * kvHeads][degree + 1]; null: the exact engine. */
-export function runEngine(kernel: Kernel, args: Problem, coefficients: readonly Float32Array[] | null): EngineResult {
+/**
+ * Forward, then backward with what forward returned. `coefficients` [batch * kvHeads][degree + 1]; null: the exact engine.
+ * `args.method` says whether they are for the polynomial engine or for the Toeplitz engine.
+ */
+export function runEngine(
+  kernel: Kernel,
+  args: Problem & { method?: Method },
+  coefficients: readonly Float32Array[] | null,
+): EngineResult {
   const { problem, inputs } = readCall('backward', args);
-  const session = kernel.open('test', problem);
+  const session = kernel.open('test', problem, featuresOf(problem));
   const degree = coefficients && coefficients[0].length - 1;
   const [forward, backward] = (['forward', 'backward'] as const).map((pass) => session.workspaceBytes(pass, degree));
   session.load(inputs, 'backward', Math.max(forward, backward));
@@ -38,6 +48,7 @@ export function runEngine(kernel: Kernel, args: Problem, coefficients: readonly 
   session.setWorkspace(backward);
   const second = session.run('backward', 0, session.units('backward'));
   const [output, lse, dq, dk, dv] = (['out', 'lse', 'dq', 'dk', 'dv'] as const).map((name) => session.result(name));
+  const dBias = session.vector('dbias');
   session.close();
-  return { output, lse, dq, dk, dv, positive: first && second };
+  return { output, lse, dq, dk, dv, dBias, positive: first && second };
 }

@@ -29,7 +29,7 @@ import {
   type Task,
 } from './planner.js';
 import type { Measured } from './sampling.js';
-import { exactOnly } from './scores.js';
+import { featuresOf, unsampledOnly } from './scores.js';
 import { StreamingState } from './streaming.js';
 import { rank } from './theory.js';
 import { lossSteps } from './training.js';
@@ -154,13 +154,13 @@ export class Attention implements RopeAttention {
     const pass: Pass = inputs.dOutput ? 'backward' : 'forward';
     const passes: Pass[] = pass === 'backward' ? ['forward', 'backward'] : ['forward'];
     const task: Task = { name: 'plan', problem, pass, passes, hasValues: inputs.v !== null, predict: true };
-    const session = this.#kernel.open('plan', problem);
+    const session = this.#kernel.open('plan', problem, featuresOf(problem));
     try {
       const plan = yield* this.#plan(session, task, inputs);
       const chosen = plan.attempts[0];
       const coefficients =
         chosen.coefficients ?? (chosen.degree === null ? null : yield* plan.sampler.coefficients(chosen.degree));
-      if (problem.method === 'polynomial' && !(errorOf(chosen) <= problem.tolerance)) {
+      if (problem.method !== 'auto' && chosen.degree !== null && !(errorOf(chosen) <= problem.tolerance)) {
         refuseMiss(task, `degree ${chosen.degree} has a predicted error of ${short(errorOf(chosen))}`);
       }
       const bound = boundOf(task, { ...chosen, coefficients }, plan.bounds);
@@ -219,7 +219,7 @@ export class Attention implements RopeAttention {
     const { problem, inputs } = call;
     const pass = passes[passes.length - 1];
     let task: Task = { name, problem, pass, passes, hasValues: true, predict: false };
-    const session = this.#kernel.open(name, problem);
+    const session = this.#kernel.open(name, problem, featuresOf(problem));
     try {
       const plan = yield* this.#plan(session, task, inputs);
       const misses: string[] = [];
@@ -273,7 +273,7 @@ export class Attention implements RopeAttention {
   /** Loads the arrays and chooses. */
   *#plan(session: Session, task: Task, inputs: Call['inputs']): Generator<number, Plan> {
     // Whatever is chosen, the exact engine must fit, unless only one degree may run.
-    const fallback = task.problem.method === 'polynomial' ? task.problem.degree : null;
+    const fallback = task.problem.method === 'auto' ? null : task.problem.degree;
     session.load(inputs, task.pass, workspaceOf(session, task.passes, fallback));
     return yield* choose(session, task);
   }
@@ -323,7 +323,7 @@ export class Attention implements RopeAttention {
     const notes: string[] = [];
     let { passes } = task;
     const given = task.pass === 'backward' && passes.length === 1 && task.problem.method === 'auto';
-    const unknown = exactOnly(task.problem);
+    const unknown = unsampledOnly(task.problem);
     if (given && unknown.length > 0) {
       notes.push(`the given output and lse were not checked, as sampled rows have no ${unknown.join(' or ')}`);
     } else if (given) {
@@ -398,7 +398,7 @@ function simdOf(kernel: Kernel): 'simd128' | 'relaxed-simd' {
  * keep the tolerance of an output and yet not serve gradients. Forced degrees are taken to be that of the forward pass.
  */
 function reliesOnGiven({ problem, pass, passes }: Task): boolean {
-  const forced = problem.method === 'polynomial' && problem.degree !== null;
+  const forced = problem.method !== 'auto' && problem.degree !== null;
   return pass === 'backward' && passes.length === 1 && !forced;
 }
 
@@ -413,7 +413,7 @@ function boundOf(
   { degree, coefficients, bound }: Attempt,
   bounds: readonly Bounds[],
 ): number | null {
-  if (degree === null || pass === 'backward') return null;
+  if (degree === null || pass === 'backward' || featuresOf(problem) === 'toeplitz') return null;
   return bound ?? (coefficients && certify(problem, coefficients, degree, bounds));
 }
 
@@ -435,7 +435,8 @@ function explain(
     `${short(error)} ${error <= problem.tolerance ? 'within' : 'above'} ${problem.tolerance}`;
   if (problem.guarantee === 'certified' && ran.bound !== null) parts.push(`certified error ${within(ran.bound)}`);
   if (measured) parts.push(`${kind} error ${within(measured.error)}`);
-  const sentence = `polynomial of degree ${ran.degree} (rank ${rank(problem.headDim, ran.degree)}): ${parts.join(', ')}`;
+  const features = `${featuresOf(problem)} of degree ${ran.degree} (rank ${rank(problem.headDim, ran.degree)})`;
+  const sentence = `${features}: ${parts.join(', ')}`;
   return [sentence, ...notes].join('; ');
 }
 
@@ -456,7 +457,7 @@ function reportOf(
 ): Report {
   const largest = (of: (one: Bounds) => number) => Math.max(...bounds.map(of));
   return {
-    method: degree === null ? 'exact' : 'polynomial',
+    method: degree === null ? 'exact' : featuresOf(problem),
     degree,
     rank: degree === null ? null : rank(problem.headDim, degree),
     entryBound: largest((one) => Math.max(one.q_entry, one.k_entry)),

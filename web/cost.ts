@@ -4,8 +4,8 @@
 // each engine reaches. Only ratios of costs decide, so the peak itself is not needed. Counts are numbers, exact to 2^53.
 
 import { productsOfPair } from './relative.js';
-import { seenKeys } from './scores.js';
-import { cost as products, pairs } from './theory.js';
+import { seenKeys, type Features } from './scores.js';
+import { cost as products, pairs, rank } from './theory.js';
 import type { Geometry } from './validate.js';
 
 export type Pass = 'forward' | 'backward';
@@ -45,6 +45,9 @@ const EFFICIENCY = [
   { upTo: 32, exact: { forward: 0.83, backward: 0.87 }, polynomial: { forward: 0.65, backward: 0.62 }, outliers: { forward: 0.55, backward: 0.55 } },
   { upTo: Infinity, exact: { forward: 0.88, backward: 0.9 }, polynomial: { forward: 0.8, backward: 0.8 }, outliers: { forward: 0.65, backward: 0.65 } },
 ] as const;
+
+/** The same for the Toeplitz engine: transforms reach 0.65 and are two thirds of its time. */
+const TOEPLITZ_EFFICIENCY = 0.45;
 
 /** The same for the sampling functions. */
 const SAMPLING_EFFICIENCY = 0.5;
@@ -92,10 +95,45 @@ export function outlierPairs(g: Geometry, { queries, keys }: OutlierCounts): num
   return all * (allowedPairs(g) / (g.batch * g.heads * g.queryLength * g.keyLength));
 }
 
+/**
+ * Useful operations of the Toeplitz engine: the transforms and products of convolution.c, of eight columns (feature, value) at a
+ * time. Query heads that share a key/value head and a bias share these.
+ */
+export function toeplitzFlops(g: Geometry, pass: Pass, degree: number): number {
+  const heads = g.batch * (g.bias && g.bias.length > g.queryLength + g.keyLength - 1 ? g.heads : g.kvHeads);
+  const batches = Math.ceil((rank(g.headDim, degree) * (g.valueDim + 1)) / 8);
+  const { rows, columns, block } = blocksOf(g);
+  const transforms = (rows + columns) * 40 * block * Math.log2(block);
+  const products = rows * columns * 64 * block * (g.causal ? 0.5 : 1);
+  const correlations = g.bias ? products : 0;
+  return heads * batches * (pass === 'forward' ? transforms + products : 2 * (transforms + products) + correlations);
+}
+
+/** Blocks of queries and of keys, and their size, by the rule of ra_convolution_block. */
+function blocksOf(g: Geometry): { rows: number; columns: number; block: number } {
+  let best = { rows: 0, columns: 0, block: 0, time: Infinity };
+  for (let power = 32; power <= 2 ** 14 && power / 2 < Math.max(g.queryLength, g.keyLength); power *= 2) {
+    for (const block of [power, (power / 4) * 5, (power / 4) * 6]) {
+      const [rows, columns] = [Math.ceil(g.queryLength / block), Math.ceil(g.keyLength / block)];
+      const transforms = (rows + columns) * 10 * block * Math.log2(block) * (block > 4096 ? 1.15 : 1);
+      const time = transforms + rows * columns * 8 * block;
+      if (block % 32 === 0 && block <= 2 ** 14 && time < best.time) best = { rows, columns, block, time };
+    }
+  }
+  return best;
+}
+
 /** Operations at peak speed that take as long as the pass: `degree` null for the exact engine. */
-export function cost(g: Geometry, pass: Pass, degree: number | null, outliers = NO_OUTLIERS): number {
+export function cost(
+  g: Geometry,
+  pass: Pass,
+  degree: number | null,
+  outliers = NO_OUTLIERS,
+  features: Features = 'polynomial',
+): number {
   const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
   if (degree === null) return exactFlops(g, pass) / share.exact[pass];
+  if (features === 'toeplitz') return toeplitzFlops(g, pass, degree) / TOEPLITZ_EFFICIENCY;
   // The keys at the left edge of a window, and those that leave the state, are rotated once more and weighed in whole blocks.
   const besides = g.window[0] < 0 ? 0 : 1.5 * CHUNK * flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength;
   const ofOutliers = (flopsOfPair(g, pass) * outlierPairs(g, outliers)) / share.outliers[pass];

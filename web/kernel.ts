@@ -5,7 +5,7 @@
 
 import { outlierLimit, SAMPLE_ROWS, type Pass } from './cost.js';
 import { Arena, ARRAYS, BOUNDS, MEMORY_LIMIT, PROBLEM, sizeOf, type Values } from './memory.js';
-import type { Mask } from './scores.js';
+import type { Features, Mask } from './scores.js';
 import { sizesOf, type Geometry, type Inputs } from './validate.js';
 
 /** ra_bounds of one key/value head. */
@@ -144,7 +144,7 @@ const EXPORTS = [
 ]);
 const OK = 0;
 const NOT_POSITIVE = -3;
-const [EXACT, POLYNOMIAL] = [1, 2];
+const [EXACT, POLYNOMIAL, TOEPLITZ] = [1, 2, 3];
 const SIZE_OVERFLOW = 2 ** 32 - 1;
 const MAX_COEFFICIENTS = 9;
 const EXTREMES = 8;
@@ -198,11 +198,14 @@ export class Kernel {
     this.#exports?.ra_warm_up(WARM_UP_CALLS);
   }
 
-  /** Begins a call. A session that is still open ends: a call that was left half done is forgotten here. */
-  open(name: string, geometry: Geometry): Session {
+  /**
+   * Begins a call; `features`: the engine that a degree stands for. A session that is still open ends: a call that was left half
+   * done is forgotten here.
+   */
+  open(name: string, geometry: Geometry, features: Features = 'polynomial'): Session {
     if (!this.#exports || !this.#arena) throw new Error(`${name}: this instance was disposed`);
     this.#session?.close();
-    this.#session = new Session(name, geometry, this.#exports, this.#arena);
+    this.#session = new Session(name, geometry, this.#exports, this.#arena, features);
     return this.#session;
   }
 
@@ -286,6 +289,7 @@ export class Session {
   /** Outliers that there is room for, in each key/value head. */
   readonly outlierLimits: Outliers['counts'];
   readonly #name: string;
+  readonly #features: Features;
   readonly #exports: Exports;
   readonly #arena: Arena;
   readonly #at: Places;
@@ -297,12 +301,13 @@ export class Session {
   #outliers: Outliers | null = null;
   #open = true;
 
-  constructor(name: string, g: Geometry, exports: Exports, arena: Arena) {
+  constructor(name: string, g: Geometry, exports: Exports, arena: Arena, features: Features = 'polynomial') {
     this.#name = name;
     this.geometry = g;
     this.heads = g.batch * g.kvHeads;
     this.rowsOfHead = (g.heads / g.kvHeads) * g.queryLength;
     this.outlierLimits = { queries: outlierLimit(this.rowsOfHead), keys: outlierLimit(g.keyLength) };
+    this.#features = features;
     this.#exports = exports;
     this.#arena = arena;
     arena.reset();
@@ -430,7 +435,7 @@ export class Session {
     const at = this.#at;
     if (coefficients) this.#arena.writeFloats(at.coefficients, coefficients);
     this.#arena.writeStruct(at.problem, PROBLEM, {
-      method: degree === null ? EXACT : POLYNOMIAL,
+      method: degree === null ? EXACT : this.#features === 'toeplitz' ? TOEPLITZ : POLYNOMIAL,
       degree: degree ?? 0,
     });
   }

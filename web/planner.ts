@@ -5,11 +5,11 @@
 // of `method: 'auto'`. What runs is checked again afterwards (attention.ts), so a wrong prediction costs time, never accuracy.
 
 import { certify, scoreRadius } from './certificate.js';
-import { cost, exactFlops, polynomialFlops, portionCost, samplingCost, type Pass } from './cost.js';
+import { cost, exactFlops, polynomialFlops, portionCost, samplingCost, toeplitzFlops, type Pass } from './cost.js';
 import type { Bounds, Session } from './kernel.js';
 import { MAX_DEGREE, minimax } from './polynomial.js';
 import { Sampler, survey, type Measured } from './sampling.js';
-import { exactOnly } from './scores.js';
+import { featuresOf, foreignTo } from './scores.js';
 import type { Problem } from './validate.js';
 
 /** One engine to try: exact, or a polynomial with its error as far as it is known before the run. */
@@ -60,18 +60,20 @@ export function workspaceOf(session: Session, passes: readonly Pass[], degree: n
 }
 
 export function costOf(problem: Problem, passes: readonly Pass[], degree: number | null): number {
-  return passes.reduce((sum, pass) => sum + cost(problem, pass, degree), 0);
+  const features = featuresOf(problem);
+  return passes.reduce((sum, pass) => sum + cost(problem, pass, degree, undefined, features), 0);
 }
 
 export function flopsOf(problem: Problem, passes: readonly Pass[], degree: number | null): number {
-  const flops = (pass: Pass) => (degree === null ? exactFlops(problem, pass) : polynomialFlops(problem, pass, degree));
+  const ofFeatures = featuresOf(problem) === 'toeplitz' ? toeplitzFlops : polynomialFlops;
+  const flops = (pass: Pass) => (degree === null ? exactFlops(problem, pass) : ofFeatures(problem, pass, degree));
   return passes.reduce((sum, pass) => sum + flops(pass), 0);
 }
 
 /**
  * Decides. Yields 0 between steps.
  *
- * @throws RangeError when `method: 'polynomial'` cannot be served: inputs that are not finite, or no degree that meets the
+ * @throws RangeError when a forced `method` with features cannot be served: inputs that are not finite, or no degree that meets the
  *   tolerance (unless `onMiss` is 'report').
  */
 export function* choose(session: Session, task: Task): Generator<number, Plan> {
@@ -81,15 +83,21 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const exactly = (because: string): Plan => ({ bounds, sampler, attempts: [EXACT], because });
 
   if (problem.method === 'exact') return exactly('as asked');
-  const foreign = exactOnly(problem);
+  const foreign = foreignTo(featuresOf(problem), problem);
   if (foreign.length > 0) {
     const map = problem.relative || problem.relativePositions ? ', whose scores do not factorise' : '';
     return exactly(`no polynomial has ${foreign.join(' or ')}${map}`);
   }
   if (!bounds.every((one) => one.finite === 1)) {
-    if (problem.method === 'polynomial')
-      throw new RangeError(`${name}: method 'polynomial' needs finite inputs, found NaN or infinity`);
+    if (problem.method !== 'auto')
+      throw new RangeError(`${name}: method '${problem.method}' needs finite inputs, found NaN or infinity`);
     return exactly('the inputs hold NaN or infinity, which no polynomial stands');
+  }
+  // -Infinity forbids
+  if (problem.bias?.some((value) => !(value < Infinity))) {
+    if (problem.method !== 'auto')
+      throw new RangeError(`${name}: method '${problem.method}' needs a bias below Infinity, found NaN or Infinity`);
+    return exactly('bias holds NaN or Infinity, which no Fourier transform stands');
   }
   const degrees = candidates(session, task);
   if (degrees.length === 0) {
@@ -99,7 +107,7 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   if (problem.guarantee === 'certified') return yield* chooseCertified(session, task, bounds, sampler, degrees);
 
   // A forced degree is run and measured, unless nothing is going to run.
-  if (problem.method === 'polynomial' && problem.degree !== null && !task.predict) {
+  if (problem.method !== 'auto' && problem.degree !== null && !task.predict) {
     return { bounds, sampler, attempts: [attempt(problem.degree)], because: 'as asked' };
   }
   const auto = problem.method === 'auto';
@@ -131,7 +139,7 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
 /** A miss of a forced polynomial: an error, unless `onMiss` is 'report'. */
 export function refuseMiss({ name, problem }: Pick<Task, 'name' | 'problem'>, what: string): void {
   if (problem.onMiss === 'report') return;
-  throw new RangeError(`${name}: method 'polynomial' misses the tolerance ${problem.tolerance}: ${what}`);
+  throw new RangeError(`${name}: method '${problem.method}' misses the tolerance ${problem.tolerance}: ${what}`);
 }
 
 /** 0.000123 as 1.2e-4. */
@@ -148,7 +156,7 @@ function candidates(session: Session, { problem, pass, passes }: Task): number[]
     problem.degree === null ? Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree) : [problem.degree];
   const fitting = (degrees: number[]) =>
     degrees.filter((degree) => workspaceOf(session, passes, degree) <= session.free);
-  if (problem.method === 'polynomial') {
+  if (problem.method !== 'auto') {
     const some = fitting(all);
     // One that does not fit fails where the memory is asked for, with the numbers.
     return some.length === 0 ? all.slice(0, 1) : some;
@@ -196,6 +204,11 @@ function* chooseCertified(
     return { bounds, sampler, attempts: [EXACT], because: 'there is no certificate for gradients of a polynomial' };
   }
   if (pass === 'backward') refuseMiss(task, "guarantee 'certified' has no certificate for gradients");
+  if (featuresOf(problem) === 'toeplitz') {
+    const what = 'the rounding of Fourier transforms has no certificate';
+    if (auto) return { bounds, sampler, attempts: [EXACT], because: what };
+    if (pass === 'forward') refuseMiss(task, what);
+  }
 
   const tried: Attempt[] = [];
   for (const degree of degrees) {

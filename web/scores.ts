@@ -49,10 +49,37 @@ export function readScores(name: string, given: Given, sizes: Sizes): Scores {
   };
 }
 
-/** Names of the options in use that only the exact engine knows, and sampled rows do not. */
-export function exactOnly({ softcap, bias, mask, sinks, relativePositions, relative }: Scores & Relative): string[] {
-  const scores = { softcap: softcap > 0, bias: bias !== null, mask: mask !== null, sinks: sinks !== null };
-  const used = { ...scores, relativePositions: relativePositions !== null, relative: relative !== null };
+/** Engines that multiply with features. */
+export type Features = 'polynomial' | 'toeplitz';
+
+/**
+ * The one of them that a call with such a `method` would use: Fourier transforms where they are asked for, and under 'auto' where
+ * they are needed, as something depends on distances in a way that no state of constant size can keep.
+ */
+export function featuresOf(problem: Scores & Relative & { method: string }): Features {
+  if (problem.method === 'toeplitz') return 'toeplitz';
+  const needed = problem.method === 'auto' && foreignTo('polynomial', problem).length > 0;
+  return needed && foreignTo('toeplitz', problem).length === 0 ? 'toeplitz' : 'polynomial';
+}
+
+/** Names of the options in use that an engine does not have. */
+export function foreignTo(features: Features, options: Scores & Relative): string[] {
+  const by: Record<string, boolean> =
+    features === 'toeplitz' ? { segments: options.segments.length > 1 } : { bias: options.bias !== null };
+  return namesOf({ softcap: options.softcap > 0, ...by, ...unsampled(options) });
+}
+
+/** Names of those that sampled rows do not know. */
+export function unsampledOnly(options: Scores & Relative): string[] {
+  return namesOf(unsampled(options));
+}
+
+function unsampled({ softcap, mask, sinks, relativePositions, relative }: Scores & Relative): Record<string, boolean> {
+  const scores = { softcap: softcap > 0, mask: mask !== null, sinks: sinks !== null };
+  return { ...scores, relativePositions: relativePositions !== null, relative: relative !== null };
+}
+
+function namesOf(used: Record<string, boolean>): string[] {
   return Object.entries(used).flatMap(([option, inUse]) => (inUse ? [option] : []));
 }
 

@@ -115,7 +115,10 @@ export type RotaryScaling =
 /** Where rows are: [batch, heads, length, dim], or [batch, length, heads, dim] as projections leave them. */
 export type Layout = 'bhnd' | 'bnhd';
 
-/** `polynomial` and `exact` compute the same function at different cost and error. `toeplitz` is not available yet. */
+/**
+ * All compute the same function at different cost and error. `exact`: O(N^2 D). `polynomial`: O(N rank Dv), for scores of rotated
+ * queries and keys alone. `toeplitz`: the same features and Fourier transforms, O(N rank Dv log N), with any `bias` and any `window`.
+ */
 export type Method = 'auto' | 'exact' | 'polynomial' | 'toeplitz';
 
 /** `certified`: the bound is proved from norms. `sampled`: the error is measured on exact rows of a seeded sample. */
@@ -184,7 +187,7 @@ export interface Options {
   tolerance?: number;
   /** Default 'sampled'. Of gradients there is no certificate: 'certified' computes them exactly. */
   guarantee?: Guarantee;
-  /** Degree of the polynomial, 0 to 8, instead of the planner's choice; with `method: 'polynomial'` or 'auto'. */
+  /** Degree of the polynomial, 0 to 8, instead of the planner's choice; with `method: 'polynomial'`, 'toeplitz' or 'auto'. */
   degree?: number;
   /** Seed of the sampled rows, an unsigned 32-bit integer. Default 0. */
   seed?: number;
@@ -279,7 +282,7 @@ export interface AttentionLossResult {
 
 /** What a call did and how sure it is. */
 export interface Report {
-  method: 'exact' | 'polynomial';
+  method: 'exact' | 'polynomial' | 'toeplitz';
   /** Degree of the polynomial; null for exact. */
   degree: number | null;
   /** Features per row, C(D + degree, degree); null for exact. */

@@ -6,8 +6,8 @@
 import { readBoolean, readChoice, readFinite, readFloats, readInteger, readNumber, readRecord, wrong, type Given } from './check.js';
 import { readRelative, rotaryBeside, type Relative } from './relative.js';
 import { readRotary, type Rotation } from './rotation.js';
-import { exactOnly, readScores, type Scores } from './scores.js';
-import type { AttentionLossArgs, BackwardArgs, CreateOptions, ForwardArgs, Layout, PlanArgs, RotateArgs, Shape } from './types.js';
+import { foreignTo, readScores, type Scores } from './scores.js';
+import type { AttentionLossArgs, BackwardArgs, CreateOptions, ForwardArgs, Layout, Method, PlanArgs, RotateArgs, Shape } from './types.js';
 
 /** The largest headDim and valueDim (RA_MAX_HEAD_DIM), and degree (RA_MAX_DEGREE). */
 const MAX_DIM = 1024;
@@ -35,7 +35,7 @@ export interface Geometry extends Rotation, Relative, Scores {
 
 /** Geometry, and how it is to be computed. */
 export interface Problem extends Geometry {
-  method: 'auto' | 'exact' | 'polynomial';
+  method: Method;
   degree: number | null;
   tolerance: number;
   guarantee: 'certified' | 'sampled';
@@ -228,13 +228,12 @@ function readProblem(name: string, given: Given): Problem {
     );
   }
   const method = readChoice(name, 'method', given['method'], ['auto', 'exact', 'polynomial', 'toeplitz'] as const);
-  if (method === 'toeplitz') throw new RangeError(`${name}: method 'toeplitz' is not available in this version`);
   const degree = given['degree'] === undefined ? null : readInteger(name, 'degree', given['degree'], 0, MAX_DEGREE);
   if (degree !== null && method === 'exact')
     throw new RangeError(`${name}: method 'exact' has no degree, got degree ${degree}`);
-  const [foreign] = exactOnly(geometry);
-  if (method === 'polynomial' && foreign !== undefined)
-    throw new RangeError(`${name}: method 'polynomial' has no ${foreign}; 'auto' and 'exact' have it`);
+  const [foreign] = method === 'polynomial' || method === 'toeplitz' ? foreignTo(method, geometry) : [];
+  if (foreign !== undefined)
+    throw new RangeError(`${name}: method '${method}' has no ${foreign}; 'auto' and 'exact' have it`);
   return {
     ...geometry,
     method,

@@ -35,7 +35,7 @@ export async function use(): Promise<Report> {
   exactly<Float32Array>()(output);
   exactly<Float32Array>()(lse);
   exactly<number | null>()(report.errorBound);
-  exactly<'exact' | 'polynomial'>()(report.method);
+  exactly<'exact' | 'polynomial' | 'toeplitz'>()(report.method);
 
   const gradients = attention.backward({ ...args, dOutput: output, output, lse });
   exactly<BackwardResult>()(gradients);

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: MIT
+//
+// Times RoPE attention with a rough bias (random, no structure), forward and backward with dBias: by Fourier transforms and
+// exactly. Calls in turns; medians of the calls and of the ratios of neighbouring calls. Arguments by ARGS="...":
+//
+//   --dims 16   --lengths 4096,16384,32768,65536   --masks full,causal   --tolerance 1e-2   --bound 0.5   --calls 3
+//   --exact-up-to 65536
+//
+// `slope` is that of log time against log N since the row before; `MB` the WebAssembly memory of the backward call.
+// Degrees are the planner's: the first that keeps the tolerance.
+
+import { parseArgs } from 'node:util';
+
+import { createRopeAttention } from '../../dist/index.js';
+import { uniform } from './peers/problem.mjs';
+
+const { values: given } = parseArgs({
+  options: {
+    dims: { type: 'string', default: '16' },
+    lengths: { type: 'string', default: '4096,16384,32768,65536' },
+    masks: { type: 'string', default: 'full,causal' },
+    tolerance: { type: 'string', default: '1e-2' },
+    bound: { type: 'string', default: '0.5' },
+    calls: { type: 'string', default: '3' },
+    'exact-up-to': { type: 'string', default: '65536' },
+  },
+});
+const numbers = (text) => text.split(',').map(Number);
+const [tolerance, bound, calls, exactUpTo] = ['tolerance', 'bound', 'calls', 'exact-up-to'].map((name) => Number(given[name]));
+const median = (values) => values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)];
+const figures = (x) => (x >= 100 ? x.toFixed(0) : x.toPrecision(2));
+
+function problem(length, headDim, mask) {
+  const [q, k, v, dOutput] = [1, 2, 3, 4].map((stream) => uniform(length * headDim, stream, bound));
+  const bias = uniform(2 * length - 1, 5, 1);
+  return { q, k, v, dOutput, bias, shape: { heads: 1, queryLength: length, headDim }, causal: mask === 'causal', tolerance };
+}
+
+/** Forward, then backward by the same engine; milliseconds of each. */
+function step(attention, { dOutput, ...args }) {
+  const t0 = performance.now();
+  const { output, lse, report } = attention.forward(args);
+  const t1 = performance.now();
+  const gradients = attention.backward({ ...args, dOutput, output, lse });
+  const t2 = performance.now();
+  return { forward: t1 - t0, backward: t2 - t1, both: t2 - t0, output, gradients, report };
+}
+
+function relativeError(got, exact) {
+  let [above, below] = [0, 0];
+  exact.forEach((x, n) => ((above += (got[n] - x) ** 2), (below += x * x)));
+  return Math.sqrt(above / below);
+}
+
+const attention = await createRopeAttention();
+console.log(`rough bias, ${attention.simd}, entries in [-${bound}, ${bound}], tolerance ${tolerance}; milliseconds\n`);
+const header = ['D', 'mask', 'N', 'degree', 'forward', 'backward', 'slope', 'MB', 'exact forward', 'backward', 'exact / toeplitz', 'worst gradient'];
+console.log(`| ${header.join(' | ')} |\n|${' --- |'.repeat(header.length)}`);
+for (const headDim of numbers(given.dims)) {
+  for (const mask of given.masks.split(',')) {
+    let before = null;
+    for (const length of numbers(given.lengths)) {
+      const args = problem(length, headDim, mask);
+      const [fast, exact] = [[], []];
+      step(attention, { ...args, method: 'toeplitz' }); // warm
+      for (let n = 0; n < calls; n++) {
+        fast.push(step(attention, { ...args, method: 'toeplitz' }));
+        if (length <= exactUpTo && (n === 0 || length < exactUpTo)) exact.push(step(attention, { ...args, method: 'exact' }));
+      }
+      const of = (runs, pass) => (runs.length > 0 ? figures(median(runs.map((run) => run[pass]))) : '');
+      const both = median(fast.map((run) => run.both));
+      const slope = before && Math.log(both / before.both) / Math.log(length / before.length);
+      const ratio = exact.length > 0 ? `${figures(median(exact.map((run, n) => run.both / fast[n].both)))}x` : '';
+      const worst =
+        exact.length > 0
+          ? Math.max(...['dq', 'dk', 'dv', 'dBias'].map((name) => relativeError(fast[0].gradients[name], exact[0].gradients[name]))).toExponential(1)
+          : `${fast[0].gradients.report.errorEstimate.toExponential(1)} s`;
+      const { degree } = fast[0].gradients.report;
+      const degrees = `${fast[0].report.degree}, ${degree}`;
+      const megabytes = (fast[0].gradients.report.bytes / 1e6).toFixed(0);
+      const row = [headDim, mask, length, degrees, of(fast, 'forward'), of(fast, 'backward'), slope?.toFixed(2) ?? '', megabytes];
+      console.log(`| ${[...row, of(exact, 'forward'), of(exact, 'backward'), ratio, worst].join(' | ')} |`);
+      before = { both, length };
+    }
+  }
+}
+attention.dispose();

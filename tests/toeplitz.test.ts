@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: MIT
+//
+// The Toeplitz engine: the polynomial engine's function times exp(bias), by Fourier transforms. Against the float64 reference
+// where the polynomial is converged, against the polynomial engine at any degree, against its own derivative.
+
+import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+
+import { reference, theory } from '../dist/index.js';
+import { fitToScores } from '../dist/polynomial.js';
+import { createKernel, runEngine } from './engine.js';
+import { add, binaries, describeSetting, draw, eachBinary, forwardArgs, fullShape, inner, lazy, lengths } from './support.js';
+import { maxAbs, maxDifference, problem, random, relativeFrobenius, slopeError } from './support.js';
+import type { Kernel } from '../dist/kernel.js';
+import type { Problem, Random, Setting } from './support.js';
+
+const uniform = (entry: number) => (r: Random) => entry * (2 * r.uniform() - 1);
+const GRADIENTS = ['dq', 'dk', 'dv', 'dBias'] as const;
+
+/** Rough: no two entries have anything to do with one another. */
+function roughBias({ shape, ofHeads = false, size = 1 }: { shape: Setting['shape']; ofHeads?: boolean; size?: number }) {
+  const { heads, queryLength, keyLength } = fullShape(shape);
+  const r = random(91);
+  return draw((ofHeads ? heads : 1) * (queryLength + keyLength - 1), () => size * (2 * r.uniform() - 1));
+}
+
+/** exp about 0 for every key/value head. */
+function taylor(degree: number, { shape }: Problem): Float32Array[] {
+  const { batch, kvHeads } = fullShape(shape);
+  return Array.from({ length: batch * kvHeads }, () => fitToScores([], degree));
+}
+
+const toeplitz = (args: Problem) => ({ ...args, method: 'toeplitz' as const });
+
+const long = { heads: 1, queryLength: 1500, keyLength: 1300, headDim: 4 };
+const grouped = { batch: 2, heads: 4, kvHeads: 2, queryLength: 210, keyLength: 190, headDim: 6, valueDim: 5 };
+const settings: Setting[] = [
+  { shape: long, bias: roughBias({ shape: long }) },
+  { shape: long, causal: true, bias: roughBias({ shape: long }) },
+  { shape: long, window: [300, 100], queryOffset: 40, bias: roughBias({ shape: long }) },
+  { shape: long, window: [30, 5] },
+  { shape: grouped, bias: roughBias({ shape: grouped }) },
+  { shape: grouped, bias: roughBias({ shape: grouped, ofHeads: true }), layout: 'bnhd', causal: true, queryOffset: -20 },
+  { shape: grouped, rotary: { dim: 4, interleaved: true }, scale: -0.3, layout: 'bnhd' },
+  { shape: { ...grouped, keyLength: 1 }, bias: roughBias({ shape: { ...grouped, keyLength: 1 } }) },
+  { shape: { ...grouped, queryLength: 1, keyLength: 400 }, rotary: false },
+];
+
+describe.each(binaries)('$name', (binary) => {
+  let kernel: Kernel;
+  beforeAll(async () => {
+    kernel = await createKernel(binary);
+  });
+  afterAll(() => kernel.dispose());
+
+  // |s| <= 0.2^2 D / sqrt(D) = 0.1 at most: degree 3 leaves 4e-6, and rounding 2e-5 of dq, whose terms cancel.
+  test.each(settings.map((setting) => ({ setting, name: describeSetting(setting) })))('is attention: $name', ({ setting }) => {
+    const args = problem(setting, 92, uniform(0.2));
+    const got = runEngine(kernel, toeplitz(args), taylor(3, args));
+    const exact = { ...reference.forward(args), ...reference.backward(args) };
+    expect(got.positive).toBe(true);
+    expect(relativeFrobenius(got.output, exact.output)).toBeLessThan(1e-5);
+    const seen = (x: Float32Array | Float64Array) => x.filter((_, i) => exact.lse[i] > -Infinity);
+    expect(got.lse.map((x) => Number(x === -Infinity))).toEqual(Float32Array.from(exact.lse, (x) => Number(x === -Infinity)));
+    expect(maxDifference(seen(got.lse), seen(exact.lse))).toBeLessThan(1e-5);
+    for (const name of GRADIENTS) {
+      if (got[name] && inner(exact[name]!, exact[name]!) > 0) expect(relativeFrobenius(got[name], exact[name]!)).toBeLessThan(5e-5);
+    }
+  });
+
+  test.each([0, 1, 2, 3])('degree %d on plain rotation is the polynomial engine', (degree) => {
+    const args = problem({ shape: { heads: 2, kvHeads: 1, queryLength: 300, keyLength: 400, headDim: 6 } }, 93, uniform(1));
+    const coefficients = taylor(degree, args);
+    const [got, expected] = [runEngine(kernel, toeplitz(args), coefficients), runEngine(kernel, args, coefficients)];
+    for (const name of ['output', 'lse', 'dq', 'dk', 'dv'] as const) {
+      if (degree === 0 && (name === 'dq' || name === 'dk')) expect(maxAbs(got[name])).toBe(0);
+      else expect(relativeFrobenius(got[name], expected[name])).toBeLessThan(5e-6);
+    }
+  });
+
+  test('a constant on the bias changes lse by itself and nothing else', () => {
+    const bias = roughBias({ shape: grouped });
+    const args = problem({ shape: grouped, bias }, 94, uniform(0.5));
+    const [got, moved] = [args, { ...args, bias: bias.map((x) => x + 3) }].map((one) =>
+      runEngine(kernel, toeplitz(one), taylor(2, args)),
+    );
+    expect(relativeFrobenius(moved.output, got.output)).toBeLessThan(1e-5);
+    expect(relativeFrobenius(moved.lse.map((x) => x - 3), got.lse)).toBeLessThan(1e-5);
+    for (const name of GRADIENTS) expect(relativeFrobenius(moved[name]!, got[name]!)).toBeLessThan(3e-5);
+  });
+
+  test.each([
+    ['causal', { causal: true, queryOffset: 10 }, (distance: number) => distance >= 0],
+    ['a window', { window: [90, 70] as const, queryOffset: 10 }, (distance: number) => distance <= 90 && distance >= -70],
+  ])('a bias of -Infinity is a mask: %s', (_, mask, allows) => {
+    const { queryLength, keyLength } = fullShape(grouped);
+    const distances = Array.from({ length: queryLength + keyLength - 1 }, (_, n) => n - keyLength + 1 + 10);
+    const bias = Float32Array.from(distances, (distance) => (allows(distance) ? 0 : -Infinity));
+    const args = problem({ shape: grouped, queryOffset: 10 }, 95, uniform(0.5));
+    const got = runEngine(kernel, toeplitz({ ...args, bias }), taylor(2, args));
+    const expected = runEngine(kernel, toeplitz({ ...args, ...mask }), taylor(2, args));
+    for (const name of ['output', 'lse', 'dq', 'dk', 'dv'] as const) expect(got[name]).toEqual(expected[name]);
+    expect(got.dBias!.every((x, n) => allows(distances[n]) || x === 0)).toBe(true);
+  });
+
+  describe('backward is the derivative of forward', () => {
+    const args = problem({ shape: { ...long, queryLength: 400, keyLength: 300 }, causal: true }, 96, uniform(0.8));
+    const full = { ...args, bias: roughBias(args) };
+    test.each(['q', 'k', 'v', 'bias'] as const)('along a direction of %s', (name) => {
+      const gradient = runEngine(kernel, toeplitz(full), taylor(2, args))[name === 'bias' ? 'dBias' : (`d${name}` as const)]!;
+      const direction = draw(full[name].length, random(97).normal);
+      const loss = (step: number) => {
+        const moved = { ...full, [name]: add(full[name], step, direction) };
+        return inner(runEngine(kernel, toeplitz(moved), taylor(2, args)).output, args.dOutput);
+      };
+      expect(slopeError(loss, gradient, direction, 0.05)).toBeLessThan(2e-3);
+    });
+  });
+
+  test('rows whose weights are not positive: zeros, lse -Infinity, no gradient', () => {
+    const args = problem({ shape: { heads: 1, queryLength: 200, headDim: 4 }, rotary: false }, 98);
+    const result = runEngine(kernel, toeplitz(args), [Float32Array.of(-1, 0, 0)]);
+    expect(result.positive).toBe(false);
+    expect(result.output.every((x) => x === 0) && result.lse.every((x) => x === -Infinity)).toBe(true);
+    expect(result.dq.every((x) => x === 0)).toBe(true);
+  });
+
+  // 2^17 queries: the first rows sum up a few keys, the last ones all; transforms are as inexact in both.
+  test('the first causal rows of a long sequence are as accurate as the last', () => {
+    const shape = { heads: 1, queryLength: 2 ** 17, headDim: 2, valueDim: 1 };
+    const args = problem({ shape, causal: true, rotary: false }, 99, uniform(0.5));
+    const { lse } = runEngine(kernel, toeplitz(args), [fitToScores([], 5)]);
+    const exact = (i: number) => {
+      let sum = 0;
+      for (let j = 0; j <= i; j++) sum += Math.exp(Math.fround(1 / Math.sqrt(2)) * (args.q[2 * i] * args.k[2 * j] + args.q[2 * i + 1] * args.k[2 * j + 1]));
+      return Math.log(sum);
+    };
+    const worst = (rows: number[]) => Math.max(...rows.map((i) => Math.abs(lse[i] - exact(i))));
+    const first = worst(Array.from({ length: 300 }, (_, i) => i));
+    const last = worst(Array.from({ length: 30 }, (_, i) => 2 ** 17 - 1 - 61 * i));
+    // Degree 5 leaves 3e-6 of a weight at |s| <= 0.36; a log of 11.8 has a rounding of 5e-7.
+    expect(last).toBeLessThan(2e-6);
+    expect(first).toBeLessThan(2e-6);
+  });
+
+  test('a call repeated gives the same bits', () => {
+    const args = problem({ shape: grouped, bias: roughBias({ shape: grouped, ofHeads: true }) }, 100, uniform(0.5));
+    expect(runEngine(kernel, toeplitz(args), taylor(1, args))).toEqual(runEngine(kernel, toeplitz(args), taylor(1, args)));
+  });
+});
+
+eachBinary((attention) => {
+  const shape = { heads: 2, queryLength: 700, headDim: 8 };
+  const make = lazy(() => {
+    const args = problem({ shape, bias: roughBias({ shape }) }, 101, uniform(0.5));
+    return { args, exact: { ...reference.forward(args), ...reference.backward(args) } };
+  });
+
+  test.each([1e-1, 1e-2, 1e-3, 1e-4])('keeps the tolerance %d, forward and backward', (tolerance) => {
+    const { args, exact } = make();
+    const { output, report } = attention().forward({ ...forwardArgs(args), method: 'toeplitz', tolerance });
+    expect(maxDifference(output, exact.output)).toBeLessThan(tolerance * Math.max(...args.v.map(Math.abs)));
+    expect(report).toMatchObject({ method: 'toeplitz', rank: theory.rank(8, report.degree!), errorBound: null });
+    expect(report.errorEstimate).toBeLessThanOrEqual(tolerance);
+    expect(report.reason).toMatch(/^toeplitz of degree \d \(rank \d+\): as asked, predicted .* than exact, sampled error/);
+    const { report: gradients, ...got } = attention().backward({ ...args, method: 'toeplitz', tolerance });
+    for (const name of GRADIENTS) expect(relativeFrobenius(got[name]!, exact[name]!)).toBeLessThan(tolerance);
+    expect(gradients.method).toBe('toeplitz');
+  });
+
+  test('`auto` computes a bias exactly where that is cheaper, and where it must', () => {
+    const { args } = make();
+    expect(attention().forward(forwardArgs(args)).report).toMatchObject({ method: 'exact' });
+    const infinite = args.bias!.map((x, n) => (n === 5 ? Infinity : x));
+    expect(attention().plan({ ...forwardArgs(args), bias: infinite }).reason).toBe(
+      'exact: bias holds NaN or Infinity, which no Fourier transform stands',
+    );
+  });
+
+  test('`auto` takes Fourier transforms where they are cheaper', () => {
+    const large = { heads: 1, queryLength: 6000, headDim: 4 };
+    const args = forwardArgs(problem({ shape: large, bias: roughBias({ shape: large }) }, 102, uniform(0.5)));
+    const exact = attention().forward({ ...args, method: 'exact' });
+    const { output, report } = attention().forward({ ...args, tolerance: 1e-2 });
+    expect(report.method).toBe('toeplitz');
+    expect(report.reason).toMatch(/^toeplitz of degree \d \(rank \d+\): predicted .*x cheaper than exact/);
+    expect(maxDifference(output, exact.output)).toBeLessThan(1e-2 * Math.max(...args.v.map(Math.abs)));
+    const planned = attention().plan({ ...args, tolerance: 1e-2 });
+    expect(planned).toMatchObject({ method: 'toeplitz', degree: report.degree });
+    const certified = attention().plan({ ...args, tolerance: 1e-2, guarantee: 'certified' });
+    expect(certified.reason).toBe('exact: the rounding of Fourier transforms has no certificate');
+  });
+
+  test('biases too far apart for float32 transforms are seen', () => {
+    const { args } = make();
+    const bias = args.bias!.map((_, n) => (n < 3 ? 40 : 0)); // three distances outweigh all others e^40 times
+    const wide = { ...forwardArgs(args), bias };
+    expect(() => attention().forward({ ...wide, method: 'toeplitz', degree: 3 })).toThrow(RangeError);
+    const { output, report } = attention().forward({ ...wide, degree: 0 });
+    expect(report.method).toBe('exact');
+    expect(maxDifference(output, reference.forward(wide).output)).toBeLessThan(1e-5);
+  });
+
+  test('a miss is an error, or a report; memory that does not suffice is named', () => {
+    const { args } = make();
+    const forced = { ...forwardArgs(args), method: 'toeplitz', degree: 0, tolerance: 1e-5 } as const;
+    expect(() => attention().forward(forced)).toThrow("method 'toeplitz' misses the tolerance 0.00001");
+    expect(attention().forward({ ...forced, onMiss: 'report' }).report.errorEstimate).toBeGreaterThan(1e-5);
+    expect(attention().forward({ ...forced, degree: 3, tolerance: 1e-2 }).output.length).toBe(lengths(shape).output);
+  });
+});
