@@ -35,3 +35,7 @@ void ra_transpose(const float *x, size_t x_row, size_t rows, size_t columns, flo
   for (; r < rows; r++)
     for (size_t c = 0; c < columns; c++) y[c * y_row + r] = x[r * x_row + c];
 }
+
+void ra_fill(float *y, size_t count, float value) {
+  for (size_t i = 0; i < count; i++) y[i] = value;
+}

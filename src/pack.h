@@ -10,8 +10,7 @@
 // y[c][r] = x[r][c] for r < rows, c < columns; nothing else of y is written. Cost O(rows columns).
 void ra_transpose(const float *x, size_t x_row, size_t rows, size_t columns, float *y, size_t y_row);
 
-static inline void ra_fill(float *y, size_t count, float value) {
-  for (size_t i = 0; i < count; i++) y[i] = value;
-}
+// y[0 .. count - 1] = value.
+void ra_fill(float *y, size_t count, float value);
 
 #endif
