@@ -22,6 +22,7 @@
 
 typedef struct ra_relative {
   uint32_t count, table_rows;     // entries; different rows of numbers that they take
+  uint32_t half, step, gap, D;    // of a rotation: pairs (p step, p step + gap) for p < half; else half is 0
   size_t diagonals, before;       // entries of a row of the table, those of t < 0 (Nk - 1)
   const float *table;             // [table_rows][diagonals] W by t
   uint32_t *entries;              // [count][3] a, b, row

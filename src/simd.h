@@ -49,6 +49,15 @@ RA_INLINE f32x4 f32x4_madd(f32x4 a, f32x4 b, f32x4 c) {
 #endif
 }
 
+// c - a * b; as f32x4_madd.
+RA_INLINE f32x4 f32x4_nmadd(f32x4 a, f32x4 b, f32x4 c) {
+#ifdef RA_RELAXED
+  return wasm_f32x4_relaxed_nmadd(a, b, c);
+#else
+  return wasm_f32x4_sub(c, wasm_f32x4_mul(a, b));
+#endif
+}
+
 // The larger lane; b < a ? a : b, so that a NaN in b stays and one in a is lost (one instruction on x86).
 RA_INLINE f32x4 f32x4_max(f32x4 a, f32x4 b) { return wasm_f32x4_pmax(b, a); }
 RA_INLINE f32x4 f32x4_min(f32x4 a, f32x4 b) { return wasm_f32x4_pmin(b, a); }
@@ -99,6 +108,7 @@ RA_INLINE f32x4 f32x4_sub(f32x4 a, f32x4 b) { return a - b; }
 RA_INLINE f32x4 f32x4_mul(f32x4 a, f32x4 b) { return a * b; }
 RA_INLINE f32x4 f32x4_div(f32x4 a, f32x4 b) { return a / b; }
 RA_INLINE f32x4 f32x4_madd(f32x4 a, f32x4 b, f32x4 c) { return a * b + c; }
+RA_INLINE f32x4 f32x4_nmadd(f32x4 a, f32x4 b, f32x4 c) { return c - a * b; }
 
 RA_INLINE f32x4 ra_select(ra_mask where, f32x4 a, f32x4 b) {
   return (f32x4)(((ra_mask)a & where) | ((ra_mask)b & ~where));
