@@ -176,9 +176,12 @@ test-jest: page | tools-browser ## the Jest tests only (ARGS=... goes to Jest)
 bench: build | tools-browser ## the benchmarks, tests/bench/*.mjs (BENCH=file for one, ARGS=... goes to it)
 	@$(NODE) scripts/bench.mjs $(BENCH) -- $(ARGS)
 
-.PHONY: bench-auto sweep
+.PHONY: bench-auto crossover sweep
 bench-auto: build ## what choosing costs: time of auto over exact, an hour (ARGS=... for less)
 	@$(NODE) scripts/bench.mjs tests/promise/auto.mjs -- $(ARGS)
+
+crossover: build ## from which length on auto takes a polynomial, and how time grows with length, an hour (ARGS=... for less)
+	@$(NODE) scripts/bench.mjs tests/promise/crossover.mjs -- $(ARGS)
 
 sweep: build ## how the tolerance is kept: errors over tolerances on thousands of instances, minutes (ARGS=...)
 	@$(NODE) scripts/bench.mjs tests/promise/sweep.mjs -- $(ARGS)
