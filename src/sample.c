@@ -504,9 +504,16 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
 
 // --- Columns ------------------------------------------------------------------------------------------------------
 
+// Eight keys, and what weighs their scores.
+typedef struct columns {
+  uint32_t keys[LANES], outlier[LANES];
+  const weigher *w;
+} columns;
+
 // Queries i0 .. i0 + count - 1 of one head against the eight keys in the lanes of strip and v_strip.
 static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32_t i0, uint32_t count,
-                        const uint32_t *keys) {
+                        const columns *c) {
+  size_t kv_head = head / e->group;
   const ra_exp2_constants *constants = ra_exp2_load();
   const float *q = x->q + ra_head(e->p, head, e->p->heads, e->Nq, e->D) + i0 * e->q_row;
   const float *lse = x->lse + head * e->Nq + i0;
@@ -517,23 +524,35 @@ static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32
   ra_set_rows(dout, e->out_row, count, e->v_strip, LANES, (uint32_t)e->Dv, e->ds, LANES);
   for (uint32_t n = 0; n < count; n++) {
     const float *out = x->out + row + n * e->out_row;
-    ra_range range = ra_keys_of(e->p, i0 + n);
+    ra_range range = ra_keys_of(e->p, i0 + n), state = ra_state_keys(e->p, ra_chunk_start(e->p, i0 + n));
+    uint32_t outlier =
+        ra_outlier_bits(ra_outlier_queries(e->p, kv_head), (uint32_t)e->group, (uint32_t)(head % e->group), i0 + n, 1);
     double shift = 0, delta = 0, reference = lse[n] == -INFINITY ? 0 : lse[n];
     for (size_t d = 0; d < e->D; d++) shift += (double)e->rows[n * e->Dp + d] * e->k_mean[d];
     for (size_t d = 0; d < e->Dv; d++) delta += (double)dout[n * e->out_row + d] * out[d];
     const float *own = bias_of(e->p, head, i0 + n);
-    float live[LANES], bias[LANES] = {0};
+    float live[LANES], polynomial[LANES], bias[LANES] = {0};
     for (int i = 0; i < LANES; i++) {
-      live[i] = range.first <= keys[i] && keys[i] < range.end ? 1.0f : 0.0f;
-      if (own) bias[i] = *(own - keys[i]);
+      uint32_t j = c->keys[i];
+      live[i] = range.first <= j && j < range.end ? 1.0f : 0.0f;
+      int through = c->w->coefficients && !outlier && !c->outlier[i] && state.first <= j && j < state.end;
+      polynomial[i] = through ? 1.0f : 0.0f;
+      if (own) bias[i] = *(own - j);
     }
+    f32x4 zero = f32x4_splat(0), to_log2 = f32x4_splat((float)RA_LOG2_E);
     for (int h = 0; h < LANES; h += 4) {
       float *s = e->s + n * LANES + h, *weight = e->weight + n * LANES + h, *ds = e->ds + n * LANES + h;
-      f32x4 total = f32x4_add(f32x4_load(s), f32x4_add(f32x4_splat((float)(shift - reference)), f32x4_load(bias + h)));
-      f32x4 exponent = f32x4_mul(total, f32x4_splat((float)RA_LOG2_E));
-      f32x4 p = f32x4_where_less(f32x4_splat(0), f32x4_load(live + h), ra_exp2(exponent, constants), f32x4_splat(0));
-      f32x4_store(weight, p);
-      f32x4_store(ds, f32x4_mul(p, f32x4_sub(f32x4_load(ds), f32x4_splat((float)delta))));
+      f32x4 s_n = f32x4_load(s), by_state = f32x4_load(polynomial + h);
+      f32x4 offset = f32x4_add(f32x4_splat((float)(shift - reference)), f32x4_load(bias + h));
+      f32x4 value = ra_exp2(f32x4_mul(f32x4_add(s_n, offset), to_log2), constants), slope = value;
+      if (c->w->coefficients) {
+        f32x4 divided = ra_exp2(f32x4_mul(offset, to_log2), constants);
+        value = f32x4_where_less(zero, by_state, f32x4_mul(horner(c->w, 0, s_n), divided), value);
+        slope = f32x4_where_less(zero, by_state, f32x4_mul(horner(c->w, 1, s_n), divided), slope);
+      }
+      f32x4_store(weight, f32x4_where_less(zero, f32x4_load(live + h), value, zero));
+      slope = f32x4_where_less(zero, f32x4_load(live + h), slope, zero);
+      f32x4_store(ds, f32x4_mul(slope, f32x4_sub(f32x4_load(ds), f32x4_splat((float)delta))));
     }
   }
   ra_add_columns(dout, e->out_row, (uint32_t)e->Dv, e->weight, LANES, count, e->sum_t, LANES);
@@ -547,14 +566,18 @@ static int some_between(const uint32_t *keys, uint32_t first, uint32_t end) {
 }
 
 int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys, uint32_t count,
-                      float *dk, float *dv, void *workspace) {
-  if (ra_check(p) != RA_OK || ra_is_relative(p) || count == 0 || count > LANES) return RA_ERROR_PROBLEM;
+                      const float *coefficients, uint32_t degree, float *dk, float *dv, void *workspace) {
+  if (ra_check(p) != RA_OK || ra_is_relative(p) || count == 0 || count > LANES || degree > RA_MAX_DEGREE)
+    return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
-  uint32_t lane_keys[LANES], first = UINT32_MAX, last = 0;
+  weigher w = {.coefficients = coefficients, .degree = degree};
+  columns c = {.w = &w};
+  uint32_t first = UINT32_MAX, last = 0;
   const float *v = x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv);
   for (uint32_t n = 0; n < LANES; n++) {
-    uint32_t j = lane_keys[n] = keys[n < count ? n : count - 1];
+    uint32_t j = c.keys[n] = keys[n < count ? n : count - 1];
+    c.outlier[n] = ra_outlier_bits(ra_outlier_keys(p, kv_head), 1, 0, j, 1);
     if (j < first) first = j;
     if (j > last) last = j;
     ra_transpose(e.k_rows + j * e.Dp, e.Dp, 1, e.D, e.strip + n, LANES);
@@ -565,8 +588,8 @@ int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   for (size_t head = kv_head * e.group; head < (kv_head + 1) * e.group; head++)
     for (uint32_t i = ra_query_start(p, first), end = ra_query_end(p, last), count; i < end; i += count) {
       count = ra_min_u32(TILE, end - i);
-      if (some_between(lane_keys, ra_keys_of(p, i).first, ra_key_limit(p, i + count - 1)))
-        add_queries(&e, x, head, i, count, lane_keys);
+      if (some_between(c.keys, ra_keys_of(p, i).first, ra_key_limit(p, i + count - 1)))
+        add_queries(&e, x, head, i, count, &c);
     }
   ra_transpose(e.d_t, LANES, e.D, LANES, e.rows, e.Dp);
   for (uint32_t n = 0; n < count; n++) {

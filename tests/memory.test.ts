@@ -127,7 +127,7 @@ test.each<[string, Partial<Setting>, (number | null)[]]>([
         expect(session.run(pass, 0, session.units(pass))).toBe(true);
       }
       for (const name of ['out', 'lse', 'dq', 'dk', 'dv'] as const) found.push(session.result(name));
-      if (sampled) found.push(session.columns(1, rows));
+      if (sampled) found.push(session.columns(1, rows, null));
       found.push(...(['dbias', 'dsinks', 'dweights'] as const).map((name) => session.vector(name)));
     }
     expect(session.bytes).toBeGreaterThan(shift);

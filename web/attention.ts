@@ -230,6 +230,12 @@ export class Attention implements RopeAttention {
         if (missed && attempt.degree !== null && attempts.length > 0) {
           if (!(yield* promising(task, plan.sampler, attempt.degree, missed))) continue;
         }
+        if (attempt.degree !== null && problem.method === 'auto' && reliesOnGiven(task)) {
+          if (!(yield* plan.sampler.suits(attempt.degree, problem.tolerance / 4))) {
+            task = { ...task, passes: ['forward', 'backward'] };
+            misses.push(`the given output and lse are not those of degree ${attempt.degree}: they were computed again`);
+          }
+        }
         // A polynomial may yet miss: it gets nine tenths of what is left. 1 is for the very end.
         const share = attempt.degree === null ? 0.99 : 0.9;
         const end = progress + (1 - progress) * share;
@@ -298,9 +304,21 @@ export class Attention implements RopeAttention {
     const coefficients = attempt.coefficients ?? (yield* plan.sampler.coefficients(attempt.degree));
     if (!coefficients) return failed('has coefficients beyond float32', null);
 
+    const middle = from + 0.3 * (to - from);
     session.setWorkspace(workspaceOf(session, task.passes, attempt.degree));
     session.setEngine(attempt.degree, coefficients);
-    const positive = yield* this.#run(session, task, task.passes, attempt.degree, from, to);
+    let positive = true;
+    if (task.passes.length > 1) positive = yield* this.#run(session, task, ['forward'], attempt.degree, from, middle);
+    // Gradients of keys are foreseen once output and lse are there; what would miss is not run to its end.
+    if (task.pass === 'backward' && task.problem.method === 'auto') {
+      const foreseen = yield* plan.sampler.foresee(attempt.degree);
+      if (!(foreseen.upper <= ROOM.backward.check * task.problem.tolerance)) {
+        const miss = `has a predicted error of ${short(foreseen.error)} in the gradients of keys`;
+        return { ...failed(miss, coefficients), measured: foreseen };
+      }
+    }
+    const last = task.passes.length > 1 ? middle : from;
+    positive = (yield* this.#run(session, task, [task.pass], attempt.degree, last, to)) && positive;
     const measured = yield* plan.sampler.check(task.pass);
     if (!positive)
       return { ...failed('has rows whose weights do not add up to a positive number', coefficients), measured };

@@ -101,6 +101,8 @@ interface Exports {
     head: number,
     keys: number,
     count: number,
+    coefficients: number,
+    degree: number,
     dk: number,
     dv: number,
     workspace: number,
@@ -666,14 +668,17 @@ export class Session {
     };
   }
 
-  /** Rows `keys` (ascending) of dk and dv from exact weights and the lse and out that are there. */
-  columns(head: number, keys: ArrayLike<number>): { dk: Float32Array; dv: Float32Array } {
+  /** Rows `keys` (ascending) of dk and dv with exp or a polynomial, and the lse and out that are there. */
+  columns(head: number, keys: ArrayLike<number>, coefficients: Float32Array | null): { dk: Float32Array; dv: Float32Array } {
     this.prepare(head);
     const at = this.#at;
     this.#arena.writeIntegers(at.rows, keys);
+    if (coefficients) this.#arena.writeFloats(at.own, coefficients);
+    const [own, degree] = coefficients ? [at.own, coefficients.length - 1] : [0, 0];
     const { ra_sample_columns } = this.#exports;
+    const { problem, arrays, rows, dk, dv } = at;
     this.#expect(
-      ra_sample_columns(at.problem, at.arrays, head, at.rows, keys.length, at.dk, at.dv, this.#sampling),
+      ra_sample_columns(problem, arrays, head, rows, keys.length, own, degree, dk, dv, this.#sampling),
       'ra_sample_columns',
     );
     const { headDim, valueDim } = this.geometry;

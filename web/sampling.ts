@@ -32,9 +32,6 @@ const ROUNDING = 2 ** -18;
 /** A degree is not tried where the one before and the fits make its error this many times too large. */
 const HOPELESS = 4;
 
-/** Errors of gradients on part of the rows, relative to the limit, from which the rest will not help. */
-const LOST = 3;
-
 /** Query heads of a group whose first rows are looked at, two chunks of each; more of them where there are fewer heads. */
 const FIRST_HEADS = 2;
 
@@ -107,10 +104,13 @@ export class Sampler {
         continue;
       }
       const tally = new Tally();
+      let portions = 0;
       for (const known of this.#known(pass, short.has(degree))) {
         this.#predict(pass, degree, known, tally);
         yield 0;
-        if (!thorough && tally.result().error > limit * (pass === 'forward' ? 1 : LOST)) break;
+        // Gradients may still come down: the fewer rows, the more of it is chance.
+        portions++;
+        if (!thorough && tally.result().error > limit * (pass === 'forward' ? 1 : 1 + 0.8 / portions)) break;
       }
       const measured = tally.result();
       found.set(degree, measured);
@@ -159,24 +159,56 @@ export class Sampler {
     return new Map(Array.from(worst, ([degree, error]) => [degree, { error, upper: error, relative: error }]));
   }
 
+  /**
+   * Whether output and lse that were given are those of a polynomial, to within `limit`, on the rows of its pilot: else its
+   * gradients by these are not its own.
+   */
+  *suits(degree: number, limit: number): Generator<number, boolean> {
+    for (const head of this.#heads()) {
+      for (const { rows } of this.#drawnRows(head).first) {
+        const own = this.#fit(head, degree);
+        const got = own && this.#session.rows(head, rows, own, false);
+        if (!got || !(this.#distance(head, rows, got) <= limit)) return false;
+        yield 0;
+      }
+    }
+    return true;
+  }
+
+  /** Errors to expect of dk and dv, on the columns of the check, given the output and lse that are there. */
+  *foresee(degree: number): Generator<number, Measured> {
+    const tally = new Tally();
+    for (const head of this.#heads()) {
+      const own = this.#fit(head, degree);
+      for (const { rows: keys, weights } of this.#columnPortions(head)) {
+        const exact = this.#session.columns(head, keys, null);
+        const got = own && this.#session.columns(head, keys, own);
+        if (got) {
+          tally.gradient('dk', exact.dk, got.dk, this.#columnRounding(head), weights);
+          tally.gradient('dv', exact.dv, got.dv, 0, weights);
+        } else tally.fail();
+        yield 0;
+      }
+    }
+    return tally.result();
+  }
+
   /** The error of a finished pass on the sampled rows; of gradients also on columns. */
   *check(pass: Pass): Generator<number, Measured> {
     const tally = new Tally();
-    const roundings = new Map<number, number>();
     for (const { head, rows, weights, exact } of this.#known(pass)) {
       if (pass === 'forward') {
         tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range, weights);
       } else {
         const rounding = this.#rounding(head, rows, exact);
-        if (!roundings.has(head)) roundings.set(head, rounding);
         tally.gradient('dq', exact.dq, this.#gather('dq', head, rows), rounding, weights);
       }
       yield 0;
     }
     for (const head of pass === 'backward' ? this.#heads() : []) {
       for (const { rows: keys, weights } of this.#columnPortions(head)) {
-        const { dk, dv } = this.#session.columns(head, keys);
-        tally.gradient('dk', dk, this.#gather('dk', head, keys), roundings.get(head) ?? 0, weights);
+        const { dk, dv } = this.#session.columns(head, keys, null);
+        tally.gradient('dk', dk, this.#gather('dk', head, keys), this.#columnRounding(head), weights);
         tally.gradient('dv', dv, this.#gather('dv', head, keys), 0, weights);
         yield 0;
       }
@@ -195,16 +227,20 @@ export class Sampler {
     let largest = 0;
     for (let n = 0; n < rows.length; n += SAMPLE_ROWS) {
       const some = rows.slice(n, n + SAMPLE_ROWS);
-      const exact = this.#session.rows(head, some, null, false);
-      const error = outputError(exact.out, this.#gather('out', head, some), this.#bounds[head].v_half_range);
-      largest = worse(largest, error);
-      const lse = this.#gather('lse', head, some);
-      exact.lse.forEach((value, n) => {
-        if (value === lse[n]) return; // -Infinity where nothing is seen
-        largest = worse(largest, Math.abs(value - lse[n]) / Math.max(1, Math.abs(value)));
-      });
+      largest = worse(largest, this.#distance(head, some, this.#session.rows(head, some, null, false)));
       yield 0;
     }
+    return largest;
+  }
+
+  /** How far output and lse of some rows are from others: the larger of the output's error and lse's. */
+  #distance(head: number, rows: readonly number[], { out, lse }: Rows): number {
+    let largest = outputError(out, this.#gather('out', head, rows), this.#bounds[head].v_half_range);
+    const there = this.#gather('lse', head, rows);
+    lse.forEach((value, n) => {
+      if (value === there[n]) return; // -Infinity where nothing is seen
+      largest = worse(largest, Math.abs(value - there[n]) / Math.max(1, Math.abs(value)));
+    });
     return largest;
   }
 
@@ -394,6 +430,12 @@ export class Sampler {
     const all = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
     parts.forEach((part, n) => all.set(part, n * part.length));
     return all;
+  }
+
+  /** The same for columns of dk: that of the first rows, once these are known. */
+  #columnRounding(head: number): number {
+    const [first] = this.#drawnRows(head).first;
+    return first?.exact ? this.#rounding(head, first.rows, first.exact) : 0;
   }
 
   /**
