@@ -49,6 +49,9 @@ const EFFICIENCY = [
 /** The same for the Toeplitz engine: transforms reach 0.65 and are two thirds of its time. */
 const TOEPLITZ_EFFICIENCY = 0.45;
 
+/** Of the exact engine's share, what relative maps reach: rotations, and any matrices; without their constant parts. */
+const MAP_EFFICIENCY = { rotation: 0.87, matrices: 0.53 };
+
 /** The same for the sampling functions. */
 const SAMPLING_EFFICIENCY = 0.5;
 /**
@@ -132,7 +135,8 @@ export function cost(
   features: Features = 'polynomial',
 ): number {
   const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
-  if (degree === null) return exactFlops(g, pass) / share.exact[pass];
+  const ofMap = g.relativePositions ? MAP_EFFICIENCY.rotation : g.relative ? MAP_EFFICIENCY.matrices : 1;
+  if (degree === null) return exactFlops(g, pass) / (share.exact[pass] * ofMap);
   if (features === 'toeplitz') return toeplitzFlops(g, pass, degree) / TOEPLITZ_EFFICIENCY;
   // The keys at the left edge of a window, and those that leave the state, are rotated once more and weighed in whole blocks.
   const besides = g.window[0] < 0 ? 0 : 1.5 * CHUNK * flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength;
