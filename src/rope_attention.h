@@ -4,7 +4,8 @@
 //
 //   exact       O(N^2 D) time, O(N D) memory: tiled online softmax;
 //   polynomial  O(N rank Dv) time, O(N D + rank Dv) memory: exp replaced by a polynomial of low degree, so that the
-//               matrix of scores becomes an inner product of monomial features;
+//               matrix of scores becomes an inner product of monomial features; a few outliers, rows with large scores,
+//               are done exactly;
 //   toeplitz    O(N rank Dv log N) time, O(N (D + Dv)) memory: the same features, and what depends on i - j alone (any bias, any
 //               mask) in a Toeplitz matrix, which is applied by fast Fourier transforms.
 //

@@ -9,6 +9,7 @@ import { featuresOf } from '../dist/scores.js';
 import { readCall } from '../dist/validate.js';
 import { binaries } from './support.js';
 import type { Method } from '../dist/index.js';
+import type { Outliers } from '../dist/kernel.js';
 import type { Problem } from './support.js';
 
 /** A kernel of one of the `binaries`. */
@@ -36,9 +37,11 @@ export function runEngine(
   kernel: Kernel,
   args: Problem & { method?: Method },
   coefficients: readonly Float32Array[] | null,
+  outliers: Outliers | null = null,
 ): EngineResult {
   const { problem, inputs } = readCall('backward', args);
   const session = kernel.open('test', problem, featuresOf(problem));
+  session.setOutliers(outliers);
   const degree = coefficients && coefficients[0].length - 1;
   const [forward, backward] = (['forward', 'backward'] as const).map((pass) => session.workspaceBytes(pass, degree));
   session.load(inputs, 'backward', Math.max(forward, backward));

@@ -798,3 +798,115 @@ describe('where errors hide', () => {
     expect(attention.plan({ ...args, guarantee: 'certified' }).scoreBound).toBeGreaterThan(1);
   });
 });
+
+describe('outliers', () => {
+  const shape = { heads: 1, queryLength: 4096, headDim: 16 };
+  const entries = uniform(0.4);
+
+  /** Some rows of x, enlarged. */
+  function enlarge(x: Float32Array, rows: readonly number[], factor: number): void {
+    for (const row of rows) for (let d = 0; d < 16; d++) x[16 * row + d] *= factor;
+  }
+
+  /** Gaussian vectors with log-normal norms, scores of deviation 0.3 and up to about 7. */
+  function heavyTails(length: number, seed: number): Problem {
+    const args = problem({ shape: { heads: 1, queryLength: length, headDim: 16 } }, seed);
+    const r = random(seed);
+    for (const x of [args.q, args.k]) {
+      for (let row = 0; row < length; row++) {
+        const norm = Math.exp(0.4 * r.normal()) * Math.sqrt(0.3 / Math.exp(0.32));
+        for (let d = 0; d < 16; d++) x[16 * row + d] *= norm;
+      }
+    }
+    return args;
+  }
+
+  test.each([
+    ['one huge key', {}, [2000], []],
+    ['one huge key, causal', { causal: true }, [100], []],
+    ['a few huge keys and queries', {}, [7, 8, 3000], [0, 77, 4095]],
+    ['the same, causal, in a window', { causal: true, window: [2500, -1] as const }, [7, 8, 3000], [0, 77, 4095]],
+    ['the same in packed sequences', { segments: [0, 1900] }, [7, 8, 3000], [0, 77, 4095]],
+  ] as [string, object, number[], number[]][])('%s: a polynomial within the tolerance', (_, options, keys, queries) => {
+    for (const factor of [50, 5000]) {
+      const full = { ...problem({ shape, ...options }, 1, entries), ...options };
+      enlarge(full.k, keys, factor);
+      enlarge(full.q, queries, factor);
+      const args = { ...withoutGradient(full), tolerance: 1e-2 };
+      const { output, report } = attention.forward(args);
+      expect(report.method).toBe('polynomial');
+      expect(report.outliers!.keys).toBeGreaterThanOrEqual(keys.length);
+      expect(report.outliers!.queries).toBeGreaterThanOrEqual(queries.length);
+      expect(report.reason).toMatch(
+        /^polynomial of degree \d \(rank \d+\) beside \d+ queries and \d+ keys that are exact: predicted .* cheaper than exact/,
+      );
+      expect(outputError(args, output)).toBeLessThanOrEqual(args.tolerance);
+      expect(attention.plan(args)).toMatchObject({ method: 'polynomial', degree: report.degree, outliers: report.outliers });
+      // As far as the other rows go, whatever the factor is.
+      expect(report.scoreBound).toBeLessThan(2);
+    }
+  });
+
+  test('gradients', () => {
+    const full = problem({ shape }, 2, entries);
+    enlarge(full.k, [1000], 50);
+    enlarge(full.q, [2000], 50);
+    const { report, ...got } = attention.backward({ ...full, tolerance: 2e-2 });
+    const exact = attention.backward({ ...full, method: 'exact' });
+    expect(report).toMatchObject({ method: 'polynomial', outliers: { queries: 1, keys: 1 } });
+    for (const name of ['dq', 'dk', 'dv'] as const) expect(relativeFrobenius(got[name], exact[name])).toBeLessThanOrEqual(2e-2);
+    const plan = attention.plan({ ...full, tolerance: 2e-2 });
+    expect(plan).toMatchObject({ method: 'polynomial', degree: report.degree, outliers: report.outliers, flops: report.flops });
+  });
+
+  test('grouped heads and the other layout: the same rows', () => {
+    const setting = { shape: { heads: 4, kvHeads: 2, queryLength: 4096, headDim: 16 }, causal: true };
+    const args = problem(setting, 3, entries);
+    enlarge(args.k, [0, 3000, 5000, 8000], 40);
+    enlarge(args.q, [10, 5000, 9000, 16000], 40);
+    const given = { ...withoutGradient(args), tolerance: 1e-2 };
+    const { output, report } = attention.forward(given);
+    expect(report.method).toBe('polynomial');
+    expect(report.reason).toContain('of each key/value head that are exact');
+    expect(outputError(given, output)).toBeLessThanOrEqual(1e-2);
+    const other = attention.forward({ ...withoutGradient(withLayout(args, 'bnhd')), tolerance: 1e-2 }).report;
+    expect({ ...other, milliseconds: 0 }).toEqual({ ...report, milliseconds: 0 });
+  });
+
+  test('certified: the bound is that of the other rows', () => {
+    const args: ForwardArgs = { ...withoutGradient(problem({ shape }, 4, entries)), tolerance: 2e-2, guarantee: 'certified' };
+    enlarge(args.k, [2000], 30);
+    const { output, report } = attention.forward(args);
+    expect(report.method).toBe('polynomial');
+    expect(report.outliers!.keys).toBeGreaterThan(0);
+    expect(report.errorBound).toBeLessThanOrEqual(2e-2);
+    expect(outputError(args, output)).toBeLessThanOrEqual(report.errorBound!);
+    expect(attention.plan(args)).toMatchObject({ degree: report.degree, outliers: report.outliers, errorBound: report.errorBound });
+  });
+
+  test('none where they are of no use, and none for exact', () => {
+    const args = withoutGradient(problem({ shape }, 5, entries));
+    expect(attention.forward(args).report.outliers).toEqual({ queries: 0, keys: 0 });
+    expect(attention.forward({ ...args, method: 'exact' }).report.outliers).toBeNull();
+    expect(attention.forward({ ...args, method: 'polynomial', degree: 2 }).report.outliers).toEqual({ queries: 0, keys: 0 });
+  });
+
+  test("a forced polynomial takes them where no degree alone would do", () => {
+    const args: ForwardArgs = { ...withoutGradient(problem({ shape }, 6, entries)), method: 'polynomial', tolerance: 1e-2 };
+    enlarge(args.k, [2000], 1000);
+    const { output, report } = attention.forward(args);
+    expect(report.outliers).toEqual({ queries: 0, keys: 1 });
+    expect(outputError(args, output)).toBeLessThanOrEqual(1e-2);
+  });
+
+  test('heavy tails keep the tolerance by some outliers and a low degree', () => {
+    for (const seed of [1, 2, 3]) {
+      const args = { ...withoutGradient(heavyTails(8192, seed)), tolerance: 2e-2 };
+      const { output, report } = attention.forward(args);
+      expect(report.method).toBe('polynomial');
+      expect(report.degree).toBeLessThanOrEqual(3);
+      expect(report.outliers!.queries + report.outliers!.keys).toBeGreaterThan(0);
+      expect(outputError(args, output)).toBeLessThanOrEqual(2e-2);
+    }
+  });
+});

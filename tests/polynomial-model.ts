@@ -2,7 +2,7 @@
 //
 // What the polynomial engine computes, in float64 and without features: every weight a_ij written out.
 //
-//   x_i = scale R q_i,  y_j = R k_j - mean of R k,  s_ij = x_i . y_j
+//   x_i = scale R q_i,  y_j = R k_j - mean of R k (outliers left out),  s_ij = x_i . y_j
 //   a_ij = p(s_ij)        all pairs of a segment; when causal, keys before the block of 32 queries that i is in; in a window,
 //                         those of them that all queries of the block see, whose number is a multiple of 32
 //        = exp(s_ij)      the other keys that i may see
@@ -11,16 +11,21 @@
 // and the gradient is the derivative of that, p held fixed, the mean key included:
 //
 //   g_ij = (dout_i.v_j - dout_i.out_i) / den_i * da_ij/ds      dx_i = sum_j g_ij y_j
-//   dy_j = sum_i g_ij x_i, and since y_j = R k_j - mean,       d(R k)_j = dy_j - mean of dy
+//   dy_j = sum_i g_ij x_i, and since y_j = R k_j - mean,       d(R k)_j = dy_j - sum of dy / keys that are no outliers, for these
+//
+// Pairs of outliers have a_ij = exp(s_ij) everywhere.
 
 import { reference } from '../dist/index.js';
 import { fullShape, maxAbs } from './support.js';
 import { RESULTS } from './yardstick.js';
 import type { Arrays, Floats, Setting } from './support.js';
 import type { ByResult } from './yardstick.js';
+import type { Outliers } from '../dist/kernel.js';
 
 /** Queries of one diagonal block (RA_CHUNK). */
 const BLOCK = 32;
+
+const NO_OUTLIERS: Outliers = { queries: new Uint32Array(0), keys: new Uint32Array(0), counts: { queries: 0, keys: 0 } };
 
 /** Arrays of either precision. */
 export type ModelArgs = Setting & Record<keyof Arrays, Floats>;
@@ -30,8 +35,15 @@ export interface ModelResult extends ByResult<Float64Array> {
   terms: ByResult<number>;
 }
 
-/** @param coefficients for each key/value head, [batch * kvHeads][degree + 1]. */
-export function polynomialModel(args: ModelArgs, coefficients: readonly ArrayLike<number>[]): ModelResult {
+/**
+ * @param coefficients for each key/value head, [batch * kvHeads][degree + 1].
+ * @param outliers of each key/value head, as ra_problem has them.
+ */
+export function polynomialModel(
+  args: ModelArgs,
+  coefficients: readonly ArrayLike<number>[],
+  outliers: Outliers = NO_OUTLIERS,
+): ModelResult {
   const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim } = fullShape(args.shape);
   const { rotary = {}, scale = 1 / Math.sqrt(headDim), causal = false, queryOffset = 0 } = args;
   const { segments = [0], window = [-1, -1] } = args;
@@ -58,10 +70,19 @@ export function polynomialModel(args: ModelArgs, coefficients: readonly ArrayLik
     for (let d = 0; d < x.length; d++) y[d] += Math.abs(a * x[d]);
   };
 
+  const { counts } = outliers;
+  const plainKeys = keyLength - counts.keys;
+  const isFarKey = (keyHead: number, j: number) =>
+    outliers.keys.subarray(keyHead * counts.keys, (keyHead + 1) * counts.keys).includes(j);
+  const isFarQuery = (keyHead: number, n: number) =>
+    outliers.queries.subarray(keyHead * counts.queries, (keyHead + 1) * counts.queries).includes(n);
+
   const x = q.map((value) => scale * value);
   const means = Array.from({ length: batch * kvHeads }, (_, head) => {
     const mean = new Float64Array(headDim);
-    for (let j = 0; j < keyLength; j++) accumulate(mean, 1 / keyLength, row(k, head * keyLength + j, headDim));
+    for (let j = 0; j < keyLength; j++) {
+      if (!isFarKey(head, j)) accumulate(mean, 1 / plainKeys, row(k, head * keyLength + j, headDim));
+    }
     return mean;
   });
   const y = k.map((value, n) => value - means[Math.floor(n / headDim / keyLength)][n % headDim]);
@@ -94,13 +115,21 @@ export function polynomialModel(args: ModelArgs, coefficients: readonly ArrayLik
     const [stateFrom, stateTo] = [Math.max(start, from + odd), Math.min(end, behind)];
     if (seen <= first) continue;
 
+    const group = heads / kvHeads;
+    const farQuery = isFarQuery(keyHead, i * group + (head % group));
     // a, da/ds, and the sums of magnitudes of the terms of either
-    const weights = Array.from({ length: seen - first }, (_, n) => {
+    // all over exp(top), so that none overflows
+    const scores = Array.from({ length: seen - first }, (_, n) => {
+      const [x_r, y_j] = [row(x, r, headDim), row(y, keyHead * keyLength + first + n, headDim)];
+      return { s: dot(x_r, y_j), size: absDot(x_r, y_j) };
+    });
+    const top = Math.max(...scores.map(({ s }) => s)) > 50 || farQuery ? Math.max(...scores.map(({ s }) => s)) : 0;
+    const weights = scores.map(({ s, size }, n) => {
       const j = first + n;
-      const [x_r, y_j] = [row(x, r, headDim), row(y, keyHead * keyLength + j, headDim)];
-      const [s, size] = [dot(x_r, y_j), absDot(x_r, y_j)];
-      if (j >= stateFrom && j < stateTo) return polynomialWeight(coefficients[keyHead], s, size);
-      const a = Math.exp(s);
+      if (j >= stateFrom && j < stateTo && !farQuery && !isFarKey(keyHead, j)) {
+        return polynomialWeight(coefficients[keyHead], s, size, Math.exp(-top));
+      }
+      const a = Math.exp(s - top);
       return { a, slope: a, sizeA: a * (1 + size), sizeSlope: a * (1 + size) };
     });
     const den = weights.reduce((sum, { a }) => sum + a, 0);
@@ -108,7 +137,7 @@ export function polynomialModel(args: ModelArgs, coefficients: readonly ArrayLik
     const [x_r, dout_r, out_r] = [row(x, r, headDim), row(dout, r, valueDim), row(result.output, r, valueDim)];
     const shift = dot(x_r, means[keyHead]);
     weights.forEach(({ a }, n) => accumulate(out_r, a / den, row(v, keyHead * keyLength + first + n, valueDim)));
-    result.lse[r] = Math.log(den) + shift;
+    result.lse[r] = Math.log(den) + top + shift;
     terms.lse[r] = sizeDen + Math.abs(result.lse[r]) + absDot(x_r, means[keyHead]);
 
     const delta = dot(dout_r, out_r);
@@ -135,19 +164,21 @@ export function polynomialModel(args: ModelArgs, coefficients: readonly ArrayLik
   // Through x = scale R q and y = R k - mean, back to q and k.
   for (let keyHead = 0; keyHead < batch * kvHeads; keyHead++) {
     const mean = new Float64Array(headDim);
-    for (let j = 0; j < keyLength; j++) accumulate(mean, 1 / keyLength, row(result.dk, keyHead * keyLength + j, headDim));
-    for (let j = 0; j < keyLength; j++) accumulate(row(result.dk, keyHead * keyLength + j, headDim), -1, mean);
+    for (let j = 0; j < keyLength; j++) accumulate(mean, 1 / plainKeys, row(result.dk, keyHead * keyLength + j, headDim));
+    for (let j = 0; j < keyLength; j++) {
+      if (!isFarKey(keyHead, j)) accumulate(row(result.dk, keyHead * keyLength + j, headDim), -1, mean);
+    }
   }
   const dq = reference.rotate({ x: result.dq.map((g) => scale * g), shape: args.shape, rotary, queryOffset, inverse: true });
   const dk = reference.rotate({ x: result.dk, shape: keyShape, rotary, inverse: true });
   return { ...result, dq, dk, terms: Object.fromEntries(RESULTS.map((name) => [name, maxAbs(terms[name])])) as ByResult<number> };
 }
 
-/** p(s) and p'(s); and, the products of s adding up to `size` in magnitude, how many roundings of 1 either is off at most. */
-function polynomialWeight(coefficients: ArrayLike<number>, s: number, size: number) {
+/** p(s) and p'(s) times `factor`; and, the products of s adding up to `size` in magnitude, how many roundings of 1 either is off at most. */
+function polynomialWeight(coefficients: ArrayLike<number>, s: number, size: number, factor: number) {
   let [a, slope, sizeA, sizeSlope] = [0, 0, 0, 0];
   for (let m = 0; m < coefficients.length; m++) {
-    const c = coefficients[m];
+    const c = factor * coefficients[m];
     a += c * s ** m;
     sizeA += (1 + m) * Math.abs(c) * size ** m;
     if (m === 0) continue;

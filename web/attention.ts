@@ -11,7 +11,7 @@
 // positions to either side; `auto` computes exactly (the report says so), a forced polynomial is a RangeError.
 
 import { certify, scoreBound, scoreRadius } from './certificate.js';
-import type { Pass } from './cost.js';
+import { NO_OUTLIERS, type OutlierCounts, type Pass } from './cost.js';
 import { Kernel, type Bounds, type Session } from './kernel.js';
 import { loadModule } from './load.js';
 import {
@@ -22,6 +22,7 @@ import {
   promising,
   refuseMiss,
   ROOM,
+  roomBeside,
   short,
   workspaceOf,
   type Attempt,
@@ -159,19 +160,19 @@ export class Attention implements RopeAttention {
       const plan = yield* this.#plan(session, task, inputs);
       const chosen = plan.attempts[0];
       const coefficients =
-        chosen.coefficients ?? (chosen.degree === null ? null : yield* plan.sampler.coefficients(chosen.degree));
+        chosen.coefficients ?? (chosen.degree === null ? null : yield* chosen.split.sampler.coefficients(chosen.degree));
       if (problem.method !== 'auto' && chosen.degree !== null && !(errorOf(chosen) <= problem.tolerance)) {
         refuseMiss(task, `degree ${chosen.degree} has a predicted error of ${short(errorOf(chosen))}`);
       }
-      const bound = boundOf(task, { ...chosen, coefficients }, plan.bounds);
+      const bound = boundOf(task, { ...chosen, coefficients });
+      session.setOutliers(chosen.split.outliers);
       const bytes = session.bytes + workspaceOf(session, passes, chosen.degree);
       yield 1;
       const reason = explain(task, { ...chosen, bound }, chosen.predicted, 'predicted', plan.because, []);
-      const cost = costOf(problem, passes, chosen.degree);
+      const cost = costOf(problem, passes, chosen.degree, countsOf(chosen));
       return reportOf(
         task,
         chosen,
-        plan.bounds,
         bound,
         chosen.predicted,
         bytes,
@@ -223,15 +224,15 @@ export class Attention implements RopeAttention {
     try {
       const plan = yield* this.#plan(session, task, inputs);
       const misses: string[] = [];
-      let missed: Parameters<typeof promising>[3] | null = null;
+      let missed: Parameters<typeof promising>[2] | null = null;
       let progress = 0;
       const attempts = [...plan.attempts];
       for (let attempt = attempts.shift(); attempt; attempt = attempts.shift()) {
         if (missed && attempt.degree !== null && attempts.length > 0) {
-          if (!(yield* promising(task, plan.sampler, attempt.degree, missed))) continue;
+          if (!(yield* promising(task, attempt, missed))) continue;
         }
         if (attempt.degree !== null && problem.method === 'auto' && reliesOnGiven(task)) {
-          if (!(yield* plan.sampler.suits(attempt.degree, problem.tolerance / 4))) {
+          if (!(yield* attempt.split.sampler.suits(attempt.degree, problem.tolerance / 4))) {
             task = { ...task, passes: ['forward', 'backward'] };
             misses.push(`the given output and lse are not those of degree ${attempt.degree}: they were computed again`);
           }
@@ -239,7 +240,7 @@ export class Attention implements RopeAttention {
         // A polynomial may yet miss: it gets nine tenths of what is left. 1 is for the very end.
         const share = attempt.degree === null ? 0.99 : 0.9;
         const end = progress + (1 - progress) * share;
-        const outcome = yield* this.#attempt(session, task, plan, attempt, progress, end);
+        const outcome = yield* this.#attempt(session, task, attempt, progress, end);
         progress = end;
         if (outcome.miss !== null) {
           const last = attempts.length === 0;
@@ -261,10 +262,10 @@ export class Attention implements RopeAttention {
         const bytes = session.bytes;
         const ran = {
           ...attempt,
-          bound: boundOf(task, { ...attempt, coefficients: outcome.coefficients }, plan.bounds),
+          bound: boundOf(task, { ...attempt, coefficients: outcome.coefficients }),
         };
         const reason = explain(task, ran, outcome.measured, 'sampled', plan.because, [...outcome.notes, ...misses]);
-        const report = reportOf(outcome.task, attempt, plan.bounds, ran.bound, outcome.measured, bytes, null, reason);
+        const report = reportOf(outcome.task, attempt, ran.bound, outcome.measured, bytes, null, reason);
         const result = read(session, report);
         report.milliseconds = performance.now() - start;
         yield 1;
@@ -288,12 +289,13 @@ export class Attention implements RopeAttention {
   *#attempt(
     session: Session,
     task: Task,
-    plan: Plan,
     attempt: Attempt,
     from: number,
     to: number,
   ): Generator<number, Outcome> {
-    if (attempt.degree === null) return yield* this.#exact(session, task, plan, from, to);
+    const { sampler, outliers } = attempt.split;
+    session.setOutliers(outliers);
+    if (attempt.degree === null) return yield* this.#exact(session, task, attempt, from, to);
     const failed = (miss: string, coefficients: Float32Array | null) => ({
       task,
       coefficients,
@@ -301,28 +303,31 @@ export class Attention implements RopeAttention {
       miss,
       notes: [],
     });
-    const coefficients = attempt.coefficients ?? (yield* plan.sampler.coefficients(attempt.degree));
+    const coefficients = attempt.coefficients ?? (yield* sampler.coefficients(attempt.degree));
     if (!coefficients) return failed('has coefficients beyond float32', null);
 
     const middle = from + 0.3 * (to - from);
     session.setWorkspace(workspaceOf(session, task.passes, attempt.degree));
     session.setEngine(attempt.degree, coefficients);
+    const run = (passes: readonly Pass[], start: number, end: number) =>
+      this.#run(session, task, passes, attempt, start, end);
     let positive = true;
-    if (task.passes.length > 1) positive = yield* this.#run(session, task, ['forward'], attempt.degree, from, middle);
+    if (task.passes.length > 1) positive = yield* run(['forward'], from, middle);
     // Gradients of keys are foreseen once output and lse are there; what would miss is not run to its end.
+    const limit = ROOM[task.pass].check * roomBeside(attempt.split) * task.problem.tolerance;
     if (task.pass === 'backward' && task.problem.method === 'auto') {
-      const foreseen = yield* plan.sampler.foresee(attempt.degree);
-      if (!(foreseen.upper <= ROOM.backward.check * task.problem.tolerance)) {
+      const foreseen = yield* sampler.foresee(attempt.degree);
+      if (!(foreseen.upper <= limit)) {
         const miss = `has a predicted error of ${short(foreseen.error)} in the gradients of keys`;
         return { ...failed(miss, coefficients), measured: foreseen };
       }
     }
     const last = task.passes.length > 1 ? middle : from;
-    positive = (yield* this.#run(session, task, [task.pass], attempt.degree, last, to)) && positive;
-    const measured = yield* plan.sampler.check(task.pass);
+    positive = (yield* run([task.pass], last, to)) && positive;
+    const measured = yield* sampler.check(task.pass);
     if (!positive)
       return { ...failed('has rows whose weights do not add up to a positive number', coefficients), measured };
-    const met = measured.upper <= ROOM[task.pass].check * task.problem.tolerance;
+    const met = measured.upper <= limit;
     return {
       task,
       coefficients,
@@ -337,7 +342,7 @@ export class Attention implements RopeAttention {
    * (`auto`) a few of their rows are compared with exact ones, and if these differ the forward pass is run as well. Not so
    * where scores are modified, which the sampling of rows does not know.
    */
-  *#exact(session: Session, task: Task, plan: Plan, from: number, to: number): Generator<number, Outcome> {
+  *#exact(session: Session, task: Task, attempt: Attempt, from: number, to: number): Generator<number, Outcome> {
     const notes: string[] = [];
     let { passes } = task;
     const given = task.pass === 'backward' && passes.length === 1 && task.problem.method === 'auto';
@@ -345,7 +350,7 @@ export class Attention implements RopeAttention {
     if (given && unknown.length > 0) {
       notes.push(`the given output and lse were not checked, as sampled rows have no ${unknown.join(' or ')}`);
     } else if (given) {
-      const difference = yield* plan.sampler.given(portionsOfGiven(task));
+      const difference = yield* attempt.split.sampler.given(portionsOfGiven(task));
       if (!(difference <= task.problem.tolerance / 4)) {
         passes = ['forward', 'backward'];
         notes.push(`the given output and lse are off by ${short(difference)} and were computed again`);
@@ -353,8 +358,8 @@ export class Attention implements RopeAttention {
     }
     session.setWorkspace(workspaceOf(session, passes, null));
     session.setEngine(null);
-    session.boundScores(scoreBound(task.problem, plan.bounds));
-    yield* this.#run(session, task, passes, null, from, to);
+    session.boundScores(scoreBound(task.problem, attempt.split.bounds));
+    yield* this.#run(session, task, passes, attempt, from, to);
     return { task: { ...task, passes }, coefficients: null, measured: null, miss: null, notes };
   }
 
@@ -363,15 +368,16 @@ export class Attention implements RopeAttention {
     session: Session,
     { problem }: Task,
     passes: readonly Pass[],
-    degree: number | null,
+    attempt: Attempt,
     from: number,
     to: number,
   ): Generator<number, boolean> {
-    const total = costOf(problem, passes, degree);
+    const costs = (passes: readonly Pass[]) => costOf(problem, passes, attempt.degree, countsOf(attempt));
+    const total = costs(passes);
     let [done, milliseconds, positive] = [0, 0, true];
     for (const pass of passes) {
       const units = session.units(pass);
-      const share = costOf(problem, [pass], degree) / total;
+      const share = costs([pass]) / total;
       for (let unit = 0, slice = 1; unit < units;) {
         const last = Math.min(units, unit + slice);
         const start = performance.now();
@@ -428,11 +434,10 @@ function errorOf(attempt: Attempt): number {
 /** Proved bound of the output error of what runs; null for exact, for gradients, and where there is none. */
 function boundOf(
   { problem, pass }: Task,
-  { degree, coefficients, bound }: Attempt,
-  bounds: readonly Bounds[],
+  { degree, coefficients, bound, split }: Attempt,
 ): number | null {
   if (degree === null || pass === 'backward' || featuresOf(problem) === 'toeplitz') return null;
-  return bound ?? (coefficients && certify(problem, coefficients, degree, bounds));
+  return bound ?? (coefficients && certify(problem, coefficients, degree, split.bounds, split.outliers?.counts));
 }
 
 /** The report's sentence. */
@@ -447,15 +452,23 @@ function explain(
   const { problem, passes } = task;
   const parts: string[] = because === '' ? [] : [because];
   if (ran.degree === null) return `exact: ${parts.concat(notes).join('; ')}`;
-  const ratio = costOf(problem, passes, null) / costOf(problem, passes, ran.degree);
+  const ratio = costOf(problem, passes, null) / costOf(problem, passes, ran.degree, countsOf(ran));
   parts.push(`predicted ${ratio >= 1 ? `${figures(ratio)}x cheaper` : `${figures(1 / ratio)}x dearer`} than exact`);
   const within = (error: number) =>
     `${short(error)} ${error <= problem.tolerance ? 'within' : 'above'} ${problem.tolerance}`;
   if (problem.guarantee === 'certified' && ran.bound !== null) parts.push(`certified error ${within(ran.bound)}`);
   if (measured) parts.push(`${kind} error ${within(measured.error)}`);
-  const features = `${featuresOf(problem)} of degree ${ran.degree} (rank ${rank(problem.headDim, ran.degree)})`;
+  const { queries, keys } = countsOf(ran);
+  const heads = problem.batch * problem.kvHeads > 1 ? ' of each key/value head' : '';
+  const outliers = queries + keys > 0 ? ` beside ${queries} queries and ${keys} keys${heads} that are exact` : '';
+  const features = `${featuresOf(problem)} of degree ${ran.degree} (rank ${rank(problem.headDim, ran.degree)})${outliers}`;
   const sentence = `${features}: ${parts.join(', ')}`;
   return [sentence, ...notes].join('; ');
+}
+
+/** Rows that are exact beside a polynomial, in each key/value head. */
+function countsOf({ split }: Attempt): OutlierCounts {
+  return split.outliers?.counts ?? NO_OUTLIERS;
 }
 
 /** Two significant figures. */
@@ -465,26 +478,27 @@ function figures(x: number): string {
 
 function reportOf(
   { problem, pass, passes }: Task,
-  { degree }: Attempt,
-  bounds: readonly Bounds[],
+  attempt: Attempt,
   errorBound: number | null,
   measured: Measured | null,
   bytes: number,
   milliseconds: number | null,
   reason: string,
 ): Report {
-  const largest = (of: (one: Bounds) => number) => Math.max(...bounds.map(of));
+  const { degree, split } = attempt;
+  const largest = (of: (one: Bounds) => number) => Math.max(...split.bounds.map(of));
   return {
     method: degree === null ? 'exact' : featuresOf(problem),
     degree,
     rank: degree === null ? null : rank(problem.headDim, degree),
+    outliers: degree === null ? null : { ...countsOf(attempt) },
     entryBound: largest((one) => Math.max(one.q_entry, one.k_entry)),
     scoreBound: largest((one) => scoreRadius(problem, one)),
     errorBound,
     errorEstimate: measured && measured.error,
     gradientErrorEstimate: pass === 'backward' && measured ? measured.error : null,
     relativeErrorEstimate: measured && measured.relative,
-    flops: flopsOf(problem, passes, degree),
+    flops: flopsOf(problem, passes, degree, countsOf(attempt)),
     bytes,
     milliseconds,
     reason,

@@ -8,6 +8,7 @@
 // float32 adds the term of `roundingBound`. Not counted is what no float32 result can avoid: the rounding of v and of the
 // output themselves, one part in 2^24 of |v|.
 
+import { NO_OUTLIERS } from './cost.js';
 import type { Bounds } from './kernel.js';
 import { relativeError, TURNOVER } from './polynomial.js';
 import { certifiedBound, rank } from './theory.js';
@@ -24,13 +25,13 @@ const KEY_CHUNK = 32;
 const FEATURE_BLOCK = 48;
 
 /**
- * R: a number that no |score| of the head exceeds, once the mean key is subtracted (with a relative map: as it is); the rounding of
+ * R: a number that no |score| of the head but outliers' exceeds, once the mean key is subtracted (with a relative map: as it is); the rounding of
  * the norms included.
  */
 export function scoreRadius(g: Geometry, bounds: Bounds): number {
   // With a relative map the part of the mean key differs from key to key.
   if (g.relative || g.relativePositions) return largestScore(g, bounds) * (1 + (g.headDim + 8) * UNIT);
-  const rotated = g.rotaryGain * bounds.q_norm; // k_centred_norm is of rotated keys
+  const rotated = g.rotaryGain * bounds.q_plain_norm; // k_centred_norm is of rotated keys
   return Math.abs(g.scale) * rotated * bounds.k_centred_norm * (1 + (g.headDim + 8) * UNIT);
 }
 
@@ -68,6 +69,7 @@ export function scoreBound(g: Geometry, bounds: readonly Bounds[]): number {
  *
  * @param t relative error of the polynomial on [-radius, radius], so that min p >= (1 - t) exp(-radius).
  * @param valueRatio largest |v| that the engine sums over half the range of v.
+ * @param outlierKeys keys that are summed beside the state, weighed exactly.
  */
 export function roundingBound(
   g: Geometry,
@@ -76,6 +78,7 @@ export function roundingBound(
   t: number,
   bounds: Norms,
   valueRatio: number,
+  outlierKeys = 0,
 ): number {
   const degree = coefficients.length - 1;
   const [left, right] = g.causal ? [g.window[0], 0] : g.window;
@@ -85,8 +88,9 @@ export function roundingBound(
   const overKeys = KEY_CHUNK + terms * (Math.ceil(inState / KEY_CHUNK) + 1);
   const overFeatures =
     FEATURE_BLOCK + Math.ceil(rank(g.headDim, degree) / FEATURE_BLOCK) + degree + edges * KEY_CHUNK;
+  const beside = outlierKeys > 0 ? KEY_CHUNK + Math.ceil(outlierKeys / KEY_CHUNK) : 0;
   const products = 2 * degree + 6; // features of q and k, weights, [v, 1], the quotient
-  const chain = (overKeys + overFeatures + products) * UNIT;
+  const chain = (overKeys + overFeatures + beside + products) * UNIT;
   const gamma = chain < 1 ? chain / (1 - chain) : Infinity;
   let magnitude = 0;
   for (let m = degree; m >= 0; m--) magnitude = magnitude * radius + Math.abs(coefficients[m]);
@@ -100,19 +104,21 @@ export function roundingBound(
  * not known).
  *
  * @param coefficients [heads][degree + 1], as the engine takes them.
+ * @param outliers rows that are exact; `heads` are bounds of the others. Outlier queries have the rounding only.
  */
 export function certify(
   g: Geometry,
   coefficients: Float32Array,
   degree: number,
   heads: readonly Bounds[],
+  outliers = NO_OUTLIERS,
 ): number | null {
   let largest = 0;
   for (const [n, bounds] of heads.entries()) {
     const own = coefficients.subarray(n * (degree + 1), (n + 1) * (degree + 1));
     const radius = scoreRadius(g, bounds);
     const t = relativeError(own, -radius, radius);
-    const bound = t < 1 ? certifiedBound(t) + roundingBound(g, own, radius, t, bounds, 2) : Infinity;
+    const bound = t < 1 ? certifiedBound(t) + roundingBound(g, own, radius, t, bounds, 2, outliers.keys) : Infinity;
     if (!(bound <= largest)) largest = bound;
   }
   return Number.isFinite(largest) ? largest : null;

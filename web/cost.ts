@@ -176,6 +176,12 @@ function keysOfPortion(g: Geometry): number {
   return Math.min(g.keyLength, SAMPLE_ROWS * (seenKeys(g) + SAMPLE_TILE));
 }
 
+/** The same for a look at one choice of outliers. */
+export function trialCost(g: Geometry, pass: Pass): number {
+  const prepare = g.batch * g.headDim * (g.heads * g.queryLength + g.kvHeads * g.keyLength);
+  return PREPARE * prepare + samplingCost(g, pass, 2).refusal;
+}
+
 function flopsOfPair(g: Geometry, pass: Pass): number {
   return products({ method: 'exact', pass, heads: 1, queryLength: 1, headDim: g.headDim, valueDim: g.valueDim });
 }

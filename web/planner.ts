@@ -5,8 +5,19 @@
 // of `method: 'auto'`. What runs is checked again afterwards (attention.ts), so a wrong prediction costs time, never accuracy.
 
 import { certify, scoreRadius } from './certificate.js';
-import { cost, exactFlops, polynomialFlops, portionCost, samplingCost, toeplitzFlops, type Pass } from './cost.js';
-import type { Bounds, Session } from './kernel.js';
+import {
+  cost,
+  exactFlops,
+  NO_OUTLIERS,
+  polynomialFlops,
+  portionCost,
+  samplingCost,
+  toeplitzFlops,
+  trialCost,
+  type Pass,
+} from './cost.js';
+import type { Session } from './kernel.js';
+import { choicesOf, rank, splitOff, type Choice, type Ranking, type Split } from './outliers.js';
 import { MAX_DEGREE, minimax } from './polynomial.js';
 import { Sampler, survey, type Measured } from './sampling.js';
 import { featuresOf, foreignTo } from './scores.js';
@@ -21,11 +32,11 @@ export interface Attempt {
   /** Proved bound of the output error; null when there is none or when it was not asked for. */
   bound: number | null;
   predicted: Measured | null;
+  /** Rows that are exact beside the polynomial; all of them ordinary for exact. */
+  split: Split;
 }
 
 export interface Plan {
-  bounds: readonly Bounds[];
-  sampler: Sampler;
   /** Not empty. */
   attempts: readonly Attempt[];
   /** Why the polynomials are on the list, or why there are none: the middle of the report's sentence. */
@@ -49,24 +60,41 @@ export interface Task {
  */
 export const ROOM = { forward: { pilot: 0.7, check: 0.75 }, backward: { pilot: 0.6, check: 0.65 } } as const;
 
+/** Of that, beside outliers, where errors differ more from row to row. */
+const BESIDE = 0.6;
+
+/** Of that, before the run of gradients: only dq is predicted, and with outliers the error of dk may be larger. */
+const ONLY_DQ = 1 / 3;
+
 /** Share of the exact engine's cost that may be lost to looking for a polynomial, or to one that misses. */
 const LOSS = 0.08;
 
-const EXACT: Attempt = { degree: null, coefficients: null, bound: null, predicted: null };
+/** Polynomials with outliers are looked for where one would save a fifth, three times at most, as long as `LOSS` allows. */
+const [GAIN, TRIALS] = [0.8, 3];
+
+/** Guesses of an error are off by this factor now and then: the first find is to be safe, what may be cheaper yet is not. */
+const [SAFE, SLACK] = [1 / 3, 2];
+
+/** Sampled errors from this on say only that the polynomial fails; others are about `TYPICAL` times below `worstCase`. */
+const [FAILED, TYPICAL] = [0.5, 400];
+
 
 /** Bytes of workspace that an engine needs for all passes of a task. */
 export function workspaceOf(session: Session, passes: readonly Pass[], degree: number | null): number {
   return Math.max(...passes.map((pass) => session.workspaceBytes(pass, degree)));
 }
 
-export function costOf(problem: Problem, passes: readonly Pass[], degree: number | null): number {
+export function costOf(problem: Problem, passes: readonly Pass[], degree: number | null, outliers = NO_OUTLIERS): number {
   const features = featuresOf(problem);
-  return passes.reduce((sum, pass) => sum + cost(problem, pass, degree, undefined, features), 0);
+  return passes.reduce((sum, pass) => sum + cost(problem, pass, degree, outliers, features), 0);
 }
 
-export function flopsOf(problem: Problem, passes: readonly Pass[], degree: number | null): number {
-  const ofFeatures = featuresOf(problem) === 'toeplitz' ? toeplitzFlops : polynomialFlops;
-  const flops = (pass: Pass) => (degree === null ? exactFlops(problem, pass) : ofFeatures(problem, pass, degree));
+export function flopsOf(problem: Problem, passes: readonly Pass[], degree: number | null, outliers = NO_OUTLIERS): number {
+  const flops = (pass: Pass) => {
+    if (degree === null) return exactFlops(problem, pass);
+    if (featuresOf(problem) === 'toeplitz') return toeplitzFlops(problem, pass, degree);
+    return polynomialFlops(problem, pass, degree, outliers);
+  };
   return passes.reduce((sum, pass) => sum + flops(pass), 0);
 }
 
@@ -79,8 +107,9 @@ export function flopsOf(problem: Problem, passes: readonly Pass[], degree: numbe
 export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const { name, problem, pass } = task;
   const bounds = yield* survey(session);
-  const sampler = new Sampler(session, bounds, problem.seed);
-  const exactly = (because: string): Plan => ({ bounds, sampler, attempts: [EXACT], because });
+  const split: Split = { outliers: null, bounds, sampler: new Sampler(session, bounds, problem.seed) };
+  const exact = attempt(null, split);
+  const exactly = (because: string): Plan => ({ attempts: [exact], because });
 
   if (problem.method === 'exact') return exactly('as asked');
   const foreign = foreignTo(featuresOf(problem), problem);
@@ -104,28 +133,25 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
     const which = problem.degree === null ? 'no polynomial is' : `the polynomial of degree ${problem.degree} is not`;
     return exactly(`${which} predicted cheaper at this size`);
   }
-  if (problem.guarantee === 'certified') return yield* chooseCertified(session, task, bounds, sampler, degrees);
+  if (problem.guarantee === 'certified') return yield* chooseCertified(session, task, split, degrees);
 
   // A forced degree is run and measured, unless nothing is going to run.
   if (problem.method !== 'auto' && problem.degree !== null && !task.predict) {
-    return { bounds, sampler, attempts: [attempt(problem.degree)], because: 'as asked' };
+    return { attempts: [attempt(problem.degree, split)], because: 'as asked' };
   }
   const auto = problem.method === 'auto';
   // Less than the check allows, since the engine sums in another order than the pilot.
   const limit = problem.tolerance * ROOM[pass].pilot;
-  const predictions = yield* task.hasValues
-    ? sampler.pilot(pass, degrees, limit, !auto, new Set(auto ? degrees.filter((degree) => mayMiss(task, degree)) : []))
-    : sampler.worstValues(degrees);
+  const predictions = yield* predict(task, split, degrees, limit);
   const errorOf = (degree: number) => predictions.get(degree)?.error ?? Infinity;
   const upperOf = (degree: number) => predictions.get(degree)?.upper ?? Infinity;
-  const attemptOf = (degree: number) => attempt(degree, { predicted: predictions.get(degree) ?? null });
-  const first = degrees.find((degree) => upperOf(degree) <= limit);
-  if (first !== undefined) {
-    const others = degrees.filter((degree) => degree > first);
+  const attemptOf = (degree: number) => attempt(degree, split, { predicted: predictions.get(degree) ?? null });
+  const first = degrees.find((degree) => upperOf(degree) <= limit) ?? null;
+  const cheaper = yield* tryOutliers(session, task, degrees, limit, errorOf, first);
+  if (first !== null || cheaper.length > 0) {
+    const others = first === null ? [] : degrees.filter((degree) => degree >= first);
     return {
-      bounds,
-      sampler,
-      attempts: [...[first, ...others].map(attemptOf), ...(auto ? [EXACT] : [])],
+      attempts: [...cheaper, ...others.map(attemptOf), ...(auto ? [exact] : [])],
       because: auto ? '' : 'as asked',
     };
   }
@@ -133,7 +159,115 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const what = `at best degree ${best} with a predicted error of ${short(errorOf(best))}`;
   if (auto) return exactly(`no cheaper polynomial keeps the tolerance ${problem.tolerance}, ${what}`);
   refuseMiss(task, what);
-  return { bounds, sampler, attempts: [attemptOf(leastBad(task, degrees, errorOf))], because: 'as asked' };
+  return { attempts: [attemptOf(leastBad(task, degrees, errorOf))], because: 'as asked' };
+}
+
+/** Errors of the degrees beside the outliers of a split, as Sampler.pilot. */
+function* predict(
+  task: Task,
+  { sampler, outliers }: Split,
+  degrees: readonly number[],
+  limit: number,
+): Generator<number, Map<number, Measured>> {
+  if (!task.hasValues) return yield* sampler.worstValues(degrees);
+  const auto = task.problem.method === 'auto';
+  const short = auto ? degrees.filter((degree) => mayMiss(task, degree, outliers?.counts)) : [];
+  return yield* sampler.pilot(task.pass, degrees, limit, !auto, new Set(short));
+}
+
+/** A degree beside some outliers. */
+interface Candidate extends Choice {
+  degree: number;
+  cost: number;
+}
+
+/** Degrees and outliers that would be well cheaper than `than`, the cheapest first. */
+function candidatesBeside(
+  { problem, passes }: Task,
+  choices: readonly Choice[],
+  degrees: readonly number[],
+  than: number,
+): Candidate[] {
+  const all = choices.flatMap((choice) =>
+    degrees.map((degree) => ({ ...choice, degree, cost: costOf(problem, passes, degree, choice.counts) })),
+  );
+  return all.filter((one) => one.cost < GAIN * than).sort((a, b) => a.cost - b.cost);
+}
+
+/** The cost that outliers are to undercut: that of `degree` alone, null: of exact; any for a forced polynomial that has none. */
+function costToBeat({ problem, passes }: Task, degree: number | null): number {
+  return problem.method !== 'auto' && degree === null ? Infinity : costOf(problem, passes, degree);
+}
+
+/**
+ * A polynomial beside outliers that is predicted well cheaper than `degree` alone (null: than exact) and within `limit`, then higher
+ * degrees beside the same; empty when none is found soon. What to try is guessed: the error of degree g goes as the (g + 1)-th power of the scores, that of gradients as
+ * the g-th; where all rows together fail, from their norms.
+ *
+ * @param errorOf errors of the degrees without outliers.
+ */
+function* tryOutliers(
+  session: Session,
+  task: Task,
+  degrees: readonly number[],
+  limit: number,
+  errorOf: (degree: number) => number,
+  degree: number | null,
+): Generator<number, Attempt[]> {
+  const { problem, pass, passes } = task;
+  if (featuresOf(problem) === 'toeplitz') return []; // whose transforms take all rows
+  const than = costToBeat(task, degree);
+  const trials = trialsFor(problem, pass, than);
+  if (trials <= 0 || !degrees.some((one) => costOf(problem, passes, one) < GAIN * than)) return [];
+  const ranking = yield* rank(session);
+  let left = candidatesBeside(task, choicesOf(problem, session, ranking), degrees, than);
+  const room = BESIDE * (pass === 'forward' ? 1 : ONLY_DQ) * limit;
+  let best: Attempt[] = [];
+  let worse = 1; // errors that were measured, over those that were guessed
+  const radius = radiusOf(problem, ranking);
+  const guess = ({ degree, shrinks }: Candidate) =>
+    errorOf(degree) < FAILED
+      ? errorOf(degree) * shrinks ** (pass === 'forward' ? degree + 1 : Math.max(degree, 1))
+      : worstCase(degree, radius * shrinks) / TYPICAL;
+  for (let trial = 0; trial < trials; trial++) {
+    const within = (share: number) => left.find((one) => worse * guess(one) <= share * room);
+    const next = (best.length > 0 ? undefined : within(SAFE)) ?? within(SLACK);
+    if (!next) break;
+    const split = yield* splitOff(session, ranking, next.counts, problem.seed);
+    const together = left.filter((one) => one.counts === next.counts).map((one) => one.degree);
+    const fitting = together.filter((one) => workspaceOf(session, passes, one) <= session.free).sort((a, b) => a - b);
+    const predictions = yield* predict(task, split, fitting, room);
+    const found = fitting.find((one) => (predictions.get(one)?.upper ?? Infinity) <= room);
+    if (found !== undefined) {
+      best = fitting
+        .filter((one) => one >= found)
+        .map((one) => attempt(one, split, { predicted: predictions.get(one) ?? null }));
+      const cost = costOf(problem, passes, found, next.counts);
+      left = left.filter((one) => one.cost < GAIN * cost);
+    }
+    worse = Math.max(worse, Math.min(predictions.get(next.degree)?.error ?? 1, 1) / guess(next));
+    left = left.filter((one) => one.counts !== next.counts);
+  }
+  return best;
+}
+
+/** How many choices may be looked at without losing more than `LOSS` in all. */
+function trialsFor(problem: Problem, pass: Pass, than: number): number {
+  const left = LOSS * than - samplingCost(problem, pass, 1).refusal;
+  return Math.min(TRIALS, Math.floor(left / trialCost(problem, pass)));
+}
+
+/** About the least relative error of a polynomial on [-radius, radius], where that is small. */
+function worstCase(degree: number, radius: number): number {
+  let error = 2;
+  for (let m = 1; m <= degree + 1; m++) error *= radius / 2 / m;
+  return error;
+}
+
+/** The radius of the scores of all rows. */
+function radiusOf(problem: Problem, { queries, keys }: Ranking): number {
+  const largest = Math.max(...keys.map((own, head) => queries[head].norms[0] * own.norms[0]));
+  return Math.abs(problem.scale) * problem.rotaryGain * largest;
 }
 
 /** A miss of a forced polynomial: an error, unless `onMiss` is 'report'. */
@@ -168,21 +302,26 @@ function candidates(session: Session, { problem, pass, passes }: Task): number[]
 }
 
 /** Little is lost if this degree runs and misses. */
-function mayMiss({ problem, passes }: Task, degree: number): boolean {
-  return costOf(problem, passes, degree) < LOSS * costOf(problem, passes, null);
+function mayMiss({ problem, passes }: Task, degree: number, outliers = NO_OUTLIERS): boolean {
+  return costOf(problem, passes, degree, outliers) < LOSS * costOf(problem, passes, null);
 }
 
 /** Whether a degree may run after another missed: it must be predicted better by the factor that this one turned out worse. */
 export function* promising(
   { problem, pass }: Task,
-  sampler: Sampler,
-  degree: number,
+  { degree, split }: Attempt,
   missed: { predicted: Measured | null; measured: Measured | null },
 ): Generator<number, boolean> {
   const factor = (missed.measured?.upper ?? Infinity) / (missed.predicted?.error ?? 0);
-  const limit = (problem.tolerance * ROOM[pass].pilot) / Math.max(factor, 1);
-  const found = yield* sampler.pilot(pass, [degree], limit, false, new Set());
+  const limit = (problem.tolerance * ROOM[pass].pilot * roomBeside(split)) / Math.max(factor, 1);
+  if (degree === null) return true;
+  const found = yield* split.sampler.pilot(pass, [degree], limit, false, new Set());
   return found.get(degree)!.upper <= limit;
+}
+
+/** The part of the room that a split leaves. */
+export function roomBeside({ outliers }: Split): number {
+  return outliers ? BESIDE : 1;
 }
 
 /** Portions of rows on which `auto` compares an output and lse that were given with exact ones: at least one. */
@@ -194,51 +333,81 @@ export function portionsOfGiven({ problem, passes }: Task): number {
 function* chooseCertified(
   session: Session,
   task: Task,
-  bounds: readonly Bounds[],
-  sampler: Sampler,
+  split: Split,
   degrees: readonly number[],
 ): Generator<number, Plan> {
   const { problem, pass } = task;
   const auto = problem.method === 'auto';
   if (pass === 'backward' && auto) {
-    return { bounds, sampler, attempts: [EXACT], because: 'there is no certificate for gradients of a polynomial' };
+    return { attempts: [attempt(null, split)], because: 'there is no certificate for gradients of a polynomial' };
   }
   if (pass === 'backward') refuseMiss(task, "guarantee 'certified' has no certificate for gradients");
   if (featuresOf(problem) === 'toeplitz') {
     const what = 'the rounding of Fourier transforms has no certificate';
-    if (auto) return { bounds, sampler, attempts: [EXACT], because: what };
+    if (auto) return { attempts: [attempt(null, split)], because: what };
     if (pass === 'forward') refuseMiss(task, what);
   }
 
+  const exact = attempt(null, split);
+  const kept = (one: Attempt) => one.bound !== null && one.bound <= problem.tolerance;
   const tried: Attempt[] = [];
   for (const degree of degrees) {
-    const coefficients = new Float32Array(session.heads * (degree + 1));
-    for (const [head, one] of bounds.entries()) {
-      coefficients.set(
-        minimax(degree, Math.min(scoreRadius(problem, one), Number.MAX_VALUE)).coefficients,
-        head * (degree + 1),
-      );
-      yield 0;
-    }
-    const one = attempt(degree, { coefficients, bound: certify(problem, coefficients, degree, bounds) });
-    if (one.bound !== null && one.bound <= problem.tolerance) {
-      return { bounds, sampler, attempts: auto ? [one, EXACT] : [one], because: auto ? '' : 'as asked' };
-    }
-    tried.push(one);
+    tried.push(yield* certified(session, task, split, degree));
+    if (kept(tried[tried.length - 1])) break;
   }
+  const plain = tried.find(kept) ?? null;
+  const splits = pass === 'forward' && featuresOf(problem) === 'polynomial';
+  const cheaper = splits ? yield* certifyOutliers(session, task, degrees, plain?.degree ?? null) : null;
+  const found = cheaper ?? plain;
+  if (found) return { attempts: auto ? [found, exact] : [found], because: auto ? '' : 'as asked' };
   const boundOf = (one: Attempt) => one.bound ?? Infinity;
   const best = tried.reduce((a, b) => (boundOf(b) < boundOf(a) ? b : a));
   const what = `degree ${best.degree} is certified to ${best.bound === null ? 'nothing' : short(best.bound)}`;
   if (auto)
     return {
-      bounds,
-      sampler,
-      attempts: [EXACT],
+      attempts: [exact],
       because: `no cheaper polynomial is certified within ${problem.tolerance}, at best ${what}`,
     };
   refuseMiss(task, `at best ${what}`);
   const least = leastBad(task, degrees, (degree) => boundOf(tried.find((one) => one.degree === degree)!));
-  return { bounds, sampler, attempts: [tried.find((one) => one.degree === least)!], because: 'as asked' };
+  return { attempts: [tried.find((one) => one.degree === least)!], because: 'as asked' };
+}
+
+/** The polynomial of a degree with its certificate, rows that are exact apart. */
+function* certified(session: Session, { problem }: Task, split: Split, degree: number): Generator<number, Attempt> {
+  const coefficients = new Float32Array(session.heads * (degree + 1));
+  for (const [head, one] of split.bounds.entries()) {
+    const own = minimax(degree, Math.min(scoreRadius(problem, one), Number.MAX_VALUE));
+    coefficients.set(own.coefficients, head * (degree + 1));
+    yield 0;
+  }
+  const bound = certify(problem, coefficients, degree, split.bounds, split.outliers?.counts);
+  return attempt(degree, split, { coefficients, bound });
+}
+
+/** A certified polynomial beside outliers that is well cheaper than `degree` alone, or than exact; null when none is found soon. */
+function* certifyOutliers(
+  session: Session,
+  task: Task,
+  degrees: readonly number[],
+  degree: number | null,
+): Generator<number, Attempt | null> {
+  const { problem, passes } = task;
+  const than = costToBeat(task, degree);
+  if (!degrees.some((one) => costOf(problem, passes, one) < GAIN * than)) return null;
+  const ranking = yield* rank(session);
+  const choices = choicesOf(problem, session, ranking);
+  const radius = radiusOf(problem, ranking);
+  let trials = TRIALS;
+  for (const one of candidatesBeside(task, choices, degrees, than)) {
+    if (minimax(one.degree, Math.min(radius * one.shrinks, Number.MAX_VALUE)).error > problem.tolerance) continue;
+    const split = yield* splitOff(session, ranking, one.counts, problem.seed);
+    const got = yield* certified(session, task, split, one.degree);
+    const fits = workspaceOf(session, passes, one.degree) <= session.free;
+    if (fits && got.bound !== null && got.bound <= problem.tolerance) return got;
+    if (--trials === 0) return null;
+  }
+  return null;
 }
 
 /** Of degrees that all miss: the smallest error among those not dearer than exact; the smallest degree when all are. */
@@ -248,6 +417,6 @@ function leastBad({ problem, passes }: Task, degrees: readonly number[], errorOf
   return cheap.length === 0 ? degrees[0] : cheap.reduce((a, b) => (errorOf(b) < errorOf(a) ? b : a));
 }
 
-function attempt(degree: number, known: Partial<Attempt> = {}): Attempt {
-  return { degree, coefficients: null, bound: null, predicted: null, ...known };
+function attempt(degree: number | null, split: Split, known: Partial<Attempt> = {}): Attempt {
+  return { degree, coefficients: null, bound: null, predicted: null, split, ...known };
 }

@@ -12,7 +12,7 @@
 
 import { CHUNK, DRAWN_ROWS, LOOKED_SEGMENTS, SAMPLE_ROWS, SAMPLE_SCORES, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
-import type { Bounds, Rows, Session } from './kernel.js';
+import type { Bounds, Outliers, Rows, Session } from './kernel.js';
 import { condense, evaluate, fitToScores } from './polynomial.js';
 import { seeingQueries, seenKeys, segmentsOf } from './scores.js';
 
@@ -52,13 +52,27 @@ export class Sampler {
   readonly #session: Session;
   readonly #bounds: readonly Bounds[];
   readonly #seed: number;
+  readonly #outliers: Outliers | null;
+  readonly #next: readonly (readonly number[])[];
   #order: readonly number[] | null = null;
   readonly #scores = new Map<number, ReturnType<typeof condense> | null>();
   readonly #fits = new Map<string, Float32Array | null>();
   readonly #drawn = new Map<number, { all: Drawn[]; first: Portion[] }>();
   readonly #rest = new Map<number, { hard: Portion[]; others: Portion[] }>();
 
-  constructor(session: Session, bounds: readonly Bounds[], seed: number) {
+  /**
+   * @param outliers rows that are exact; `bounds` are those of the others.
+   * @param next for each head some of the largest queries that are left, numbered like outliers: they are many then, and alike.
+   */
+  constructor(
+    session: Session,
+    bounds: readonly Bounds[],
+    seed: number,
+    outliers: Outliers | null = null,
+    next: readonly (readonly number[])[] = [],
+  ) {
+    this.#next = next;
+    this.#outliers = outliers;
     this.#session = session;
     this.#bounds = bounds;
     this.#seed = seed;
@@ -69,6 +83,7 @@ export class Sampler {
    * null where some score or coefficient is too large for float32.
    */
   *coefficients(degree: number): Generator<number, Float32Array | null> {
+    this.#session.setOutliers(this.#outliers);
     const all = new Float32Array(this.#session.heads * (degree + 1));
     for (let head = 0; head < this.#session.heads; head++) {
       const own = this.#fit(head, degree);
@@ -94,6 +109,7 @@ export class Sampler {
     thorough: boolean,
     short: ReadonlySet<number>,
   ): Generator<number, Map<number, Measured>> {
+    this.#session.setOutliers(this.#outliers);
     const found = new Map<number, Measured>();
     let failed: { error: number; residual: number } | null = null;
     for (const degree of degrees) {
@@ -144,6 +160,7 @@ export class Sampler {
    * scores of every few keys, so an estimate; exactness inside the causal diagonal is not counted.
    */
   *worstValues(degrees: readonly number[]): Generator<number, Map<number, Measured>> {
+    this.#session.setOutliers(this.#outliers);
     const worst = new Map(degrees.map((degree) => [degree, 0]));
     const stride = Math.ceil(seenKeys(this.#session.geometry) / SAMPLE_SCORES);
     for (const head of this.#heads()) {
@@ -164,6 +181,7 @@ export class Sampler {
    * gradients by these are not its own.
    */
   *suits(degree: number, limit: number): Generator<number, boolean> {
+    this.#session.setOutliers(this.#outliers);
     for (const head of this.#heads()) {
       for (const { rows } of this.#drawnRows(head).first) {
         const own = this.#fit(head, degree);
@@ -177,6 +195,7 @@ export class Sampler {
 
   /** Errors to expect of dk and dv, on the columns of the check, given the output and lse that are there. */
   *foresee(degree: number): Generator<number, Measured> {
+    this.#session.setOutliers(this.#outliers);
     const tally = new Tally();
     for (const head of this.#heads()) {
       const own = this.#fit(head, degree);
@@ -195,6 +214,7 @@ export class Sampler {
 
   /** The error of a finished pass on the sampled rows; of gradients also on columns. */
   *check(pass: Pass): Generator<number, Measured> {
+    this.#session.setOutliers(this.#outliers);
     const tally = new Tally();
     for (const { head, rows, weights, exact } of this.#known(pass)) {
       if (pass === 'forward') {
@@ -221,6 +241,7 @@ export class Sampler {
    * portions of drawn rows of the head that is at hand.
    */
   *given(portions: number): Generator<number, number> {
+    this.#session.setOutliers(this.#outliers);
     const head = this.#session.heads - 1;
     const { total, place } = this.#seeing();
     const rows = draw(portions * SAMPLE_ROWS, total, [], random(this.#seed, head, GIVEN)).map(place);
@@ -308,7 +329,7 @@ export class Sampler {
     };
   }
 
-  /** Drawn rows of a head: the one of the largest query, for itself, and others that count for all that are not sampled. */
+  /** Drawn rows of a head: the one of the largest query, for itself, and others that count for all that are not exact. */
   #drawnRows(head: number): { all: Drawn[]; first: Portion[] } {
     let drawn = this.#drawn.get(head);
     if (!drawn) {
@@ -317,12 +338,27 @@ export class Sampler {
       const largest = number(this.#bounds[head].q_argmax);
       const taken = largest === null ? [] : [largest];
       const next = random(this.#seed, head, DRAWN);
-      const rows = drawWeighted(count, total, this.#session.geometry.causal ? length : null, next, new Set(taken));
+      const apart = new Set([...taken, ...this.#outlierRows(head).map(number).filter((n) => n !== null)]);
+      const rows = drawWeighted(count, total, this.#session.geometry.causal ? length : null, next, apart);
       const all = [...taken.map((n) => ({ row: n, weight: 1 })), ...rows].map(({ row, weight }) => ({ row: place(row), weight }));
       drawn = { all, first: inPortions(head, all.slice(0, SAMPLE_ROWS)) };
       this.#drawn.set(head, drawn);
     }
     return drawn;
+  }
+
+  /** Outlier queries of a head, as rows. */
+  #outlierRows(head: number): number[] {
+    if (!this.#outliers) return [];
+    const { queries, counts } = this.#outliers;
+    return Array.from(queries.subarray(head * counts.queries, (head + 1) * counts.queries), (n) => this.#rowOf(n));
+  }
+
+  /** The row of a query that is numbered like outliers. */
+  #rowOf(n: number): number {
+    const { queryLength } = this.#session.geometry;
+    const group = this.#session.rowsOfHead / queryLength;
+    return (n % group) * queryLength + Math.floor(n / group);
   }
 
   /**
@@ -359,7 +395,8 @@ export class Sampler {
     const { causal, queryOffset, queryLength } = this.#session.geometry;
     const { number } = this.#seeing();
     const { large, aligned, opposed } = this.#session.extremes(head);
-    const extreme = [...large.slice(0, SAMPLE_ROWS / 2), ...aligned, ...opposed.slice(0, SAMPLE_ROWS / 2)];
+    const next = (this.#next[head] ?? []).map((n) => this.#rowOf(n));
+    const extreme = [...large.slice(0, SAMPLE_ROWS / 2), ...aligned, ...opposed.slice(0, SAMPLE_ROWS / 2), ...next];
     const rows = new Set(extreme.filter((row) => number(row) !== null));
     const start = Math.ceil(Math.max(1 - queryOffset, 0) / CHUNK) * CHUNK;
     if (causal && start + queryOffset <= 2 * CHUNK) {
@@ -414,14 +451,21 @@ export class Sampler {
     return chosen.flatMap((n) => rows(second[n].start, second[n].to));
   }
 
-  /** The keys whose gradients are looked at: the largest ones, and drawn ones that count for the others. */
+  /** The keys whose gradients are looked at: the largest ones, and drawn ones that count for the others; of outliers apart. */
   #columnPortions(head: number): Portion[] {
     const { keyLength, causal } = this.#session.geometry;
     const large = new Set(this.#session.extremes(head).keys);
+    const outliers = this.#outliers;
+    const own = outliers?.keys.subarray(head * outliers.counts.keys, (head + 1) * outliers.counts.keys) ?? [];
     const count = Math.max(SAMPLE_ROWS / 2, Math.ceil((2 * SAMPLE_ROWS) / this.#session.heads));
-    const drawn = drawWeighted(count, keyLength, causal ? keyLength : null, random(this.#seed, head, COLUMNS), large);
-    const all = [...Array.from(large, (row) => ({ row, weight: 1 })), ...drawn].sort((a, b) => a.row - b.row);
-    return inPortions(head, all);
+    const next = random(this.#seed, head, COLUMNS);
+    const drawn = drawWeighted(count, keyLength, causal ? keyLength : null, next, new Set([...large, ...own]));
+    const some = draw(SAMPLE_ROWS / 2, own.length, [], next).map((n) => ({
+      row: own[n],
+      weight: Math.max(1, own.length / (SAMPLE_ROWS / 2)),
+    }));
+    const all = [...Array.from(large, (row) => ({ row, weight: 1 })), ...drawn, ...some];
+    return inPortions(head, all.sort((a, b) => a.row - b.row));
   }
 
   /** Rows of an array of the session, one after the other. */

@@ -156,6 +156,7 @@ export class StreamingState implements AttentionState {
         method: 'polynomial',
         degree: this.degree,
         rank: this.rank,
+        outliers: { queries: 0, keys: 0 },
         entryBound: Math.max(entry, this.#keyEntry),
         scoreBound,
         errorBound,

@@ -287,9 +287,14 @@ export interface Report {
   degree: number | null;
   /** Features per row, C(D + degree, degree); null for exact. */
   rank: number | null;
+  /** Queries and keys of each key/value head that are done exactly beside the polynomial, all scores of theirs; null for exact. */
+  outliers: { queries: number; keys: number } | null;
   /** max |entry| of q and k: the papers' B. */
   entryBound: number;
-  /** A number that no |score| exceeds, before softcap, bias and mask, once the mean key is subtracted (Cauchy-Schwarz). */
+  /**
+   * A number that no |score| exceeds, before softcap, bias and mask, once the mean key is subtracted (Cauchy-Schwarz); scores of
+   * `outliers` apart.
+   */
   scoreBound: number;
   /** Proved bound of a polynomial's output error, in units of max |v - c|; null when there is none, for gradients, for exact. */
   errorBound: number | null;

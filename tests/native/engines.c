@@ -536,6 +536,39 @@ static double length(const float *a, const float *b, uint32_t count) {
   return sqrt(squares);
 }
 
+// The rows that are named are the largest queries, and the largest keys around their mean.
+static void largest_are_largest(const shape *s, const run *r, uint32_t kv, const ra_bounds *b, void *workspace) {
+  uint32_t group = s->heads / s->kv_heads, total = group * s->Nq, count = total < 5 ? total : 5, rows[5];
+  float norms[5], least = INFINITY, most = 0;
+  CHECK(ra_sample_largest(&r->p, &r->x, kv, 1, count, rows, norms, workspace) == RA_OK, "largest queries");
+  for (uint32_t n = 0; n < count; n++) {
+    least = fminf(least, norms[n]), most = fmaxf(most, norms[n]);
+    for (uint32_t m = 0; m < n; m++) CHECK(rows[n] != rows[m], "row %u twice", rows[n]);
+  }
+  CHECK(most == b->q_norm, "largest query %g %g", most, b->q_norm);
+  uint32_t larger = 0;
+  for (uint32_t n = 0; n < total; n++) {
+    double squares = 0;
+    size_t head = (size_t)kv * group + n % group;
+    for (uint32_t d = 0; d < s->D; d++)
+      squares += pow(r->q.data[place(s, head, s->heads, s->Nq, n / group, s->D) + d], 2);
+    int named = 0;
+    for (uint32_t m = 0; m < count; m++) {
+      if (rows[m] != n) continue;
+      named = 1;
+      CHECK(fabs(sqrt(squares) - norms[m]) < 1e-6 * norms[m], "norm of %u", n);
+    }
+    larger += !named && sqrt(squares) > least * (1 + 1e-6);
+  }
+  CHECK(larger == 0, "%u larger ones", larger);
+  count = s->Nk < 5 ? s->Nk : 5;
+  CHECK(ra_sample_largest(&r->p, &r->x, kv, 0, count, rows, norms, workspace) == RA_OK, "largest keys");
+  int found = 0;
+  for (uint32_t n = 0; n < count; n++) found |= norms[n] == b->k_centred_norm && rows[n] == b->k_argmax;
+  CHECK(found, "largest key");
+  CHECK(ra_sample_largest(&r->p, &r->x, kv, 0, s->Nk + 1, rows, norms, workspace) == RA_ERROR_PROBLEM, "too many");
+}
+
 static void samples_match_the_oracle(const shape *s) {
   run oracle = start(s, RA_NAIVE, 0), polynomial = start(s, RA_POLYNOMIAL, 2);
   compute(&oracle, 1), compute(&polynomial, 1);
@@ -569,6 +602,7 @@ static void samples_match_the_oracle(const shape *s) {
     uint32_t large[RA_EXTREMES], aligned[RA_EXTREMES], opposed[RA_EXTREMES], far_keys[RA_EXTREMES];
     CHECK(ra_sample_extremes(&oracle.p, &oracle.x, kv, large, aligned, opposed, far_keys, workspace) == RA_OK,
           "extremes");
+    largest_are_largest(s, &oracle, kv, &b, workspace);
     CHECK(large[0] == b.q_argmax && far_keys[0] == b.k_argmax, "largest %u %u", large[0], b.q_argmax);
     // no score against those keys is beyond that of the first row of its list, but in the exact diagonal blocks
     float high = 0, low = 0, high_found = 0, low_found = 0;
@@ -662,6 +696,10 @@ static void bad_problems_are_refused(void) {
   REFUSED(frequencies = NULL);
   REFUSED(causal = 2);
   REFUSED(scale = NAN);
+  static const uint32_t twice[] = {1, 1, 2, 3, 0, 1, 2, 3}, far[] = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 99};
+  REFUSED(outlier_key_count = 1);
+  REFUSED(outlier_keys = twice; p.outlier_key_count = 2);
+  REFUSED(outlier_queries = far; p.outlier_query_count = 4);
   REFUSED(method = 4);
   REFUSED(query_offset = INT32_MAX);
   REFUSED(batch = 1u << 30);
