@@ -46,8 +46,8 @@ const EFFICIENCY = [
   { upTo: Infinity, exact: { forward: 0.88, backward: 0.9 }, polynomial: { forward: 0.8, backward: 0.8 }, outliers: { forward: 0.65, backward: 0.65 } },
 ] as const;
 
-/** The same for the Toeplitz engine: transforms reach 0.65 and are two thirds of its time. */
-const TOEPLITZ_EFFICIENCY = 0.45;
+/** The same for the Toeplitz engine, two thirds of whose time are transforms. */
+const TOEPLITZ_EFFICIENCY = { forward: 0.45, backward: 0.41 } as const;
 
 /** Of the exact engine's share, what relative maps reach: rotations, and any matrices; without their constant parts. */
 const MAP_EFFICIENCY = { rotation: 0.87, matrices: 0.53 };
@@ -137,7 +137,7 @@ export function cost(
   const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
   const ofMap = g.relativePositions ? MAP_EFFICIENCY.rotation : g.relative ? MAP_EFFICIENCY.matrices : 1;
   if (degree === null) return exactFlops(g, pass) / (share.exact[pass] * ofMap);
-  if (features === 'toeplitz') return toeplitzFlops(g, pass, degree) / TOEPLITZ_EFFICIENCY;
+  if (features === 'toeplitz') return toeplitzFlops(g, pass, degree) / TOEPLITZ_EFFICIENCY[pass];
   // The keys at the left edge of a window, and those that leave the state, are rotated once more and weighed in whole blocks.
   const besides = g.window[0] < 0 ? 0 : 1.5 * CHUNK * flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength;
   const ofOutliers = (flopsOfPair(g, pass) * outlierPairs(g, outliers)) / share.outliers[pass];
