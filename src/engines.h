@@ -58,6 +58,12 @@ static inline int ra_is_modified(const ra_problem *p) {
   return p->softcap > 0 || p->bias || p->mask || p->allowed || ra_is_relative(p);
 }
 
+// m |i + query_offset - j| of entry n = i - j + Nk - 1 of what goes by i - j.
+static inline double ra_alibi(const ra_problem *p, size_t head, size_t n) {
+  double distance = (double)((int64_t)n - p->key_length + 1 + p->query_offset);
+  return p->alibi[head % p->heads] * (distance < 0 ? -distance : distance);
+}
+
 // Entries of what goes by i - j: bias, relative maps.
 static inline size_t ra_diagonals(const ra_problem *p) { return (size_t)p->query_length + p->key_length - 1; }
 

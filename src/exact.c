@@ -99,8 +99,8 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
   e.cap = (float)(p->softcap * RA_LOG2_E);
   e.inverse_cap = p->softcap > 0 ? 1 / e.cap : 0;
   e.near = p->softcap > 0 && p->score_bound > 0 && p->score_bound <= p->softcap * RA_TANH_NEAR;
-  e.narrow = p->score_bound > 0 && p->score_bound * RA_LOG2_E <= NARROW && !p->bias && !p->mask && !p->allowed &&
-             !ra_is_relative(p) && (p->softcap == 0 || e.near);
+  e.narrow = p->score_bound > 0 && p->score_bound * RA_LOG2_E <= NARROW && !p->bias && !p->alibi && !p->mask &&
+             !p->allowed && !ra_is_relative(p) && (p->softcap == 0 || e.near);
   e.block_queries = pass == RA_FORWARD ? QUERY_BLOCK : QUERY_CHUNK;
   e.block_keys = pass == RA_BACKWARD ? KEY_BLOCK : p->mask || p->allowed ? KEY_TILE_MASK : KEY_TILE;
   size_t diagonals = ra_diagonals(p) + 2 * PAD;
@@ -136,10 +136,10 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
     e.dk_block = ra_take_floats(w, KEY_BLOCK, e.Dp);
     e.dv_block = ra_take_floats(w, KEY_BLOCK, e.Dvp);
     if (p->softcap > 0) e.slope = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
-    if (p->bias) e.dbias = ra_take_floats(w, diagonals, 1);
+    if (p->bias || p->alibi) e.dbias = ra_take_floats(w, diagonals, 1);
   }
   if (p->softcap > 0) e.zero = ra_take_floats(w, 1, LANES);
-  if (p->bias) e.bias = ra_take_floats(w, diagonals, 1);
+  if (p->bias || p->alibi) e.bias = ra_take_floats(w, diagonals, 1);
   if (p->mask || p->allowed) e.mask = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
   return e;
 }
@@ -177,9 +177,12 @@ static void prepare_modifiers(const exact *e, uint32_t head) {
   if (e->zero) ra_fill(e->zero, LANES, 0);
   if (e->dbias) ra_fill(e->dbias, length + 2 * PAD, 0);
   if (!e->bias) return;
-  const float *bias = p->bias + (p->bias_heads > 1 ? head % p->heads * length : 0);
+  const float *bias = p->bias ? p->bias + (p->bias_heads > 1 ? head % p->heads * length : 0) : NULL;
   ra_fill(e->bias, length + 2 * PAD, 0);
-  for (size_t n = 0; n < length; n++) e->bias[PAD + n] = (float)(bias[n] * RA_LOG2_E);
+  for (size_t n = 0; n < length; n++) {
+    double value = (bias ? bias[n] : 0) - (p->alibi ? ra_alibi(p, head, n) : 0);
+    e->bias[PAD + n] = (float)(value * RA_LOG2_E);
+  }
 }
 
 // Where e->bias and e->dbias have key j of query i.
@@ -790,8 +793,8 @@ RA_KERNEL void backward_block(const exact *e, uint32_t head, uint32_t key0, floa
   }
 }
 
-// dq of a head, back to rows and back-rotated; dbias of the head to the sum over heads and batches that it belongs to.
-RA_KERNEL void finish_queries(const exact *e, uint32_t head, float *dq, float *dbias) {
+// dq of a head, back to rows and back-rotated.
+RA_KERNEL void finish_queries(const exact *e, float *dq) {
   const ra_problem *p = e->p;
   for (uint32_t i = 0; i < p->query_length; i += 32) {
     uint32_t rows = ra_min_u32(32, p->query_length - i);
@@ -800,13 +803,23 @@ RA_KERNEL void finish_queries(const exact *e, uint32_t head, float *dq, float *d
     ra_rotary_rows(&e->state->q_rotary, e->rows, e->Dp, dq + i * e->q_row, e->q_row, rows, i, RA_ROTATE_TRANSPOSE,
                    p->scale);
   }
-  if (!e->dbias || !dbias) return;
+}
+
+// What the diagonals of a head give to the sums over heads and batches that it belongs to: dbias, and dalibi since in the
+// forward pass its slope was taken times |i + query_offset - j|.
+static void finish_bias(const exact *e, uint32_t head, float *dbias, float *dalibi) {
+  const ra_problem *p = e->p;
   size_t length = ra_diagonals(p);
   uint32_t own = p->bias_heads > 1 ? head % p->heads : 0;
-  for (size_t n = 0; n < length; n++) {
+  if (!e->dbias) return;
+  for (size_t n = 0; p->bias && dbias && n < length; n++) {
     float *sum = dbias + own * length + n;
     *sum = (head < p->bias_heads ? 0 : *sum) + e->dbias[PAD + n];
   }
+  if (!p->alibi || !dalibi) return;
+  double sum = head < p->heads ? 0 : dalibi[head % p->heads];
+  for (size_t n = 0; n < length; n++) sum -= e->dbias[PAD + n] * fabs((double)n - p->key_length + 1 + p->query_offset);
+  dalibi[head % p->heads] = (float)sum;
 }
 
 // --- Units --------------------------------------------------------------------------------------------------------
@@ -851,7 +864,7 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
     if (block == 0)
       prepare_queries(&e, head, x->q + q_head, x->out + out_head, x->lse + head * Nq, x->dout + out_head, x->dsinks);
     backward_block(&e, head, block * KEY_BLOCK, x->dk + k_head, x->dv + v_head, head % group != 0, dweights);
-    if (block == blocks - 1) finish_queries(&e, head, x->dq + q_head, x->dbias);
+    if (block == blocks - 1) finish_queries(&e, x->dq + q_head), finish_bias(&e, head, x->dbias, x->dalibi);
   }
   return RA_OK;
 }

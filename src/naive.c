@@ -5,6 +5,7 @@
 // length Nk and rotated copies of one head. A unit is one query head.
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "engines.h"
@@ -111,6 +112,7 @@ static void scores(const ra_problem *p, const naive_workspace *w, size_t head, u
       s[j] = p->softcap * t, slope[j] = 1 - t * t;
     }
     if (p->bias) s[j] += p->bias[(p->bias_heads > 1 ? h : 0) * ra_diagonals(p) + i + p->key_length - 1 - j];
+    if (p->alibi) s[j] -= (float)ra_alibi(p, h, (size_t)i + p->key_length - 1 - j);
     if (p->mask) s[j] = p->mask[at] < -3.4657e29f ? -INFINITY : s[j] + p->mask[at];
     if (p->allowed && !p->allowed[at]) s[j] = -INFINITY;
   }
@@ -168,6 +170,7 @@ static void backward_head(const ra_problem *p, const naive_workspace *w, size_t 
         for (size_t d = 0; d < Dv; d++) dv[j * v_row + d] += weight * dout_i[d];
       }
       if (dbias) dbias[i + p->key_length - 1 - j] += ds;
+      if (x->dalibi) x->dalibi[h] -= ds * (float)llabs((int64_t)i + p->query_offset - j);
       w->ds[j] = p->scale * ds * w->slope[j];
     }
     for (uint32_t j = keys.first; j < keys.end; j++) {
@@ -192,6 +195,7 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
   if (first == 0 && pass == RA_BACKWARD) {
     if (x->dbias) memset(x->dbias, 0, sizeof(float) * p->bias_heads * ra_diagonals(p));
     if (x->dweights) memset(x->dweights, 0, sizeof(float) * p->support_count * ra_diagonals(p));
+    if (x->dalibi) memset(x->dalibi, 0, sizeof(float) * p->heads);
     if (x->dsinks) memset(x->dsinks, 0, sizeof(float) * p->heads);
   }
   for (size_t head = first; head < last; head++) {

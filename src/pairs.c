@@ -28,14 +28,18 @@ enum {
 RA_KERNEL void weigh(const ra_polynomial *e, uint32_t keys, const ra_seen *seen, float *top) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), masked = f32x4_splat(RA_MASKED), one = f32x4_splat(1);
+  f32x4 slope = f32x4_splat(e->state->slope);
+  const int sloped = e->state->slope > 0;
   for (uint32_t c = 0; c < CHUNK; c += 4) {
     f32x4 first = f32x4_load(seen->first + c), end = f32x4_load(seen->end + c),
-          reference = f32x4_load(e->reference + c);
+          reference = f32x4_load(e->reference + c), last = sloped ? f32x4_load(seen->last + c) : masked;
     f32x4 most = masked, key = f32x4_splat(0);
     float *at = e->a + c;
     RA_ROLLED
     for (uint32_t n = 0; n < keys; n++, at += CHUNK) {
-      f32x4 s = f32x4_where_less(key, end, f32x4_mul(f32x4_load(at), to_log2), masked);
+      f32x4 s = f32x4_load(at);
+      if (sloped) s = f32x4_madd(slope, f32x4_sub(key, last), s);
+      s = f32x4_where_less(key, end, f32x4_mul(s, to_log2), masked);
       s = f32x4_where_less(key, first, masked, s);
       most = f32x4_max(most, s);
       f32x4_store(at, ra_exp2(f32x4_min(f32x4_splat(128), f32x4_sub(s, reference)), constants));
@@ -126,7 +130,7 @@ static int next_block(const ra_polynomial *e, size_t kv, ra_range state, uint32_
 
 // All keys of a block, for the queries that are no outliers themselves.
 static ra_seen seen_by_plain(uint32_t keys, uint32_t outliers) {
-  ra_seen seen = {{0}, {0}};
+  ra_seen seen = {{0}, {0}, {0}};
   for (uint32_t n = 0; n < CHUNK; n++) seen.end[n] = outliers >> n & 1 ? 0 : (float)keys;
   return seen;
 }
@@ -185,7 +189,7 @@ static gathered gather(const ra_polynomial *e, const ra_arrays *x, size_t kv, ui
 static int load_seen(const ra_polynomial *e, const ra_arrays *x, size_t kv, const gathered *g, uint32_t j,
                      uint32_t keys, ra_seen *seen) {
   int any = 0;
-  *seen = (ra_seen){{0}, {0}};
+  *seen = (ra_seen){{0}, {0}, {0}};
   for (uint32_t n = 0; n < g->count; n++) any |= ra_see(seen, n, g->keys[n], j, keys);
   if (any) ra_load_keys(e, x, kv, j, keys, 0);
   return any;

@@ -20,6 +20,10 @@
 //
 // and the Jacobian of phi takes dphi to dx, dy. Nothing of size N x rank is ever stored.
 //
+// ALiBi, causal: exp(-m (i - j)) = exp(-m (i - r)) exp(-m (r - j)), so Z decays by exp(-m (r' - r)) as its origin r goes on,
+// and tokens join it, or read it, with such a weight: phi takes it as its constant. For dm = sum_ij dS_ij (j - i) there is a
+// second state, of keys times j - r. Rows of dS add up to 0, so that any r may stand for i.
+//
 // Outliers, rows whose scores are too large for p, are left out of the states and of the mean and done exactly (pairs.c).
 //
 // This work is based on:
@@ -67,6 +71,7 @@ ra_polynomial ra_polynomial_arrange(const ra_problem *p, uint32_t pass, ra_works
   e.weights = ra_take_floats(w, rank, 1);
   e.run = ra_take(w, rank, 1, 1);
   if (pass != RA_STREAM) e.z = ra_take_floats(w, rank, e.row);
+  if (pass == RA_BACKWARD && p->alibi) e.moment = ra_take_floats(w, rank, e.row);
   e.k_mean = ra_take_floats(w, 1, e.Dp);
   e.v_mean = ra_take_floats(w, 1, e.Dvp);
   e.lower = ra_take_floats(w, lower, CHUNK);
@@ -207,12 +212,24 @@ void ra_live_tokens(uint32_t count, uint32_t outliers, float *live) {
   for (uint32_t i = 0; i < CHUNK; i++) live[i] = i < count && !(outliers >> i & 1) ? 1.0f : 0.0f;
 }
 
+// exp(-m distance)
+static float decay(const ra_polynomial *e, double distance) {
+  return e->state->slope > 0 ? (float)exp(-e->state->slope * distance) : 1.0f;
+}
+
+// Of a query, when causal: from the origin to the last key that it sees.
+static double from_origin(const ra_polynomial *e, uint32_t i) {
+  return (double)ra_key_limit(e->p, i) - 1 - e->state->origin;
+}
+
 void ra_load_queries(const ra_polynomial *e, const float *q, uint32_t i, uint32_t count, int features) {
   float live[CHUNK];
   ra_rotary_rows(&e->state->q_rotary, q + i * e->q_row, e->q_row, e->x_rows, e->Dp, count, i, RA_ROTATE, e->p->scale);
   ra_turn(e, e->x_rows, count, e->x_t);
+  if (!features) return;
   ra_live_tokens(count, 0, live);
-  if (features) ra_features_lower(&e->f, e->x_t, live, e->lower);
+  for (uint32_t n = 0; e->state->slope > 0 && n < count; n++) live[n] = decay(e, from_origin(e, i + n));
+  ra_features_lower(&e->f, e->x_t, live, e->lower);
 }
 
 void ra_load_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t j, uint32_t count, int features) {
@@ -235,12 +252,36 @@ void ra_load_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_
     if (outliers >> n & 1) ra_fill(e->y_rows + n * e->Dp, e->Dp, 0);
   ra_turn(e, e->y_rows, count, e->y_t);
   ra_live_tokens(count, outliers, live);
+  for (uint32_t n = 0; n < count; n++) live[n] *= decay(e, (double)e->state->origin - j - n);
   ra_features_lower(&e->f, e->y_t, live, e->lower);
 }
 
 static void clear_state(const ra_polynomial *e) {
   ra_fill(e->z, (size_t)e->f.rank * e->row, 0);
+  if (e->moment) ra_fill(e->moment, (size_t)e->f.rank * e->row, 0);
   e->state->gone = 0;
+}
+
+// The origin of the state goes to another key: away from those in Z, or towards those that Y is for. `moment` may be NULL.
+RA_KERNEL void move_origin(const ra_polynomial *e, uint32_t origin, float *moment) {
+  double step = (double)origin - e->state->origin;
+  f32x4 factor = f32x4_splat(decay(e, fabs(step))), steps = f32x4_splat((float)-step);
+  e->state->origin = origin;
+  if (step == 0 || (e->state->slope == 0 && !moment)) return;
+  for (size_t n = 0; n < (size_t)e->f.rank * e->row; n += 4) {
+    f32x4 z = f32x4_mul(f32x4_load(e->z + n), factor);
+    f32x4_store(e->z + n, z);
+    if (moment) f32x4_store(moment + n, f32x4_madd(steps, z, f32x4_mul(f32x4_load(moment + n), factor)));
+  }
+}
+
+// The keys j .. j + count - 1 in u_rows, whose features are there, times j - r.
+static void add_moment(const ra_polynomial *e, uint32_t j, uint32_t count) {
+  ra_polynomial of_moment = *e;
+  of_moment.z = e->moment;
+  for (uint32_t n = 0; n < count; n++)
+    for (uint32_t d = 0; d < e->columns; d++) e->u_rows[n * e->row + d] *= (float)((double)j + n - e->state->origin);
+  ra_update_state(&of_moment, e->y_t, e->u_rows);
 }
 
 // Tokens leave a sum by subtraction, which leaves the rounding of what it held. So it is made anew once TURNOVER times as many
@@ -260,6 +301,7 @@ RA_KERNEL void add_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, r
     ra_load_keys(e, x, kv, j, count, 1);
     if (leave) negate(e->u_rows, (size_t)CHUNK * e->row);
     ra_update_state(e, e->y_t, e->u_rows);
+    if (e->moment) add_moment(e, j, count);
   }
 }
 
@@ -271,7 +313,9 @@ static void move_state(const ra_polynomial *e, const ra_arrays *x, size_t kv, ra
   if (staying == 0 || (leaving > 0 && is_worn(e, leaving, staying))) {
     clear_state(e);
     s->edge = keys.first;
+    s->origin = keys.end - 1;
   } else {
+    move_origin(e, keys.end - 1, e->moment);
     add_keys(e, x, kv, (ra_range){s->first, keys.first}, 1);
     s->gone += leaving;
   }
@@ -352,12 +396,10 @@ void ra_take_weights(const ra_polynomial *e, uint32_t kv) {
   ra_features_weights(&e->f, e->p->coefficients + (size_t)kv * (e->f.degree + 1), e->weights, e->run);
 }
 
-static void prepare_head(const ra_polynomial *e, const ra_arrays *x, uint32_t kv) {
-  ra_heads at = ra_heads_of(e, (size_t)kv * ra_group(e->p));
-  ra_take_weights(e, kv);
-  take_means(e, kv, x->k + at.k, x->v + at.v);
-  ra_load_outlier_keys(e, x, kv);
-  e->state->first = e->state->edge = 0;
+// What ALiBi takes off the score of the last key of a query, which is in no weight.
+static float beyond(const ra_polynomial *e, uint32_t i) {
+  int64_t last = (int64_t)ra_key_limit(e->p, i) - 1;
+  return e->state->slope > 0 ? (float)(e->state->slope * (double)((int64_t)i + e->p->query_offset - last)) : 0;
 }
 
 // --- Forward ------------------------------------------------------------------------------------------------------
@@ -388,6 +430,7 @@ uint32_t ra_normalise(const ra_polynomial *e, uint32_t count, float *lse) {
 void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_t seeing, float *out, float *lse) {
   float own[CHUNK];
   if (ra_normalise(e, count, own) & seeing) e->state->not_positive = 1;
+  for (uint32_t n = 0; n < count; n++) own[n] -= beyond(e, i + n);
   memcpy(lse + i, own, count * sizeof *own);
   ra_transpose(e->sum_t, CHUNK, e->Dv, count, out + i * e->out_row, e->out_row);
 }
@@ -466,12 +509,15 @@ void ra_load_gradients(const ra_polynomial *e, const float *out, const float *do
 // A chunk of queries, and what they pass back, as ra_load_gradients; `features`: scaled by it.
 RA_KERNEL void load_queries_backward(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i,
                                      uint32_t count, int features) {
-  float live[CHUNK];
+  float live[CHUNK], lse[CHUNK];
   ra_heads at = ra_heads_of(e, head);
   ra_load_queries(e, x->q + at.q, i, count, 0);
-  ra_load_gradients(e, x->out + at.out + i * e->out_row, x->dout + at.out + i * e->out_row, e->out_row,
-                    x->lse + at.lse + i, count, outlier_queries(e->p, head, i, count), live);
-  if (features) ra_features_lower(&e->f, e->x_t, live, e->lower);
+  for (uint32_t n = 0; n < count; n++) lse[n] = x->lse[at.lse + i + n] + beyond(e, i + n);
+  ra_load_gradients(e, x->out + at.out + i * e->out_row, x->dout + at.out + i * e->out_row, e->out_row, lse, count,
+                    outlier_queries(e->p, head, i, count), live);
+  if (!features) return;
+  for (uint32_t n = 0; e->state->slope > 0 && n < count; n++) live[n] *= decay(e, from_origin(e, i + n));
+  ra_features_lower(&e->f, e->x_t, live, e->lower);
 }
 
 ra_heads ra_heads_of(const ra_polynomial *e, size_t head) {
@@ -482,6 +528,35 @@ ra_heads ra_heads_of(const ra_polynomial *e, size_t head) {
                     .v = ra_head(p, kv, p->kv_heads, Nk, e->Dv),
                     .out = ra_head(p, head, p->heads, Nq, e->Dv),
                     .lse = head * Nq};
+}
+
+// sum of the terms of x and y, a multiple of 4 of them
+static float inner(const float *x, const float *y, size_t count) {
+  f32x4 sum = f32x4_splat(0);
+  for (size_t n = 0; n < count; n += 4) sum = f32x4_madd(f32x4_load(x + n), f32x4_load(y + n), sum);
+  return f32x4_sum(sum);
+}
+
+// sum_ij dS_ij (j - r) over the keys of Z and the queries of a chunk: phi(x_i).(moment h_i).
+RA_KERNEL double read_moment(const ra_polynomial *e) {
+  double sum = 0;
+  for (uint32_t row0 = 0, count; row0 < e->f.rank; row0 += count) {
+    const float *f = rows_at(e, e->x_t, row0, &count);
+    ra_chunk_set_rows(e->moment + (size_t)row0 * e->row, e->row, count, e->h_t, e->columns, e->dblock);
+    sum += inner(f, e->dblock, (size_t)count * CHUNK);
+  }
+  return sum;
+}
+
+// The same over the keys j .. j + count - 1 at an edge, dS in da.
+static double edge_moment(const ra_polynomial *e, uint32_t j, uint32_t count, uint32_t origin) {
+  double sum = 0;
+  for (uint32_t n = 0; n < count; n++) {
+    f32x4 row = f32x4_splat(0);
+    for (uint32_t c = 0; c < CHUNK; c += 4) row = f32x4_add(row, f32x4_load(e->da + n * CHUNK + c));
+    sum += f32x4_sum(row) * ((double)j + n - origin);
+  }
+  return sum;
 }
 
 // The sweep forwards, one chunk of one query head: dq, and what pairs that are done exactly give to dk and dv.
@@ -497,6 +572,7 @@ RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size
   ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
 
   // in the forward pass this was sum = phi(x) Z
+  if (reads && e->moment) e->state->dslope += read_moment(e);
   if (reads) read_state_backward(e, e->x_t, e->h_t);
   ra_add_outlier_keys_backward(e, x, kv, state, outliers);
   for (int side = 0; side < 2; side++)
@@ -505,6 +581,7 @@ RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size
       ra_seen seen = seen_keys(p, i, count, outliers, j, keys);
       ra_load_keys(e, x, kv, j, keys, 0);
       ra_add_block_backward(e, e->y_rows, e->u_rows, keys, &seen, NULL, j, x->dk + at.k, x->dv + at.v);
+      if (e->moment) e->state->dslope += edge_moment(e, j, keys, reads ? e->state->origin : beside.side[0].first);
     }
   // in the forward pass this was x = scale R q
   ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);
@@ -520,19 +597,22 @@ RA_KERNEL void add_queries(const ra_polynomial *e, const ra_arrays *x, size_t he
   ra_update_state(e, e->x_t, e->h_rows);
 }
 
+// Query heads that share a state: a group, but with slopes of their own none.
+static uint32_t sharing(const ra_problem *p) { return p->alibi ? 1 : ra_group(p); }
+
 // The same for all chunks of these queries that see keys through a state, and all heads of the group.
-static void add_group(const ra_polynomial *e, const ra_arrays *x, size_t kv, ra_range queries, int leave) {
-  size_t group = ra_group(e->p);
+static void add_group(const ra_polynomial *e, const ra_arrays *x, size_t state, ra_range queries, int leave) {
+  size_t group = sharing(e->p);
   for (uint32_t i = queries.first, end; i < queries.end; i = end) {
     ra_range keys = ra_state_keys(e->p, i);
     end = ra_chunk_end(e->p, i);
-    for (size_t head = kv * group; keys.first < keys.end && head < (kv + 1) * group; head++)
+    for (size_t head = state * group; keys.first < keys.end && head < (state + 1) * group; head++)
       add_queries(e, x, head, i, end - i, leave);
   }
 }
 
 // Those chunks leave Y that saw no key before the edge. Returns the first key that all see which stay; the edge when none do.
-static uint32_t drop_queries(const ra_polynomial *e, const ra_arrays *x, size_t kv) {
+static uint32_t drop_queries(const ra_polynomial *e, const ra_arrays *x, size_t state) {
   ra_polynomial_state *s = e->state;
   uint32_t top = s->queries.end, first = s->edge, start;
   for (; top > s->queries.first; top = start) {
@@ -544,19 +624,20 @@ static uint32_t drop_queries(const ra_polynomial *e, const ra_arrays *x, size_t 
   s->queries.end = top;
   if (leaving.end > top && is_worn(e, leaving.end - top, top - staying.first)) {
     clear_state(e);
-    add_group(e, x, kv, staying, 0);
+    add_group(e, x, state, staying, 0);
   } else {
-    add_group(e, x, kv, leaving, 1);
+    add_group(e, x, state, leaving, 1);
     s->gone += leaving.end - top;
   }
   return top > staying.first ? first : s->edge;
 }
 
 // The sweep backwards: keys start .. edge-1 take their gradients from the state of the queries that saw them through Z.
-RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t start) {
-  ra_heads at = ra_heads_of(e, kv * ra_group(e->p));
+RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t state, uint32_t start) {
+  size_t head = state * sharing(e->p), kv = head / ra_group(e->p);
+  ra_heads at = ra_heads_of(e, head);
   while (e->state->edge > start) {
-    uint32_t first = drop_queries(e, x, kv);
+    uint32_t first = drop_queries(e, x, state);
     if (first == e->state->edge) { // nobody saw these
       e->state->edge = start;
       return;
@@ -594,10 +675,39 @@ RA_KERNEL void finish_keys(const ra_polynomial *e, size_t kv, float *dk) {
                    ra_min_u32(CHUNK, Nk - j), j, RA_ROTATE_TRANSPOSE, 1.0f);
 }
 
+// Before the first unit of a state, of the query heads from `head` on.
+static void prepare_state(const ra_polynomial *e, const ra_arrays *x, uint32_t pass, uint32_t head) {
+  const ra_problem *p = e->p;
+  uint32_t kv = head / ra_group(p);
+  ra_heads at = ra_heads_of(e, head);
+  ra_rotary_batch(&e->state->q_rotary, p, 1, kv / p->kv_heads);
+  ra_rotary_batch(&e->state->k_rotary, p, 0, kv / p->kv_heads);
+  ra_take_weights(e, kv);
+  take_means(e, kv, x->k + at.k, x->v + at.v);
+  ra_load_outlier_keys(e, x, kv);
+  e->state->first = e->state->edge = 0;
+  e->state->slope = p->alibi ? p->alibi[head % p->heads] : 0;
+  e->state->dslope = 0;
+  for (uint32_t j = 0; pass == RA_BACKWARD && head % ra_group(p) == 0 && j < p->key_length; j++) {
+    ra_fill(x->dk + at.k + j * e->k_row, e->D, 0);
+    ra_fill(x->dv + at.v + j * e->v_row, e->Dv, 0);
+  }
+}
+
+// After the last unit of a backward pass.
+static void finish_state(const ra_polynomial *e, const ra_arrays *x, uint32_t head) {
+  const ra_problem *p = e->p;
+  uint32_t kv = head / ra_group(p);
+  if ((head + sharing(p)) % ra_group(p) == 0) finish_keys(e, kv, x->dk + ra_heads_of(e, head).k);
+  if (!p->alibi || !x->dalibi) return;
+  float *sum = x->dalibi + head % p->heads;
+  *sum = (head < p->heads ? 0 : *sum) + (float)e->state->dslope;
+}
+
 // --- Units --------------------------------------------------------------------------------------------------------
 //
-// Per key/value head. Forward: blocks of 256 keys of the first chunk's state (all keys when there is no mask), then blocks of
-// 256 queries of all heads of the group, each bringing its own. Backward: the same, then the query blocks again from the last
+// Per state: a key/value head, or a query head where heads have slopes of their own. Forward: blocks of 256 keys of the first
+// chunk's state (all keys when there is no mask), then blocks of 256 queries of all heads of the group, each bringing its own. Backward: the same, then the query blocks again from the last
 // to the first, then the key blocks from the last to the first. At the end of both passes chunks of 32 outlier queries, whose rows
 // of the blocks before mean nothing.
 
@@ -614,34 +724,35 @@ static plan plan_units(const ra_problem *p, uint32_t pass) {
 }
 
 static uint32_t units(const ra_problem *p, uint32_t pass) {
-  return p->batch * p->kv_heads * plan_units(p, pass).per_head;
+  return p->batch * p->heads / sharing(p) * plan_units(p, pass).per_head;
 }
 
-static void forward_queries(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t block, uint32_t pass) {
+static void forward_queries(const ra_polynomial *e, const ra_arrays *x, size_t state, uint32_t block, uint32_t pass) {
   const ra_problem *p = e->p;
-  size_t group = ra_group(p);
+  size_t group = sharing(p);
   for (uint32_t i = block * UNIT, count; i < ra_min_u32(block * UNIT + UNIT, p->query_length); i += count) {
     count = ra_chunk_end(p, i) - i;
-    move_state(e, x, kv, ra_state_keys(p, i));
-    for (size_t head = kv * group; head < (kv + 1) * group; head++) {
+    move_state(e, x, state * group / ra_group(p), ra_state_keys(p, i));
+    for (size_t head = state * group; head < (state + 1) * group; head++) {
       if (pass == RA_FORWARD) forward_chunk(e, x, head, i, count);
       else backward_queries(e, x, head, i, count);
     }
   }
 }
 
-static void sweep_back(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t block) {
+static void sweep_back(const ra_polynomial *e, const ra_arrays *x, size_t state, uint32_t block) {
   const ra_problem *p = e->p;
   ra_range *queries = &e->state->queries;
   uint32_t start = block * UNIT, i, end = ra_min_u32(start + UNIT, p->query_length);
   for (; end > start; end = i) {
     i = ra_chunk_start(p, end - 1);
     ra_range keys = ra_state_keys(p, i);
-    retire_keys(e, x, kv, keys.end);
+    retire_keys(e, x, state, keys.end);
     if (keys.first >= keys.end) continue;
-    if (queries->first == queries->end) queries->end = end;
+    if (queries->first == queries->end) queries->end = end, e->state->origin = keys.end - 1;
     queries->first = i;
-    add_group(e, x, kv, (ra_range){i, end}, 0);
+    move_origin(e, keys.end - 1, NULL);
+    add_group(e, x, state, (ra_range){i, end}, 0);
   }
 }
 
@@ -657,17 +768,8 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
     ra_rotary_init(&e.state->k_rotary, p, 0, &e.state->q_rotary, e.k_space);
   }
   for (uint32_t unit = first; unit < last; unit++) {
-    uint32_t kv = unit / n.per_head, at = unit % n.per_head;
-    ra_heads of_keys = ra_heads_of(&e, kv * ra_group(p));
-    if (at == 0) {
-      ra_rotary_batch(&e.state->q_rotary, p, 1, kv / p->kv_heads);
-      ra_rotary_batch(&e.state->k_rotary, p, 0, kv / p->kv_heads);
-      prepare_head(&e, x, kv);
-      for (uint32_t j = 0; pass == RA_BACKWARD && j < p->key_length; j++) {
-        ra_fill(x->dk + of_keys.k + j * e.k_row, e.D, 0);
-        ra_fill(x->dv + of_keys.v + j * e.v_row, e.Dv, 0);
-      }
-    }
+    uint32_t state = unit / n.per_head, at = unit % n.per_head, head = state * sharing(p), kv = head / ra_group(p);
+    if (at == 0) prepare_state(&e, x, pass, head);
     if (pass == RA_BACKWARD && at == blocks) { // keys that no query saw through the state are done
       clear_state(&e);
       e.state->queries = (ra_range){p->query_length, p->query_length};
@@ -675,12 +777,13 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
     }
     if (at < n.key_blocks)
       move_state(&e, x, kv, (ra_range){keys.first, ra_min_u32(keys.first + (at + 1) * UNIT, keys.end)});
-    else if (at < blocks) forward_queries(&e, x, kv, at - n.key_blocks, pass);
-    else if (at < n.outliers && at < blocks + n.query_blocks) sweep_back(&e, x, kv, blocks + n.query_blocks - 1 - at);
-    else if (at < n.outliers) retire_keys(&e, x, kv, keys.first + (n.outliers - 1 - at) * UNIT);
+    else if (at < blocks) forward_queries(&e, x, state, at - n.key_blocks, pass);
+    else if (at < n.outliers && at < blocks + n.query_blocks)
+      sweep_back(&e, x, state, blocks + n.query_blocks - 1 - at);
+    else if (at < n.outliers) retire_keys(&e, x, state, keys.first + (n.outliers - 1 - at) * UNIT);
     else if (pass == RA_FORWARD) ra_outlier_queries_forward(&e, x, kv, at - n.outliers);
     else ra_outlier_queries_backward(&e, x, kv, at - n.outliers);
-    if (pass == RA_BACKWARD && at == n.per_head - 1) finish_keys(&e, kv, x->dk + of_keys.k);
+    if (pass == RA_BACKWARD && at == n.per_head - 1) finish_state(&e, x, head);
   }
   return last == all && e.state->not_positive > 0 ? RA_NOT_POSITIVE : RA_OK;
 }

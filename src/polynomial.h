@@ -20,6 +20,10 @@ typedef struct ra_polynomial_state {
   ra_range queries;      // those in Y (backward sweep)
   uint32_t gone;         // tokens that have left Z, or Y, since it was made
   uint32_t not_positive; // rows whose denominator was not positive and finite
+  float slope;           // ALiBi's m of the head, or 0
+  uint32_t
+      origin; // key r from which weights in Z and Y decay: a key's by exp(-m (r - j)), a query's by exp(-m (its last key - r))
+  double dslope;
 } ra_polynomial_state;
 
 typedef struct ra_polynomial {
@@ -34,6 +38,7 @@ typedef struct ra_polynomial {
   float *weights;         // [rank] w_r
   uint8_t *run;           // [rank]
   float *z;               // [rank][row] Z, later Y
+  float *moment;          // [rank][row] Z with each key times j - r: with slopes, backward; else NULL
   float *k_mean, *v_mean; // [Dp], [Dvp]
   float *lower, *block;   // features [lower][32], [48][32]
   float *x_rows, *y_rows; // [32][Dp] the chunk's queries, keys
@@ -121,9 +126,10 @@ void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_
 //
 // Their scores may be large, so each query has a reference: sum_t, and A = exp(x.y), are meant times 2^reference.
 
-// Of a block of keys each query sees first[i] .. end[i] - 1.
+// Of a block of keys each query sees first[i] .. end[i] - 1. With a slope m, key n has m (n - last[i]) added: `last` is where its last
+// key is, counted from the first of the block.
 typedef struct ra_seen {
-  float first[RA_CHUNK], end[RA_CHUNK];
+  float first[RA_CHUNK], end[RA_CHUNK], last[RA_CHUNK];
 } ra_seen;
 
 // What a query with this range sees of the keys j .. j + keys - 1; 0 when that is nothing.
@@ -131,6 +137,7 @@ static inline int ra_see(ra_seen *seen, uint32_t query, ra_range range, uint32_t
   uint32_t first = range.first <= j ? 0 : ra_min_u32(range.first - j, keys);
   uint32_t end = range.end <= j ? 0 : ra_min_u32(range.end - j, keys);
   seen->first[query] = (float)first, seen->end[query] = (float)end;
+  seen->last[query] = (float)((int64_t)range.end - 1 - j);
   return first < end;
 }
 

@@ -26,7 +26,8 @@
 //
 // A row with no allowed key gives out = 0, lse = -infinity and no gradient. Scores below -3.4e29 count as not allowed.
 //
-// The exact engine also takes s_ij = softcap tanh(scale q.k / softcap) + bias_{i-j} + mask_ij, and attention sinks: one more
+// Scores may have ALiBi's -m |i + query_offset - j| added, of the head's slope m. The exact engine also takes s_ij = softcap
+// tanh(scale q.k / softcap) + bias_{i-j} + mask_ij, and attention sinks: one more
 // key for each head, of score `sink` and value 0. In place of a rotation by the difference of positions it takes one by any
 // number f(i - j), or any matrix W_{i - j} with few entries, s_ij = scale q_i W_{i-j} k_j^T (2505.11892, the general form).
 //
@@ -117,7 +118,8 @@ typedef struct ra_problem {
                             // not toeplitz
   uint32_t segment_count;
 
-  // What is done to scores. All engines but the polynomial one; toeplitz: bias only.
+  // What is done to scores. All engines, but polynomial only alibi, and that only when causal; toeplitz only bias.
+  const float *alibi;                     // [H] slopes m from 0 to 1e19: adds -m |i + query_offset - j|; or NULL
   float softcap;                          // 0: none
   const float *bias;                      // [bias_heads][Nq + Nk - 1], entry i - j + Nk - 1, or NULL
   uint32_t bias_heads;                    // 1 or H
@@ -140,7 +142,7 @@ typedef struct ra_problem {
   uint32_t support_count; // 0: none
   const float *weights;   // [support_count][Nq + Nk - 1]
 
-  // Polynomial: rows whose scores are too large for p are done exactly, all scores of theirs, at O(key_length D) for a query and
+  // Polynomial, without alibi: rows whose scores are too large for p are done exactly, all scores of theirs, at O(key_length D) for a query and
   // O(query_length D) for a key: as many in each key/value head, ascending, or NULL. Query i of the h-th query head of a group is
   // number i * heads / kv_heads + h.
   const uint32_t *outlier_queries,
@@ -160,6 +162,7 @@ typedef struct ra_arrays {
   float *dk;         // [B][kv_heads][Nk][D], summed over the query heads of its group
   float *dv;         // [B][kv_heads][Nk][Dv], likewise
   float *dbias;      // [bias_heads][Nq + Nk - 1], summed over batches (and heads); or NULL
+  float *dalibi;     // [H], summed over batches; or NULL
   float *dsinks;     // [H], summed over batches; or NULL
   float *dweights;   // [support_count][Nq + Nk - 1], summed over batches and heads; or NULL
 } ra_arrays;

@@ -309,6 +309,9 @@ typedef struct lanes {
   size_t head[LANES];                 // flat head in [B][H]
   const float *bias[LANES];           // entry of key 0, those of the others before it; NULL without bias
   uint32_t end;                       // of all their keys
+  int sloped;                         // there are slopes:
+  float slope[LANES];                 // adds slope (near - |position - j|), near being the least |position - j|
+  int64_t position[LANES], near[LANES];
 } lanes;
 
 // The bias of query i of a flat head to key 0; to key j, j entries before.
@@ -317,8 +320,14 @@ static const float *bias_of(const ra_problem *p, size_t head, uint32_t i) {
   return p->bias ? p->bias + own + i + p->key_length - 1 : NULL;
 }
 
+// From a position to the nearest of these keys.
+static int64_t distance_to(int64_t position, ra_range keys) {
+  if (position < keys.first) return keys.first - position;
+  return position < keys.end ? 0 : position - keys.end + 1;
+}
+
 static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count) {
-  lanes l = {.end = 0};
+  lanes l = {.end = 0, .sloped = e->p->alibi != NULL};
   for (uint32_t n = 0; n < LANES; n++) {
     uint32_t row = rows[n < count ? n : count - 1];
     l.i[n] = row % e->p->query_length;
@@ -329,6 +338,9 @@ static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, c
     int outlier = ra_outlier_bits(ra_outlier_queries(e->p, kv_head), (uint32_t)e->group, (uint32_t)h, l.i[n], 1) != 0;
     l.state[n] = outlier ? (ra_range){0, 0} : ra_state_keys(e->p, ra_chunk_start(e->p, l.i[n]));
     if (l.keys[n].end > l.end) l.end = l.keys[n].end;
+    l.position[n] = (int64_t)l.i[n] + e->p->query_offset;
+    l.near[n] = distance_to(l.position[n], l.keys[n]);
+    l.slope[n] = e->p->alibi ? e->p->alibi[l.head[n] % e->p->heads] : 0;
     const float *q_n = x->q + ra_head(e->p, l.head[n], e->p->heads, e->Nq, e->D) + l.i[n] * e->q_row;
     ra_rotary_rows(&e->state->q_rotary, q_n, e->D, e->rows + n * e->Dp, e->Dp, 1, l.i[n], RA_ROTATE, e->p->scale);
   }
@@ -365,6 +377,12 @@ uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
   return written;
 }
 
+// What ALiBi adds to the score of key j of a lane, less what it adds to that of the nearest key: 0 or less where it is seen.
+static float alibi(const lanes *l, int lane, uint32_t j) {
+  int64_t distance = l->position[lane] - j;
+  return l->slope[lane] * (float)(l->near[lane] - (distance < 0 ? -distance : distance));
+}
+
 // What weighs a score: exp(s + bias - reference), or p(s) exp(bias - reference) for the keys of the state but outliers.
 typedef struct weigher {
   const float *coefficients; // [degree + 1], NULL for exp
@@ -398,15 +416,17 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
   for (uint32_t n = 0, outliers = 0; n < count; n++, outliers >>= 1) {
     if (n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, ra_min_u32(32, count - n));
     for (int h = 0; h < LANES; h += 4) {
-      f32x4 key = f32x4_splat((float)n), s_n = f32x4_load(s + n * LANES + h);
       float bias[4] = {0};
-      for (int i = 0; l->bias[0] && i < 4; i++) bias[i] = *(l->bias[h + i] - j0 - n);
+      for (int i = 0; l->sloped && i < 4; i++) bias[i] = alibi(l, h + i, j0 + n);
+      f32x4 key = f32x4_splat((float)n), s_n = f32x4_load(s + n * LANES + h);
+      for (int i = 0; l->bias[0] && i < 4; i++) bias[i] += *(l->bias[h + i] - j0 - n);
       f32x4 b = f32x4_load(bias), reference = f32x4_load(w->reference + h);
       f32x4 exponent = f32x4_mul(f32x4_sub(f32x4_add(s_n, b), reference), to_log2);
       f32x4 value = ra_exp2(f32x4_min(f32x4_splat(128), exponent), constants); // from 2^128 on: infinity
       if (w->coefficients && !(outliers & 1)) {
         f32x4 factor = divided[h / 4];
-        if (l->bias[0]) factor = ra_exp2(f32x4_mul(f32x4_min(zero, f32x4_sub(b, reference)), to_log2), constants);
+        if (l->bias[0] || l->sloped)
+          factor = ra_exp2(f32x4_mul(f32x4_min(zero, f32x4_sub(b, reference)), to_log2), constants);
         f32x4 polynomial = f32x4_mul(horner(w, derivative, s_n), factor);
         polynomial = f32x4_where_less(key, f32x4_load(to + h), polynomial, value);
         value = f32x4_where_less(key, f32x4_load(from + h), value, polynomial);
@@ -424,7 +444,7 @@ static void take_references(const lanes *l, weigher *w, const float *s) {
     for (uint32_t j = l->keys[i].first, outliers = 0; j < l->keys[i].end; j++, outliers >>= 1) {
       if (j == l->keys[i].first || j % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j, 32 - j % 32);
       int polynomial = w->coefficients && l->state[i].first <= j && j < l->state[i].end && !(outliers & 1);
-      float bias = l->bias[i] ? *(l->bias[i] - j) : 0, score = s[(size_t)j * LANES + i] + bias;
+      float bias = (l->bias[i] ? *(l->bias[i] - j) : 0) + alibi(l, i, j), score = s[(size_t)j * LANES + i] + bias;
       if (polynomial) top = bias > top ? bias : top;
       else if (score > most) most = score;
     }
@@ -467,6 +487,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
     double shift = 0, inverse = sum[n] > 0 ? 1 / sum[n] : 0;
     if (coefficients && w.seen[n] && !(sum[n] > 0 && sum[n] <= (double)FLT_MAX)) status = RA_NOT_POSITIVE;
     for (size_t d = 0; d < e.D; d++) shift += (double)e.rows[n * e.Dp + d] * e.k_mean[d];
+    shift -= l.slope[n] * (double)l.near[n];
     lse[n] = sum[n] > 0 ? (float)(log(sum[n]) + w.reference[n] + shift) : -INFINITY;
     for (size_t d = 0; d < e.Dv; d++) out[n * e.Dv + d] = (float)(e.sum_t[d * LANES + n] * inverse);
   }
@@ -538,6 +559,7 @@ static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32
       int through = c->w->coefficients && !outlier && !c->outlier[i] && state.first <= j && j < state.end;
       polynomial[i] = through ? 1.0f : 0.0f;
       if (own) bias[i] = *(own - j);
+      if (e->p->alibi) bias[i] -= (float)ra_alibi(e->p, head, (size_t)i0 + n + e->p->key_length - 1 - j);
     }
     f32x4 zero = f32x4_splat(0), to_log2 = f32x4_splat((float)RA_LOG2_E);
     for (int h = 0; h < LANES; h += 4) {

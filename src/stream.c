@@ -73,6 +73,7 @@ static ra_polynomial open_stream(const ra_problem *p, void *workspace) {
   ra_workspace_cursor cursor = {workspace, 0, 0};
   ra_polynomial e = ra_polynomial_arrange(p, RA_STREAM, &cursor);
   e.state->not_positive = 0;
+  e.state->slope = 0;
   ra_fill(e.k_mean, e.Dp, 0), ra_fill(e.v_mean, e.Dvp, 0);
   ra_rotary_init(&e.state->q_rotary, p, 1, NULL, e.q_space);
   return e;
@@ -136,7 +137,7 @@ int ra_state_attend(const ra_problem *p, const ra_arrays *x, const void *state, 
   ra_polynomial e = open_stream(p, workspace);
   const stream *s = state;
   uint32_t group = ra_group(p);
-  ra_seen seen = {{0}, {0}};
+  ra_seen seen = {{0}, {0}, {0}};
   ra_fill(seen.end, CHUNK, (float)s->waiting);
   for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
     stream_head own = open_stream_head(&e, (void *)(uintptr_t)state, s->joined, kv); // only read

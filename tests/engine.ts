@@ -25,6 +25,8 @@ export interface EngineResult {
   dk: Float32Array;
   dv: Float32Array;
   dBias: Float32Array | undefined;
+  /** There when alibi is. */
+  dAlibi: Float32Array | undefined;
   /** false when the weights of some row did not add up to a positive number, by either pass. */
   positive: boolean;
 }
@@ -51,7 +53,7 @@ export function runEngine(
   session.setWorkspace(backward);
   const second = session.run('backward', 0, session.units('backward'));
   const [output, lse, dq, dk, dv] = (['out', 'lse', 'dq', 'dk', 'dv'] as const).map((name) => session.result(name));
-  const dBias = session.vector('dbias');
+  const [dBias, dAlibi] = [session.vector('dbias'), session.vector('dalibi')];
   session.close();
-  return { output, lse, dq, dk, dv, dBias, positive: first && second };
+  return { output, lse, dq, dk, dv, dBias, dAlibi, positive: first && second };
 }

@@ -15,6 +15,7 @@ const [QUERIES, KEYS, DIAGONALS] = [70, 83, 152];
 /** Roundings, 2^-24, of the size of the result: twice the most seen, which stands behind each. */
 const TOLERANCE = {
   added: 16, // 7.9
+  alibi: 8,
   masked: 23, // 11.5
   packed: 40, // 19.7
   sink: 21, // 10.2
@@ -22,7 +23,7 @@ const TOLERANCE = {
   sums: 4.1, // 2.0
 };
 
-const NAMES = ['output', 'lse', 'dq', 'dk', 'dv', 'dBias', 'dSinks'] as const;
+const NAMES = ['output', 'lse', 'dq', 'dk', 'dv', 'dBias', 'dAlibi', 'dSinks'] as const;
 type Results = Partial<Record<(typeof NAMES)[number], Float32Array>>;
 
 function both(attention: RopeAttention, args: Problem): Results {
@@ -166,6 +167,28 @@ eachBinary((attention) => {
       expect(own).toEqual(shared);
       const sum = bias.map((_, n) => [0, 1, 2, 3].reduce((total, head) => total + four![head * DIAGONALS + n], 0));
       expect(once).toBeAllclose(sum, { atol: TOLERANCE.sums * UNIT * maxAbs(sum) });
+    });
+
+    test.each([
+      { causal: true, queryOffset: 13 },
+      { queryOffset: 5 },
+      { window: [30, 20] as const, bias: draw(DIAGONALS, normal(17)) },
+    ])('alibi is a bias, of each head, of slopes times distances, and so is its gradient: %p', (setting) => {
+      const alibi = Float32Array.of(0, 0.5, 0.1, 0.01);
+      const args = problem({ shape, ...setting }, 16);
+      const offset = args.queryOffset ?? 0;
+      const distance = Array.from(biasOf((n) => Math.abs(n + offset)));
+      const added = Array.from({ length: DIAGONALS }, (_, n) => args.bias?.[n] ?? 0);
+      const bias = Float32Array.from(Array.from(alibi).flatMap((m) => distance.map((d, n) => added[n] - m * d)));
+      const [got, expected] = [run({ ...args, alibi }), run({ ...args, bias })];
+      expectSame({ ...got, dBias: undefined }, expected, TOLERANCE.alibi);
+      Array.from(alibi).forEach((_, head) => {
+        const own = expected.dBias!.subarray(head * DIAGONALS, (head + 1) * DIAGONALS);
+        const terms = Array.from(own, (d, n) => -d * distance[n]);
+        const [sum, size] = [(x: number[]) => x.reduce((a, b) => a + b, 0), terms.map(Math.abs)];
+        const atol = TOLERANCE.alibi * UNIT * sum(size);
+        expect(Float32Array.of(got.dAlibi![head])).toBeAllclose([sum(terms)], { atol, name: 'dAlibi' });
+      });
     });
 
     test('gradients of bias and sinks add up to zero: a constant on both changes nothing; they repeat bit by bit', () => {

@@ -275,6 +275,7 @@ describe('the choice', () => {
       'exact: no polynomial has relativePositions, whose scores do not factorise',
     ],
     [{ mask: new Uint8Array(2048).fill(1), maskShape: [1, 1, 1, 2048] as const }, 'exact: no polynomial has mask'],
+    [{ alibi: new Float32Array(2), causal: false }, 'exact: no polynomial has alibi without causal'],
     [{ sinks: new Float32Array(2), softcap: 1 }, 'exact: no polynomial has softcap or sinks'],
     [{ window: [100, -1] as const, method: 'exact' as const }, 'exact: as asked'],
   ])('%p', (options, reason) => {
@@ -291,7 +292,9 @@ describe('the choice', () => {
     { window: [900, 900] },
     { window: [-1, 1200] },
     { window: [1300, -1], segments: [0, 1000] },
-  ] as const)('a wide window by a polynomial, output and gradients within the tolerance: %p', (options) => {
+    { causal: true, alibi: Float32Array.of(0.002, 0.3) },
+    { causal: true, alibi: Float32Array.of(0.01, 0.1), window: [1500, -1], queryOffset: 100 },
+  ] as const)('wide windows and slopes by a polynomial, output and gradients within the tolerance: %p', (options) => {
     const shape = { heads: 2, kvHeads: 1, queryLength: 4000, headDim: 8 };
     const args = { ...problem({ shape }, 12, uniform(0.5)), ...options };
     const tolerance = 0.02;
@@ -363,6 +366,8 @@ describe('the choice', () => {
     [{ window: [20, 5] as const, queryOffset: -15 }],
     [{ window: [20, 5] as const, queryOffset: 90 }],
     [{ segments: [0, 10, 40], causal: true }],
+    [{ alibi: Float32Array.of(0, 0.1, 0.5, 0.01), causal: true, queryOffset: 20 }],
+    [{ alibi: Float32Array.of(0, 0.1, 0.5, 0.01), window: [30, 50] as const, layout: 'bnhd' as const }],
     [{ segments: [0, 10, 40], queryOffset: 20 }],
     [{ segments: [0, 10, 40], window: [20, 5] as const, layout: 'bnhd' as const }],
     [{ rotary: { queryPositions: POSITIONS.subarray(0, 100), keyPositions: POSITIONS }, causal: true }],

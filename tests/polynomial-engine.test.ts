@@ -100,6 +100,14 @@ const optionCases: Case[] = ([
     { shape: { ...long, batch: 2, heads: 4, kvHeads: 2, valueDim: 5 }, window: [96, 20] },
     { shape: long, window: [100, 30], segments: [0, 20, 150, 151, 300] },
     { shape: long, window: [100, -1], causal: true, segments: [0, 7, 200] },
+    ...[0, 1e-3, 0.05, 0.7, 30].map((m) => ({ shape: long, causal: true, alibi: Float32Array.of(m) })),
+    { shape: { ...shape, batch: 2, heads: 4, kvHeads: 2 }, causal: true, alibi: Float32Array.of(0.5, 0, 0.01, 0.1) },
+    { shape: { ...long, keyLength: 400 }, causal: true, queryOffset: 71, alibi: Float32Array.of(0.1) },
+    { shape: { ...long, keyLength: 250 }, causal: true, queryOffset: -40, alibi: Float32Array.of(0.1) },
+    { shape: { ...shape, keyLength: 50 }, causal: true, alibi: Float32Array.of(0.1) },
+    { shape: long, causal: true, alibi: Float32Array.of(0.02), window: [100, -1] },
+    { shape: long, causal: true, alibi: Float32Array.of(0.02), segments: [0, 7, 200] },
+    { shape: { ...long, heads: 2 }, causal: true, alibi: Float32Array.of(0.02, 0.2), layout: 'bhnd' },
   ])
   .map((setting) => ({ setting, degree: 3 }));
 
@@ -111,6 +119,7 @@ const slopes = (
     { setting: { shape: { heads, queryLength: 70, headDim: 20 }, causal: true }, degree: 1 },
     { setting: { shape: { heads: 2, kvHeads: 1, queryLength: 300, headDim: 6 }, causal: true, window: [100, -1] }, degree: 3 },
     { setting: { shape: { heads, queryLength: 300, keyLength: 260, headDim: 6 }, window: [40, 90], queryOffset: 20 }, degree: 3 },
+    { setting: { shape: { heads, queryLength: 200, headDim: 6 }, causal: true, alibi: Float32Array.of(0.02) }, degree: 3 },
     {
       setting: {
         shape: { heads: 4, kvHeads: 2, queryLength: 40, keyLength: 100, headDim: 3, valueDim: 7 },
@@ -211,7 +220,7 @@ const periodic = [true, false].map((causal) => ({
  * Roundings, 2^-24, of the largest sum of magnitudes that makes up an entry. The most seen over all cases and both binaries:
  * output 1.2, lse 1.6, dq 0.14, dk 0.16, dv 0.6 (the gradients' sums are the more pessimistic).
  */
-const MODEL_TOLERANCE = { output: 2.5, lse: 3, dq: 0.3, dk: 0.3, dv: 1.2 };
+const MODEL_TOLERANCE = { output: 2.5, lse: 3, dq: 0.3, dk: 0.3, dv: 1.2, dAlibi: 0.1 };
 
 /** Relative to the largest entry: scores reach thousands, and weights carry their roundings. 5e-5 was the most seen. */
 const OUTLIER_TOLERANCE = 1.2e-4;
@@ -277,6 +286,10 @@ describe.each(binaries)('the engine, $name', (binary) => {
       for (const name of RESULTS) {
         expect(result[name]).toBeAllclose(expected[name], { atol: MODEL_TOLERANCE[name] * UNIT * expected.terms[name], name });
       }
+      result.dAlibi?.forEach((slope, head) => {
+        const atol = MODEL_TOLERANCE.dAlibi * UNIT * expected.dAlibiTerms[head];
+        expect(Float32Array.of(slope)).toBeAllclose([expected.dAlibi[head]], { atol, name: 'dAlibi' });
+      });
     });
   });
 

@@ -6,6 +6,8 @@
 //   a_ij = p(s_ij)        all pairs of a segment; when causal, keys before the block of 32 queries that i is in; in a window,
 //                         those of them that all queries of the block see, whose number is a multiple of 32
 //        = exp(s_ij)      the other keys that i may see
+// and, with slopes, times exp(-m |i + queryOffset - j|),
+//
 //   den_i = sum_j a_ij,   out_i = sum_j a_ij v_j / den_i,   lse_i = log den_i + x_i . mean
 //
 // and the gradient is the derivative of that, p held fixed, the mean key included:
@@ -33,6 +35,9 @@ export type ModelArgs = Setting & Record<keyof Arrays, Floats>;
 export interface ModelResult extends ByResult<Float64Array> {
   /** For each result the largest sum of magnitudes of the terms of an entry, as `magnitudes` of yardstick.ts. */
   terms: ByResult<number>;
+  /** When there are slopes, and the sums of magnitudes of its terms; a distance counts as a chunk more, since a state's is known to one. */
+  dAlibi: Float64Array;
+  dAlibiTerms: Float64Array;
 }
 
 /**
@@ -46,7 +51,7 @@ export function polynomialModel(
 ): ModelResult {
   const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim } = fullShape(args.shape);
   const { rotary = {}, scale = 1 / Math.sqrt(headDim), causal = false, queryOffset = 0 } = args;
-  const { segments = [0], window = [-1, -1] } = args;
+  const { segments = [0], window = [-1, -1], alibi = new Float32Array(heads) } = args;
   const left = window[0] < 0 ? Infinity : window[0];
   const right = causal ? 0 : window[1] < 0 ? Infinity : window[1];
   const keyShape = { batch, heads: kvHeads, queryLength: keyLength, headDim };
@@ -96,6 +101,7 @@ export function polynomialModel(
     dv: new Float64Array(v.length),
   });
   const [result, terms] = [zeros(), zeros()];
+  const [dAlibi, dAlibiTerms] = [new Float64Array(heads), new Float64Array(heads)];
   result.lse.fill(-Infinity);
   for (let r = 0; r < result.lse.length; r++) {
     const i = r % queryLength;
@@ -126,11 +132,13 @@ export function polynomialModel(
     const top = Math.max(...scores.map(({ s }) => s)) > 50 || farQuery ? Math.max(...scores.map(({ s }) => s)) : 0;
     const weights = scores.map(({ s, size }, n) => {
       const j = first + n;
+      const bias = -alibi[head % heads] * Math.abs(position - j);
       if (j >= stateFrom && j < stateTo && !farQuery && !isFarKey(keyHead, j)) {
-        return polynomialWeight(coefficients[keyHead], s, size, Math.exp(-top));
+        return polynomialWeight(coefficients[keyHead], s, size, Math.exp(bias - top));
       }
-      const a = Math.exp(s - top);
-      return { a, slope: a, sizeA: a * (1 + size), sizeSlope: a * (1 + size) };
+      const a = Math.exp(s + bias - top);
+      const sizeA = a * (1 + size - bias);
+      return { a, slope: a, sizeA, sizeSlope: sizeA };
     });
     const den = weights.reduce((sum, { a }) => sum + a, 0);
     const sizeDen = weights.reduce((sum, { sizeA }) => sum + sizeA, 0) / den;
@@ -151,6 +159,9 @@ export function polynomialModel(
       accumulate(row(result.dv, at, valueDim), a / den, dout_r);
       accumulate(row(result.dq, r, headDim), g, y_j);
       accumulate(row(result.dk, at, headDim), g, x_r);
+      const distance = Math.abs(position - first - n);
+      dAlibi[head % heads] -= distance * ((dot(dout_r, v_j) - delta) / den) * a;
+      dAlibiTerms[head % heads] += (distance + BLOCK) * ((sizeDP(n) + sizeDelta) / den) * sizeA * sizeLse;
 
       const sizeG = ((sizeDP(n) + sizeDelta) / den) * sizeSlope * sizeLse;
       accumulateAbs(row(terms.output, r, valueDim), sizeA / den, v_j);
@@ -171,7 +182,7 @@ export function polynomialModel(
   }
   const dq = reference.rotate({ x: result.dq.map((g) => scale * g), shape: args.shape, rotary, queryOffset, inverse: true });
   const dk = reference.rotate({ x: result.dk, shape: keyShape, rotary, inverse: true });
-  return { ...result, dq, dk, terms: Object.fromEntries(RESULTS.map((name) => [name, maxAbs(terms[name])])) as ByResult<number> };
+  return { ...result, dq, dk, dAlibi, dAlibiTerms, terms: Object.fromEntries(RESULTS.map((name) => [name, maxAbs(terms[name])])) as ByResult<number> };
 }
 
 /** p(s) and p'(s) times `factor`; and, the products of s adding up to `size` in magnitude, how many roundings of 1 either is off at most. */

@@ -247,6 +247,8 @@ describe('gradients are finite differences of the forward pass', () => {
     { shape: base, window: [2, 0] },
     { shape: base, softcap: 0.8 },
     { shape: base, bias: noise(9, 1), causal: true },
+    { shape: base, alibi: Float32Array.of(0.3), causal: true, queryOffset: 2 },
+    { shape: { ...base, batch: 2, heads: 2, keyLength: 6 }, alibi: Float32Array.of(0.2, 1), bias: noise(20, 13) },
     { shape: { ...base, batch: 2, heads: 2, keyLength: 6 }, bias: noise(20, 2), softcap: 1.5 },
     { shape: { ...base, batch: 2, heads: 2 }, mask: noise(50, 3), maskShape: [2, 1, 5, 5] },
     { shape: { ...base, heads: 2 }, sinks: noise(2, 4) },
@@ -287,6 +289,7 @@ describe('gradients are finite differences of the forward pass', () => {
 
   // Central differences of a function of size 10 in float64: step 1e-4 leaves a truncation of 1e-8 times the third
   // derivative over 6, and rounding of 1e-15/1e-4. Measured over these cases: at most 2.3e-9 of the largest entry.
+  // Slopes count times distances, up to 4 here: a smaller step.
   const [step, tolerance] = [1e-4, 1e-8];
 
   test.each(settings.map((setting) => [describeSetting(setting), setting] as const))('%s', (_, setting) => {
@@ -296,24 +299,26 @@ describe('gradients are finite differences of the forward pass', () => {
       q: Float64Array.from(args.q),
       k: Float64Array.from(args.k),
       v: Float64Array.from(args.v),
+      alibi: args.alibi && Float64Array.from(args.alibi),
       bias: args.bias && Float64Array.from(args.bias),
       sinks: args.sinks && Float64Array.from(args.sinks),
       relative: args.relative && { ...args.relative, weights: Float64Array.from(args.relative.weights) },
     };
     const loss = () => inner(reference.forward(wide).output, args.dOutput);
-    const { dq, dk, dv, dBias, dSinks, dWeights } = reference.backward(args);
-    const gradients = { q: dq, k: dk, v: dv, bias: dBias, sinks: dSinks, weights: dWeights };
-    for (const name of ['q', 'k', 'v', 'bias', 'sinks', 'weights'] as const) {
+    const { dq, dk, dv, dAlibi, dBias, dSinks, dWeights } = reference.backward(args);
+    const gradients = { q: dq, k: dk, v: dv, alibi: dAlibi, bias: dBias, sinks: dSinks, weights: dWeights };
+    for (const name of ['q', 'k', 'v', 'alibi', 'bias', 'sinks', 'weights'] as const) {
       const x = name === 'weights' ? wide.relative?.weights : wide[name];
       expect(gradients[name] === undefined).toBe(x === undefined);
       if (!x) continue;
+      const own = name === 'alibi' ? step / 4 : step;
       const differences = x.map((value, n) => {
-        x[n] = value + step;
+        x[n] = value + own;
         const above = loss();
-        x[n] = value - step;
+        x[n] = value - own;
         const below = loss();
         x[n] = value;
-        return (above - below) / (2 * step);
+        return (above - below) / (2 * own);
       });
       expect(gradients[name]!).toBeAllclose(differences, { atol: tolerance * Math.max(1, maxAbs(differences)) });
     }

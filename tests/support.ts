@@ -53,6 +53,7 @@ export type Setting = Pick<
   | 'segments'
   | 'layout'
   | 'softcap'
+  | 'alibi'
   | 'bias'
   | 'mask'
   | 'maskShape'

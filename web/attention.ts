@@ -195,13 +195,14 @@ export class Attention implements RopeAttention {
   *#backward(name: string, call: Call): Generator<number, BackwardResult> {
     const passes: Pass[] = call.inputs.output ? ['backward'] : ['forward', 'backward'];
     return yield* this.#compute(name, call, passes, (session, report) => {
-      const [dBias, dSinks] = [session.vector('dbias'), session.vector('dsinks')];
+      const [dBias, dAlibi, dSinks] = [session.vector('dbias'), session.vector('dalibi'), session.vector('dsinks')];
       const dWeights = session.vector('dweights');
       return {
         dq: session.result('dq'),
         dk: session.result('dk'),
         dv: session.result('dv'),
         ...(dBias && { dBias }),
+        ...(dAlibi && { dAlibi }),
         ...(dSinks && { dSinks }),
         ...(dWeights && { dWeights }),
         report,

@@ -85,7 +85,8 @@ export function roundingBound(
   const inState = left < 0 ? g.keyLength : Math.min(g.keyLength, right < 0 ? Infinity : left + right + 1);
   const terms = left < 0 ? 1 : 1 + 2 * TURNOVER; // for each key in the state
   const edges = left >= 0 ? 3 : right >= 0 ? 1 : 0;
-  const overKeys = KEY_CHUNK + terms * (Math.ceil(inState / KEY_CHUNK) + 1);
+  // A state that decays is rounded once more for each chunk.
+  const overKeys = KEY_CHUNK + (g.alibi ? 2 : 1) * terms * (Math.ceil(inState / KEY_CHUNK) + 1);
   const overFeatures =
     FEATURE_BLOCK + Math.ceil(rank(g.headDim, degree) / FEATURE_BLOCK) + degree + edges * KEY_CHUNK;
   const beside = outlierKeys > 0 ? KEY_CHUNK + Math.ceil(outlierKeys / KEY_CHUNK) : 0;

@@ -87,7 +87,7 @@ const MOST = 2 ** 27;
  * Arguments as for `reference.attentionLoss`, with one head and one batch, and without softcap.
  *
  * @throws RangeError for arrays whose size does not fit the shape, for several heads, for lengths and degrees out of reach, and for
- *   softcap; with `degree` also for bias, mask, sinks, relative and relativePositions, which the factors do not have.
+ *   softcap; with `degree` also for alibi, bias, mask, sinks, relative and relativePositions, which the factors do not have.
  */
 export function gradientParts(args: GradientPartsArgs): GradientParts {
   const name = 'gradientParts';
@@ -155,7 +155,7 @@ function check(name: string, args: GradientPartsArgs): void {
   }
   const size = rank(headDim, degree) * (queryLength + keyLength);
   if (size > MOST) throw new RangeError(`${name}: the factors of degree ${degree} have ${size} numbers, at most ${MOST} are allowed`);
-  for (const option of ['bias', 'mask', 'sinks', 'relative', 'relativePositions'] as const) {
+  for (const option of ['alibi', 'bias', 'mask', 'sinks', 'relative', 'relativePositions'] as const) {
     if (args[option]) throw new RangeError(`${name}: the factors have no ${option}; leave degree out`);
   }
 }

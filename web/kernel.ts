@@ -31,7 +31,7 @@ export interface Largest {
 export type ArrayName = 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv';
 
 /** Gradients of what has no rows. */
-export type VectorName = 'dbias' | 'dsinks' | 'dweights';
+export type VectorName = 'dbias' | 'dalibi' | 'dsinks' | 'dweights';
 
 /** Sampled rows: out [rows][Dv], lse [rows], dq [rows][D] (empty unless asked for). */
 export interface Rows {
@@ -261,6 +261,7 @@ interface Places {
   queryPositions: number;
   keyPositions: number;
   segments: number;
+  alibi: number;
   bias: number;
   mask: number;
   sinks: number;
@@ -308,7 +309,8 @@ export class Session {
     this.geometry = g;
     this.heads = g.batch * g.kvHeads;
     this.rowsOfHead = (g.heads / g.kvHeads) * g.queryLength;
-    this.outlierLimits = { queries: outlierLimit(this.rowsOfHead), keys: outlierLimit(g.keyLength) };
+    const limit = (rows: number) => (g.alibi ? 1 : outlierLimit(rows)); // none is chosen: the engine has not both
+    this.outlierLimits = { queries: limit(this.rowsOfHead), keys: limit(g.keyLength) };
     this.#features = features;
     this.#exports = exports;
     this.#arena = arena;
@@ -326,6 +328,7 @@ export class Session {
       queryPositions: some(g.queryPositions, 8),
       keyPositions: some(g.keyPositions, 8),
       segments: some(g.segments.length > 1 ? g.segments : null, 4),
+      alibi: some(g.alibi, 4),
       bias: some(g.bias, 4),
       mask: some(g.mask?.values, g.mask?.values.BYTES_PER_ELEMENT ?? 0),
       sinks: some(g.sinks, 4),
@@ -359,6 +362,7 @@ export class Session {
     if (g.queryPositions) arena.writeDoubles(at.queryPositions, g.queryPositions);
     if (g.keyPositions) arena.writeDoubles(at.keyPositions, g.keyPositions);
     if (at.segments) arena.writeIntegers(at.segments, g.segments);
+    if (g.alibi) arena.writeFloats(at.alibi, g.alibi);
     if (g.bias) arena.writeFloats(at.bias, g.bias);
     if (g.mask && isAdded(g.mask)) arena.writeFloats(at.mask, g.mask.values);
     else if (g.mask) arena.writeBytes(at.mask, g.mask.values);
@@ -393,6 +397,7 @@ export class Session {
       window_right: g.window[1],
       segments: at.segments,
       segment_count: g.segments.length,
+      alibi: at.alibi,
       softcap: g.softcap,
       bias: at.bias,
       bias_heads: g.bias ? g.bias.length / (g.queryLength + g.keyLength - 1) : 0,
@@ -494,6 +499,7 @@ export class Session {
       arrays.dk = floats(size.k);
       arrays.dv = floats(size.v);
       arrays.dbias = floats(this.geometry.bias?.length ?? 0);
+      arrays.dalibi = floats(this.geometry.alibi?.length ?? 0);
       arrays.dsinks = floats(this.geometry.sinks?.length ?? 0);
       arrays.dweights = floats(this.geometry.relative?.weights.length ?? 0);
     }
@@ -554,11 +560,11 @@ export class Session {
     return this.#arena.readFloats(this.#arrays[array], batch * heads * length * width);
   }
 
-  /** A copy of the gradient of bias, sinks or relative weights; undefined where there are none. */
+  /** A copy of the gradient of bias, slopes, sinks or relative weights; undefined where there are none. */
   vector(array: VectorName): Float32Array | undefined {
     this.#check();
-    const { bias, sinks, relative } = this.geometry;
-    const of = { dbias: bias, dsinks: sinks, dweights: relative?.weights }[array];
+    const { bias, alibi, sinks, relative } = this.geometry;
+    const of = { dbias: bias, dalibi: alibi, dsinks: sinks, dweights: relative?.weights }[array];
     return of ? this.#arena.readFloats(this.#arrays[array], of.length) : undefined;
   }
 

@@ -42,6 +42,7 @@ export const PROBLEM = {
   window_right: 'i32',
   segments: 'address',
   segment_count: 'u32',
+  alibi: 'address',
   softcap: 'f32',
   bias: 'address',
   bias_heads: 'u32',
@@ -74,6 +75,7 @@ export const ARRAYS = {
   dk: 'address',
   dv: 'address',
   dbias: 'address',
+  dalibi: 'address',
   dsinks: 'address',
   dweights: 'address',
 } as const satisfies Fields;

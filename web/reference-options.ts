@@ -15,7 +15,7 @@ export type ReferenceRotary = Omit<Rotary, 'frequencies' | 'tables'> & {
 };
 
 /** Options whose arrays may be of either precision. */
-type Widened<T> = Omit<T, 'q' | 'k' | 'v' | 'x' | 'rotary' | 'bias' | 'mask' | 'sinks' | keyof WidenedMaps> & {
+type Widened<T> = Omit<T, 'q' | 'k' | 'v' | 'x' | 'rotary' | 'alibi' | 'bias' | 'mask' | 'sinks' | keyof WidenedMaps> & {
   rotary?: false | ReferenceRotary;
 };
 interface WidenedMaps {
@@ -23,6 +23,7 @@ interface WidenedMaps {
   relative?: { support: Uint32Array; weights: Values };
 }
 interface WidenedScores {
+  alibi?: Values;
   bias?: Values;
   mask?: Values | Uint8Array;
   sinks?: Values;
@@ -182,11 +183,12 @@ export function readMap(
 
 export function readScores(name: string, sizes: Sizes, args: Omit<Widened<Options>, 'rotary'> & WidenedScores) {
   const { batch, heads, queryLength, keyLength } = sizes;
-  const { causal = false, queryOffset = 0, window: [left, right] = [-1, -1], softcap, bias, mask, sinks } = args;
+  const { causal = false, queryOffset = 0, window: [left, right] = [-1, -1], softcap, alibi, bias, mask, sinks } = args;
   const segments = Array.from(args.segments ?? [0]);
   const diagonals = queryLength + keyLength - 1;
   const maskShape = args.maskShape ?? [1, 1, queryLength, keyLength];
   if (bias) checkLength(name, 'bias', bias, [diagonals, heads * diagonals]);
+  if (alibi) checkLength(name, 'alibi', alibi, [heads]);
   if (mask) checkLength(name, 'mask', mask, [maskShape.reduce((a, b) => a * b)]);
   if (sinks) checkLength(name, 'sinks', sinks, [heads]);
   const fits = (size: number, n: number) => size === [batch, heads, queryLength, keyLength][n] || (size === 1 && n < 3);
@@ -215,10 +217,11 @@ export function readScores(name: string, sizes: Sizes, args: Omit<Widened<Option
     const at = [batch, head, i, j].map((index, n) => (maskShape[n] === 1 ? 0 : index));
     return mask![at.reduce((sum, index, n) => sum * maskShape[n] + index, 0)];
   };
-  /** Bias and mask together. */
+  const distance = ({ i, j }: Pair): number => Math.abs(i + queryOffset - j);
+  /** ALiBi, bias and mask together. */
   const added = (pair: Pair): number => {
     const masked = !mask ? 0 : mask.BYTES_PER_ELEMENT === 1 ? (maskAt(pair) === 0 ? -Infinity : 0) : maskAt(pair);
-    return masked + (bias ? bias[diagonal(pair)] : 0);
+    return masked + (bias ? bias[diagonal(pair)] : 0) - (alibi ? alibi[pair.head] * distance(pair) : 0);
   };
   const allowed = (pair: Pair): boolean => seen(pair) && !(added(pair) < FORBIDDEN);
 
@@ -229,7 +232,7 @@ export function readScores(name: string, sizes: Sizes, args: Omit<Widened<Option
     return { score: bent + added(pair), slope };
   };
   const sinkOf = (head: number): number => (sinks ? sinks[head] : -Infinity);
-  return { allowed, modify, diagonal, sinkOf };
+  return { allowed, modify, diagonal, distance, sinkOf };
 }
 
 export function checkLength(name: string, what: string, x: ArrayLike<number>, lengths: readonly number[]): void {

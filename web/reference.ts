@@ -5,7 +5,7 @@
 //
 //   t_ij   = scale (R_{i+queryOffset} q_i) . (R_j k_j)        on the allowed pairs (i, j); scale q_i W_{i-j} k_j^T with `relative`,
 //            where W is R_f(i-j) with `relativePositions`
-//   s_ij   = softcap tanh(t_ij / softcap) + bias_{i-j} + mask_ij        (t_ij without these options)
+//   s_ij   = softcap tanh(t_ij / softcap) - alibi |i-j| + bias_{i-j} + mask_ij        (t_ij without these options)
 //   P_ij   = exp(s_ij) / (sum_j exp(s_ij) + exp(sink))
 //   out_i  = sum_j P_ij v_j             lse_i = log (sum_j exp(s_ij) + exp(sink))
 //
@@ -47,8 +47,9 @@ export interface ReferenceBackward {
   dq: Float64Array;
   dk: Float64Array;
   dv: Float64Array;
-  /** The shapes of bias, sinks and relative.weights; there when these are. */
+  /** The shapes of bias, alibi, sinks and relative.weights; there when these are. */
   dBias?: Float64Array;
+  dAlibi?: Float64Array;
   dSinks?: Float64Array;
   dWeights?: Float64Array;
 }
@@ -61,6 +62,7 @@ export interface ReferenceLoss {
   dy: Float64Array;
   /** As of `backward`. */
   dBias?: Float64Array;
+  dAlibi?: Float64Array;
   dSinks?: Float64Array;
   dWeights?: Float64Array;
   /** [batch, queryLength, heads * valueDim] */
@@ -86,7 +88,7 @@ export function prepare(name: string, args: ReferenceForwardArgs) {
   const { turn, turnQuery, turnKey } = readRotation(name, sizes, args.relative ? { rotary: false } : args, true);
   const map = readMap(name, sizes, args, turn);
   const turned = (rows: Float64Array[], turnRow: typeof turnQuery) => (map ? rows : rows.map((row, r) => turnRow(row, r, 'forward')));
-  const { allowed, modify, diagonal, sinkOf } = readScores(name, sizes, args);
+  const { allowed, modify, diagonal, distance, sinkOf } = readScores(name, sizes, args);
   const rotatedQ = turned(split('q', args.q, heads, queryLength, headDim), turnQuery);
   const rotatedK = turned(split('k', args.k, kvHeads, keyLength, headDim), turnKey);
   const v = split('v', args.v, kvHeads, keyLength, valueDim);
@@ -99,7 +101,7 @@ export function prepare(name: string, args: ReferenceForwardArgs) {
     const [row, i] = [Math.floor(r / queryLength), r % queryLength];
     const [batch, head] = [Math.floor(row / heads), row % heads];
     const keyHead = batch * kvHeads + Math.floor((head * kvHeads) / heads);
-    const keys: { key: number; pair: Pair; weight: number; slope: number; diagonal: number }[] = [];
+    const keys: { key: number; pair: Pair; weight: number; slope: number; diagonal: number; distance: number }[] = [];
     let largest = sinkOf(head);
     for (let j = 0; j < keyLength; j++) {
       const pair = { batch, head, i, j };
@@ -107,7 +109,7 @@ export function prepare(name: string, args: ReferenceForwardArgs) {
       const key = keyHead * keyLength + j;
       const query = map ? map.ofQuery(rotatedQ[r], pair) : rotatedQ[r];
       const { score, slope } = modify(scale * dot(query, rotatedK[key]), pair);
-      keys.push({ key, pair, weight: score, slope, diagonal: diagonal(pair) });
+      keys.push({ key, pair, weight: score, slope, diagonal: diagonal(pair), distance: distance(pair) });
       largest = Math.max(largest, score);
     }
     if (largest === -Infinity) return { keys: [], sinkWeight: 0, head, lse: -Infinity };
@@ -140,7 +142,7 @@ function forward(args: ReferenceForwardArgs): ReferenceForward {
 }
 
 /**
- * The gradients of sum(output * dOutput) by q, k, v, bias, sinks and relative weights in float64, arguments as for `RopeAttention.backward`
+ * The gradients of sum(output * dOutput) by q, k, v, bias, alibi, sinks and relative weights in float64, arguments as for `RopeAttention.backward`
  * (output and lse are not needed). dk and dv are summed over the query heads of their group. Cost O(Nq Nk (D + Dv)) per head.
  *
  * @throws RangeError as `forward` does.
@@ -153,6 +155,7 @@ function backward(args: ReferenceBackwardArgs): ReferenceBackward {
   const dk = rotatedK.map(() => new Float64Array(headDim));
   const dv = v.map(() => new Float64Array(valueDim));
   const dBias = args.bias && new Float64Array(args.bias.length);
+  const dAlibi = args.alibi && new Float64Array(args.alibi.length);
   const dSinks = args.sinks && new Float64Array(args.sinks.length);
   const dWeights = args.relative && new Float64Array(args.relative.weights.length);
 
@@ -161,10 +164,11 @@ function backward(args: ReferenceBackwardArgs): ReferenceBackward {
     const dP = keys.map(({ key }) => dot(dOutput[r], v[key]));
     const delta = keys.reduce((sum, { weight }, n) => sum + weight * dP[n], 0);
     if (dSinks) dSinks[head] -= sinkWeight * delta;
-    keys.forEach(({ key, pair, weight, slope, diagonal }, n) => {
+    keys.forEach(({ key, pair, weight, slope, diagonal, distance }, n) => {
       const dS = weight * (dP[n] - delta);
       accumulate(dv[key], weight, dOutput[r]);
       if (dBias) dBias[diagonal] += dS;
+      if (dAlibi) dAlibi[head] -= dS * distance;
       const [q, k, dT] = [rotatedQ[r], rotatedK[key], scale * dS * slope];
       accumulate(dq[r], dT, map ? map.ofKey(k, pair) : k);
       accumulate(dk[key], dT, map ? map.ofQuery(q, pair) : q);
@@ -178,6 +182,7 @@ function backward(args: ReferenceBackwardArgs): ReferenceBackward {
     dk: join(turnedK, kvHeads, keyLength),
     dv: join(dv, kvHeads, keyLength),
     ...(dBias && { dBias }),
+    ...(dAlibi && { dAlibi }),
     ...(dSinks && { dSinks }),
     ...(dWeights && { dWeights }),
   };

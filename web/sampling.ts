@@ -20,7 +20,10 @@ import { seeingQueries, seenKeys, segmentsOf } from './scores.js';
 export interface Measured {
   /** In the units of the tolerance; Infinity where the polynomial's weights are not positive. */
   error: number;
-  /** The same and what chance may hide: of gradients two standard deviations of what other rows would have given. */
+  /**
+   * The same and what chance may hide: of gradients two standard deviations of what other rows would have given; of outputs with
+   * slopes what the largest of all chunks may be over the largest of those that are looked at.
+   */
   upper: number;
   /** Relative Frobenius error of the same rows. */
   relative: number;
@@ -32,11 +35,14 @@ const ROUNDING = 2 ** -18;
 /** A degree is not tried where the one before and the fits make its error this many times too large. */
 const HOPELESS = 4;
 
+/** First rows of chunks that are looked at, with slopes, in each key/value head. */
+const SLOPE_ROWS = 4 * SAMPLE_ROWS;
+
 /** Query heads of a group whose first rows are looked at, two chunks of each; more of them where there are fewer heads. */
 const FIRST_HEADS = 2;
 
 /** Streams of random numbers, so that different questions get different rows. */
-const [DRAWN, COLUMNS, SEGMENTS, GIVEN] = [1, 2, 3, 4];
+const [DRAWN, COLUMNS, SEGMENTS, GIVEN, SLOPES] = [1, 2, 3, 4, 5];
 
 /** Bounds of all key/value heads, one after the other; yields 0 in between, so that a caller can pause. */
 export function* survey(session: Session): Generator<number, Bounds[]> {
@@ -119,7 +125,7 @@ export class Sampler {
         found.set(degree, { error: expected, upper: expected, relative: expected });
         continue;
       }
-      const tally = new Tally();
+      const tally = new Tally(hiddenFactor(this.#session));
       let portions = 0;
       for (const known of this.#known(pass, short.has(degree))) {
         this.#predict(pass, degree, known, tally);
@@ -196,7 +202,7 @@ export class Sampler {
   /** Errors to expect of dk and dv, on the columns of the check, given the output and lse that are there. */
   *foresee(degree: number): Generator<number, Measured> {
     this.#session.setOutliers(this.#outliers);
-    const tally = new Tally();
+    const tally = new Tally(hiddenFactor(this.#session));
     for (const head of this.#heads()) {
       const own = this.#fit(head, degree);
       for (const { rows: keys, weights } of this.#columnPortions(head)) {
@@ -215,7 +221,7 @@ export class Sampler {
   /** The error of a finished pass on the sampled rows; of gradients also on columns. */
   *check(pass: Pass): Generator<number, Measured> {
     this.#session.setOutliers(this.#outliers);
-    const tally = new Tally();
+    const tally = new Tally(hiddenFactor(this.#session));
     for (const { head, rows, weights, exact } of this.#known(pass)) {
       if (pass === 'forward') {
         tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range, weights);
@@ -389,7 +395,8 @@ export class Sampler {
   /**
    * Rows where a polynomial is likely to be worst: the largest queries, those with the largest scores against the largest keys,
    * and rows that see few keys through the polynomial (errors average out over many): when causal, the first ones that see any;
-   * the first or the last two chunks where a window ends there; some of packed sequences.
+   * the first or the last two chunks where a window ends there; first rows of chunks where slopes are steep; some of packed
+   * sequences.
    */
   #hardRows(head: number): ReadonlySet<number> {
     const { causal, queryOffset, queryLength } = this.#session.geometry;
@@ -407,7 +414,7 @@ export class Sampler {
         for (let i = start; i < Math.min(start + chunks * CHUNK, queryLength); i++) rows.add(first + i);
       }
     }
-    for (const row of [...this.#windowRows(), ...this.#segmentRows(head)]) rows.add(row);
+    for (const row of [...this.#windowRows(), ...this.#slopeRows(head), ...this.#segmentRows(head)]) rows.add(row);
     return rows;
   }
 
@@ -426,6 +433,23 @@ export class Sampler {
     return starts.flatMap((start) =>
       Array.from({ length: 2 * CHUNK }, (_, n) => start + n).flatMap((i) => (i >= from && i < to ? [first + i] : [])),
     );
+  }
+
+  /**
+   * With a steep slope a row has few keys that count, and those of the first row of a chunk, but its own, come through the
+   * polynomial: such rows of the steepest query head of the group.
+   */
+  #slopeRows(head: number): number[] {
+    const { alibi, kvHeads, queryLength } = this.#session.geometry;
+    if (!alibi) return [];
+    const group = this.#session.rowsOfHead / queryLength;
+    const slopes = alibi.subarray((head % kvHeads) * group, ((head % kvHeads) + 1) * group);
+    const steepest = slopes.indexOf(Math.max(...slopes));
+    const { from, to } = seeingQueries(this.#session.geometry);
+    const [first, end] = [Math.ceil(from / CHUNK), Math.ceil(to / CHUNK)];
+    const count = Math.min(SLOPE_ROWS, Math.max(end - first, 0));
+    const chunks = draw(count, end - first, [], random(this.#seed, head, SLOPES));
+    return chunks.map((n) => steepest * queryLength + (first + n) * CHUNK);
   }
 
   /**
@@ -522,10 +546,25 @@ function inPortions(head: number, all: readonly Drawn[]): Portion[] {
   });
 }
 
+/**
+ * With slopes each chunk has a row of few keys that count, and errors of these are much like normal ones: the largest of M is
+ * about sqrt(log M / log n) times the largest of n. 1 without.
+ */
+function hiddenFactor({ geometry: { alibi, queryLength }, heads }: Session): number {
+  const chunks = Math.ceil(queryLength / CHUNK);
+  return alibi && chunks > SLOPE_ROWS ? Math.sqrt(Math.log(chunks * heads) / Math.log(SLOPE_ROWS * heads)) : 1;
+}
+
 /** Adds up errors over heads. NaN anywhere counts as an infinite error. */
 class Tally {
+  /** From the largest sampled error of an output to that of all rows. */
+  readonly #hidden: number;
   #largest = 0;
   #squares = new Map<string, Squares>();
+
+  constructor(hidden: number) {
+    this.#hidden = hidden;
+  }
 
   /** Weights that are not positive, or no polynomial at all. */
   fail(): void {
@@ -549,7 +588,7 @@ class Tally {
   }
 
   result(): Measured {
-    let [error, upper] = [this.#largest, this.#largest];
+    let [error, upper] = [this.#largest, this.#hidden * this.#largest];
     const total: Squares = { difference: 0, reference: 0, rounding: 0, variance: 0 };
     for (const [name, squares] of this.#squares) {
       if (name !== 'out') {

@@ -2,7 +2,7 @@
 //
 // The options that decide what happens to a score: which keys a query sees, and what is done to s_ij before the softmax,
 //
-//   softcap tanh(s_ij / softcap) + bias_{i-j} + mask_ij,     and one more key of score `sink` and value zero.
+//   softcap tanh(s_ij / softcap) - alibi |i-j| + bias_{i-j} + mask_ij,     and one more key of score `sink` and value zero.
 
 import { readFinite, readFloats, readInteger, readNumber, tagOf, wrong, type Given } from './check.js';
 import type { Relative } from './relative.js';
@@ -12,6 +12,8 @@ const UINT32_MAX = 2 ** 32 - 1;
 const INT32_MAX = 2 ** 31 - 1;
 /** Where softcap and its inverse are safe from overflow in float32, the factor log2 e included. */
 const [LEAST_CAP, MOST_CAP] = [1e-30, 1e30];
+/** Times a distance below 2^32 it stays above what counts as forbidden. */
+const MOST_SLOPE = Math.fround(1e19);
 
 /** The options with their defaults. */
 export interface Scores {
@@ -21,6 +23,8 @@ export interface Scores {
   segments: Uint32Array;
   /** 0: none. */
   softcap: number;
+  /** [heads] */
+  alibi: Float32Array | null;
   /** [1 or heads][queryLength + keyLength - 1] */
   bias: Float32Array | null;
   mask: Mask | null;
@@ -43,6 +47,7 @@ export function readScores(name: string, given: Given, sizes: Sizes): Scores {
     window: readWindow(name, given['window']),
     segments: readSegments(name, given['segments']),
     softcap: readSoftcap(name, given['softcap']),
+    alibi: readAlibi(name, given['alibi'], sizes),
     bias: readBias(name, given['bias'], sizes),
     mask: readMask(name, given['mask'], given['maskShape'], sizes),
     sinks: readSinks(name, given['sinks'], sizes),
@@ -56,16 +61,19 @@ export type Features = 'polynomial' | 'toeplitz';
  * The one of them that a call with such a `method` would use: Fourier transforms where they are asked for, and under 'auto' where
  * they are needed, as something depends on distances in a way that no state of constant size can keep.
  */
-export function featuresOf(problem: Scores & Relative & { method: string }): Features {
+export function featuresOf(problem: Scores & Relative & { method: string; causal: boolean }): Features {
   if (problem.method === 'toeplitz') return 'toeplitz';
   const needed = problem.method === 'auto' && foreignTo('polynomial', problem).length > 0;
   return needed && foreignTo('toeplitz', problem).length === 0 ? 'toeplitz' : 'polynomial';
 }
 
 /** Names of the options in use that an engine does not have. */
-export function foreignTo(features: Features, options: Scores & Relative): string[] {
+export function foreignTo(features: Features, options: Scores & Relative & { causal: boolean }): string[] {
+  const { alibi, bias, segments, causal } = options;
   const by: Record<string, boolean> =
-    features === 'toeplitz' ? { segments: options.segments.length > 1 } : { bias: options.bias !== null };
+    features === 'toeplitz'
+      ? { segments: segments.length > 1, alibi: alibi !== null }
+      : { 'alibi without causal': alibi !== null && !causal, bias: bias !== null };
   return namesOf({ softcap: options.softcap > 0, ...by, ...unsampled(options) });
 }
 
@@ -154,6 +162,14 @@ function readSoftcap(name: string, value: unknown): number {
     throw wrong(name, 'softcap', `positive, from ${LEAST_CAP} to ${MOST_CAP}`, softcap, true);
   }
   return softcap;
+}
+
+function readAlibi(name: string, value: unknown, { heads }: Sizes): Float32Array | null {
+  if (value === undefined) return null;
+  const slopes = readFloats(name, 'alibi', value, heads, 'shape.heads');
+  const bad = slopes.findIndex((slope) => !(slope >= 0 && slope <= MOST_SLOPE));
+  if (bad >= 0) throw wrong(name, `alibi[${bad}]`, 'from 0 to 1e19', slopes[bad], true);
+  return slopes;
 }
 
 function readBias(name: string, value: unknown, { heads, queryLength, keyLength }: Sizes): Float32Array | null {

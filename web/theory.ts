@@ -88,6 +88,8 @@ export interface CostArgs extends Shape {
   queryOffset?: number;
   window?: Options['window'];
   segments?: Options['segments'];
+  /** Slopes, when there are some. */
+  alibi?: Options['alibi'] | null;
   pass: 'forward' | 'backward';
 }
 
@@ -100,8 +102,10 @@ export interface CostArgs extends Shape {
  *               backward   2 rank (Dv + 1) (3 Nk kvHeads + 2 Nq heads) batch   state, its use, its gradient; dphi(k), dv
  *
  * where pairs counts the allowed (query, key) pairs of all heads. In a window that is limited to the left keys leave the state
- * again, and in the backward pass queries its gradient: as many rows more, and a quarter of them for making sums anew. What the engines spend besides (features, exponentials, the
- * exact edges of the polynomial engine under a causal mask or a window, about 32 keys for each query) is not counted.
+ * again, and in the backward pass queries its gradient: as many rows more, and a quarter of them for making sums anew. With
+ * alibi every query head has a state of its own, so that kvHeads is heads, and the backward pass a second one: Nk + Nq rows
+ * more. What the engines spend besides (features, exponentials, the exact edges of the polynomial engine under a causal mask or
+ * a window, about 32 keys for each query) is not counted.
  *
  * @throws RangeError for the polynomial without a degree.
  */
@@ -113,8 +117,9 @@ export function cost(args: CostArgs): number {
     return perPair * batch * heads * pairs({ ...args, queryLength, keyLength });
   }
   if (args.degree === undefined) throw new RangeError('cost: method polynomial needs a degree, got undefined');
-  const [keys, queries] = [keyLength * kvHeads, queryLength * heads];
-  const rows = backward ? 3 * keys + 2 * queries : keys + queries;
+  const [keys, queries] = [keyLength * (args.alibi ? heads : kvHeads), queryLength * heads];
+  const moment = args.alibi && backward ? keys + queries : 0;
+  const rows = (backward ? 3 * keys + 2 * queries : keys + queries) + moment;
   const leaving = leavingShare({ ...args, queryLength, keyLength }) * (1 + 1 / TURNOVER) * (backward ? keys + queries : keys);
   return 2 * rank(headDim, args.degree) * (valueDim + 1) * (rows + leaving) * batch;
 }

@@ -155,8 +155,13 @@ export interface Options {
   segments?: Uint32Array | readonly number[];
   /** Of q, k, v, dOutput, output and their gradients; lse is [batch, heads, queryLength] always. Default 'bhnd'. */
   layout?: Layout;
-  /** Scores s become softcap * tanh(s / softcap), before bias and mask. From 1e-30 to 1e30. */
+  /** Scores s become softcap * tanh(s / softcap), before what follows. From 1e-30 to 1e30. */
   softcap?: number;
+  /**
+   * ALiBi: slopes m, [heads], from 0 to 1e19. Scores have m |i + queryOffset - j| subtracted. With `causal` the polynomial
+   * engine takes it too, in a state that decays: a state for each query head, also where heads share keys.
+   */
+  alibi?: Float32Array;
   /**
    * Added to scores by distance: [queryLength + keyLength - 1], entry [i - j + keyLength - 1], the same for all heads, or
    * heads times that. Together with `mask`, below -3.4e29 forbids.
@@ -270,8 +275,9 @@ export interface AttentionLossResult {
   dx1: Float32Array;
   dx2: Float32Array;
   dy: Float32Array;
-  /** As of `backward`; there when `bias`, `sinks`, `relative` are. */
+  /** As of `backward`; there when `bias`, `alibi`, `sinks`, `relative` are. */
   dBias?: Float32Array;
+  dAlibi?: Float32Array;
   dSinks?: Float32Array;
   dWeights?: Float32Array;
   /** The forward pass: output [batch, queryLength, heads * valueDim], lse, and its report. */
@@ -341,6 +347,8 @@ export interface BackwardResult {
   dv: Float32Array;
   /** The shape of bias, summed over batches (and heads, where they share it); there when `bias` is. */
   dBias?: Float32Array;
+  /** The shape of alibi, summed over batches; there when `alibi` is. */
+  dAlibi?: Float32Array;
   /** The shape of sinks, summed over batches; there when `sinks` are. */
   dSinks?: Float32Array;
   /** The shape of relative.weights, summed over batches and heads; there when `relative` is. */

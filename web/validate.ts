@@ -75,6 +75,7 @@ const OPTIONS = [
   'segments',
   'layout',
   'softcap',
+  'alibi',
   'bias',
   'mask',
   'maskShape',

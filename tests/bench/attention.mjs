@@ -4,7 +4,8 @@
 // the same as JSON in build/bench.json. Run by `make bench`; arguments by ARGS="...":
 //
 //   --dims 16,32,64   --lengths 1024,2048,4096,8192,16384,65536   --masks full,causal   --binaries simd128,relaxed-simd
-//   --beside 16:65536:window-1024 (D:N:mask, rows beside these, with exact whatever the length; causal, and so many keys back)
+//   --beside 16:65536:window-1024,16:16384:alibi,16:65536:alibi (D:N:mask, rows beside these, causal: so many keys back, for which
+//   exact is run whatever the length; or a slope of 0.01)
 //   --degree 2   --bound 0.5   --seconds 0.6 (of samples for each figure)   --exact-up-to 16384   --json build/bench.json
 //
 // What is counted: a call, copies in and out included, polynomial with its sampled check of eight rows. Useful operations:
@@ -27,7 +28,7 @@ const { values: given } = parseArgs({
     dims: { type: 'string', default: '16,32,64' },
     lengths: { type: 'string', default: '1024,2048,4096,8192,16384,65536' },
     masks: { type: 'string', default: 'full,causal' },
-    beside: { type: 'string', default: '16:65536:window-1024' },
+    beside: { type: 'string', default: '16:65536:window-1024,16:16384:alibi,16:65536:alibi' },
     binaries: { type: 'string', default: 'simd128,relaxed-simd' },
     degree: { type: 'string', default: '2' },
     bound: { type: 'string', default: '0.5' },
@@ -110,10 +111,11 @@ async function measure(simd, headDim, length, mask, scaleFrom) {
   const inputs = { q: uniform(size, 1, bound), k: uniform(size, 2, bound), v: uniform(size, 3, 1), dOutput: uniform(size, 4, 1) };
   const causal = mask !== 'full';
   const window = mask.startsWith('window-') ? [Number(mask.slice(7)), -1] : [-1, -1];
-  const call = { ...inputs, shape: { heads: 1, queryLength: length, headDim }, causal, window };
+  const shape = { heads: 1, queryLength: length, headDim };
+  const call = { ...inputs, shape, causal, window, ...(mask === 'alibi' && { alibi: Float32Array.of(0.01) }) };
   const { dOutput: _, ...forwardCall } = call;
   const engines = { polynomial: { method: 'polynomial', degree, onMiss: 'report' } };
-  if (length <= exactUpTo || !['full', 'causal'].includes(mask)) engines.exact = { method: 'exact' };
+  if (length <= exactUpTo || window[0] >= 0) engines.exact = { method: 'exact' };
 
   const runs = {};
   const results = {};
@@ -192,10 +194,13 @@ for (const simd of given.binaries.split(',')) {
     console.log(`(${simd}: this engine does not accept the binary)`);
     continue;
   }
+  let before = null;
   for (const beside of given.beside.split(',').filter(Boolean)) {
     const [headDim, length, mask] = beside.split(':');
-    rows.push(await measure(simd, Number(headDim), Number(length), mask, null));
-    console.log(line(rows.at(-1)));
+    const row = await measure(simd, Number(headDim), Number(length), mask, before?.mask === mask ? before : null);
+    if (!row.passes.forward.exact?.scaled) before = row;
+    rows.push(row);
+    console.log(line(row));
   }
   for (const headDim of numbers(given.dims)) {
     for (const mask of given.masks.split(',')) {
