@@ -246,7 +246,8 @@ export class Attention implements RopeAttention {
         if (outcome.miss !== null) {
           const last = attempts.length === 0;
           const miss = `degree ${attempt.degree} ${outcome.miss}`;
-          if (outcome.coefficients && reliesOnGiven(task)) {
+          // `auto` has seen before that they are those of this degree.
+          if (outcome.coefficients && problem.method !== 'auto' && reliesOnGiven(task)) {
             task = { ...task, passes: ['forward', 'backward'] };
             attempts.unshift(attempt);
             misses.push(`${miss} with the given output and lse, which were computed again`);
