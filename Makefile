@@ -61,7 +61,7 @@ TARGET_relaxed := -msimd128 -mrelaxed-simd -DRA_RELAXED
 LDFLAGS := $(LINKOPT) --no-entry -Wl,--export=__heap_base -sALLOW_MEMORY_GROWTH -sMAXIMUM_MEMORY=4GB \
   -sINITIAL_MEMORY=256KB -sSTACK_SIZE=64KB -Wl,--stack-first -sSTACK_OVERFLOW_CHECK=0 -sASSERTIONS=0 -sMALLOC=none \
   -sFILESYSTEM=0 -sBINARYEN_EXTRA_PASSES=--one-caller-inline-max-function-size=1
-LIMIT := 131072 # bytes of one binary
+LIMIT := 163840 # bytes of one binary
 
 WASM := dist/rope-attention.wasm dist/rope-attention.relaxed.wasm
 

@@ -25,9 +25,9 @@ const folder = resolve('build/package');
 const app = join(folder, 'app');
 const installed = join(app, 'node_modules/rope-attention');
 
-/** Bytes of the tarball and of its content: 305 KB and 771 KB with binaries of 92 KB, which may have 128 KB (Makefile). */
-const PACKED_LIMIT = 450_000;
-const UNPACKED_LIMIT = 1_200_000;
+/** Bytes of the tarball and of its content: 404 KB and 1,010 KB with binaries of 130 KB, which may have 160 KB (Makefile). */
+const PACKED_LIMIT = 520_000;
+const UNPACKED_LIMIT = 1_400_000;
 
 /** What README says that a page has to allow. */
 const POLICY = "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'";
