@@ -478,6 +478,21 @@ describe('when a prediction fails', () => {
     }
   });
 
+  test('a miss gives the output and lse that were given back: exact gradients go by these, without another forward pass', () => {
+    const shape = { heads: 1, queryLength: 2048, headDim: 8 };
+    const args = instance({ kind: 'heavy tails', bound: 0.5, seed: 1, shape, causal: true });
+    const { output, lse } = attention.forward({ ...withoutGradient(args), method: 'exact' });
+    for (const tolerance of [0.07, 0.04, 0.03]) {
+      // As far from exact as they may be, so that they are not those of the polynomial.
+      const given = { ...args, output, lse: lse.map((x) => (1 + 0.24 * tolerance) * x) };
+      const { report, ...got } = attention.backward({ ...given, tolerance });
+      expect(report.reason).toMatch(/^exact: the given output .* not those of degree (\d).* computed again; degree \1 has a predicted error/);
+      const { report: exact, ...expected } = attention.backward({ ...given, method: 'exact' });
+      expect(got).toEqual(expected);
+      expect(report.flops).toBe(exact.flops);
+    }
+  });
+
   test('one head of many that is harder than the others decides', () => {
     const args = withoutGradient(problem({ shape: { heads: 16, queryLength: 512, headDim: 16 } }, 14, uniform(0.2)));
     for (const array of [args.q, args.k])
@@ -571,7 +586,7 @@ describe("method 'polynomial'", () => {
     [
       'degree given',
       { degree: 0 },
-      /^forward: method 'polynomial' misses the tolerance 0.001: degree 0 has a sampled error of \d\.\de-\d$/,
+      /^forward: method 'polynomial' misses the tolerance 0.001: degree 0 has a sampled error of \d\.\de-\d, more than 0\.75 of the tolerance$/,
     ],
     [
       'no degree that would do',
@@ -592,6 +607,18 @@ describe("method 'polynomial'", () => {
     expect(report.errorEstimate).toBeGreaterThan(1e-3);
     expect(outputError({ ...args, ...changes }, output)).toBeGreaterThan(1e-3);
     expect(report.reason).toMatch(/(sampled|certified) error .* above 0.001/);
+  });
+
+  test('the message and the reason of a miss name the room, where the error is within the tolerance but not within that', () => {
+    const forced = { ...args, method: 'polynomial', degree: 2 } as const;
+    const error = attention.forward({ ...forced, tolerance: 1 }).report.errorEstimate!;
+    const near = { ...forced, tolerance: error / 0.9 };
+    const what = /degree 2 has a sampled error of .*, more than 0\.75 of the tolerance$/;
+    expect(() => attention.forward(near)).toThrow(what);
+    expect(attention.forward({ ...near, onMiss: 'report' }).report.reason).toMatch(what);
+    expect(attention.forward({ ...forced, tolerance: error / 0.74 }).report.errorEstimate).toBe(error);
+    expect(() => attention.plan(near)).toThrow(/degree 2 has a predicted error of .*, more than 0\.75 of the tolerance$/);
+    expect(attention.plan({ ...forced, tolerance: error / 0.74 }).degree).toBe(2);
   });
 
   test('weights that are not positive are a miss, whatever the tolerance', () => {
@@ -728,7 +755,7 @@ describe('plan', () => {
     expect(worst).toBeLessThan(errorBound!);
     expect(attention.plan(keys).method).toBe('polynomial');
     expect(() => attention.plan({ ...keys, method: 'polynomial', degree: 0 })).toThrow(
-      /^plan: method 'polynomial' misses the tolerance 0.001: at best degree 0 with a predicted error of /,
+      /^plan: method 'polynomial' misses the tolerance 0.001: degree 0 has a predicted error of /,
     );
   });
 

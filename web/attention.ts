@@ -18,11 +18,11 @@ import {
   choose,
   costOf,
   flopsOf,
+  missing,
   portionsOfGiven,
   promising,
   refuseMiss,
-  ROOM,
-  roomBeside,
+  roomOf,
   short,
   workspaceOf,
   type Attempt,
@@ -161,9 +161,7 @@ export class Attention implements RopeAttention {
       const chosen = plan.attempts[0];
       const coefficients =
         chosen.coefficients ?? (chosen.degree === null ? null : yield* chosen.split.sampler.coefficients(chosen.degree));
-      if (problem.method !== 'auto' && chosen.degree !== null && !(errorOf(chosen) <= problem.tolerance)) {
-        refuseMiss(task, `degree ${chosen.degree} has a predicted error of ${short(errorOf(chosen))}`);
-      }
+      if (problem.method !== 'auto' && chosen.degree !== null) refusePredicted(task, chosen);
       const bound = boundOf(task, { ...chosen, coefficients });
       session.setOutliers(chosen.split.outliers);
       const bytes = session.bytes + workspaceOf(session, passes, chosen.degree);
@@ -219,55 +217,44 @@ export class Attention implements RopeAttention {
   ): Generator<number, T> {
     const start = performance.now();
     const { problem, inputs } = call;
-    const pass = passes[passes.length - 1];
-    let task: Task = { name, problem, pass, passes, hasValues: true, predict: false };
+    const task: Task = { name, problem, pass: passes[passes.length - 1], passes, hasValues: true, predict: false };
     const session = this.#kernel.open(name, problem, featuresOf(problem));
     try {
       const plan = yield* this.#plan(session, task, inputs);
-      const misses: string[] = [];
-      let missed: Parameters<typeof promising>[2] | null = null;
+      const list = [...plan.attempts];
+      const notes: string[] = [];
+      const withForward = (attempt: Attempt): Attempt => ({ ...attempt, passes: ['forward', 'backward'] });
       let progress = 0;
-      const attempts = [...plan.attempts];
-      for (let attempt = attempts.shift(); attempt; attempt = attempts.shift()) {
-        if (missed && attempt.degree !== null && attempts.length > 0) {
-          if (!(yield* promising(task, attempt, missed))) continue;
-        }
-        if (attempt.degree !== null && problem.method === 'auto' && reliesOnGiven(task)) {
-          if (!(yield* attempt.split.sampler.suits(attempt.degree, problem.tolerance / 4))) {
-            task = { ...task, passes: ['forward', 'backward'] };
-            misses.push(`the given output and lse are not those of degree ${attempt.degree}: they were computed again`);
+      for (let attempt = list.shift(); attempt; attempt = list.shift()) {
+        if (goesByGiven(task, attempt)) {
+          session.restoreOutput(inputs);
+          const { fits, note } = yield* this.#checkGiven(task, attempt);
+          if (note !== null) notes.push(note);
+          if (!fits) {
+            list.unshift(withForward(attempt));
+            continue;
           }
         }
         // A polynomial may yet miss: it gets nine tenths of what is left. 1 is for the very end.
-        const share = attempt.degree === null ? 0.99 : 0.9;
-        const end = progress + (1 - progress) * share;
+        const end = progress + (1 - progress) * (attempt.degree === null ? 0.99 : 0.9);
         const outcome = yield* this.#attempt(session, task, attempt, progress, end);
         progress = end;
         if (outcome.miss !== null) {
-          const last = attempts.length === 0;
           const miss = `degree ${attempt.degree} ${outcome.miss}`;
-          // `auto` has seen before that they are those of this degree.
-          if (outcome.coefficients && problem.method !== 'auto' && reliesOnGiven(task)) {
-            task = { ...task, passes: ['forward', 'backward'] };
-            attempts.unshift(attempt);
-            misses.push(`${miss} with the given output and lse, which were computed again`);
-            missed = null;
+          if (outcome.coefficients && goesByGiven(task, attempt) && problem.method !== 'auto') {
+            list.unshift(withForward(attempt));
+            notes.push(`${miss} with the given output and lse, which were computed again`);
             continue;
           }
-          // Nothing was computed: there is nothing to report.
-          if (last && !outcome.coefficients) refuseMiss({ ...task, problem: { ...problem, onMiss: 'error' } }, miss);
-          if (last) refuseMiss(task, miss);
-          misses.push(miss);
-          missed = { predicted: attempt.predicted, measured: outcome.measured };
-          if (!last) continue;
+          if (list.length === 0) refuseMiss(task, miss, !outcome.coefficients);
+          notes.push(miss);
+          list.splice(0, list.length, ...(yield* promising(task, list, attempt, outcome.measured)));
+          if (list.length > 0) continue;
         }
-        const bytes = session.bytes;
-        const ran = {
-          ...attempt,
-          bound: boundOf(task, { ...attempt, coefficients: outcome.coefficients }),
-        };
-        const reason = explain(task, ran, outcome.measured, 'sampled', plan.because, [...outcome.notes, ...misses]);
-        const report = reportOf(outcome.task, attempt, ran.bound, outcome.measured, bytes, null, reason);
+        const ran = { ...attempt, coefficients: outcome.coefficients };
+        const bound = boundOf(task, ran);
+        const reason = explain(task, { ...ran, bound }, outcome.measured, 'sampled', plan.because, notes);
+        const report = reportOf(task, ran, bound, outcome.measured, session.bytes, null, reason);
         const result = read(session, report);
         report.milliseconds = performance.now() - start;
         yield 1;
@@ -287,90 +274,71 @@ export class Attention implements RopeAttention {
     return yield* choose(session, task);
   }
 
-  /** Runs one engine and, for a polynomial, checks it. */
-  *#attempt(
-    session: Session,
-    task: Task,
-    attempt: Attempt,
-    from: number,
-    to: number,
-  ): Generator<number, Outcome> {
-    const { sampler, outliers } = attempt.split;
-    session.setOutliers(outliers);
-    if (attempt.degree === null) return yield* this.#exact(session, task, attempt, from, to);
-    const failed = (miss: string, coefficients: Float32Array | null) => ({
-      task,
-      coefficients,
-      measured: null,
-      miss,
-      notes: [],
-    });
-    const coefficients = attempt.coefficients ?? (yield* sampler.coefficients(attempt.degree));
-    if (!coefficients) return failed('has coefficients beyond float32', null);
-
-    const middle = from + 0.3 * (to - from);
-    session.setWorkspace(workspaceOf(session, task.passes, attempt.degree));
-    session.setEngine(attempt.degree, coefficients);
-    const run = (passes: readonly Pass[], start: number, end: number) =>
-      this.#run(session, task, passes, attempt, start, end);
-    let positive = true;
-    if (task.passes.length > 1) positive = yield* run(['forward'], from, middle);
-    // Gradients of keys are foreseen once output and lse are there; what would miss is not run to its end.
-    const limit = ROOM[task.pass].check * roomBeside(attempt.split) * task.problem.tolerance;
-    if (task.pass === 'backward' && task.problem.method === 'auto') {
-      const foreseen = yield* sampler.foresee(attempt.degree);
-      if (!(foreseen.upper <= limit)) {
-        const miss = `has a predicted error of ${short(foreseen.error)} in the gradients of keys`;
-        return { ...failed(miss, coefficients), measured: foreseen };
-      }
+  /**
+   * Whether the output and lse that were given serve an attempt: gradients are only as good as these are. With a tolerance to keep
+   * (`auto`) a few of their rows are compared with exact ones, or those of the polynomial. Not so where scores are modified, which
+   * the sampling of rows does not know; and a forced method finds out by the gradients.
+   */
+  *#checkGiven(task: Task, { degree, split }: Attempt): Generator<number, { fits: boolean; note: string | null }> {
+    const { problem } = task;
+    if (problem.method !== 'auto') return { fits: true, note: null };
+    const limit = problem.tolerance / 4;
+    if (degree !== null) {
+      const fits = yield* split.sampler.suits(degree, limit);
+      const note = `the given output and lse are not those of degree ${degree}: they were computed again`;
+      return { fits, note: fits ? null : note };
     }
-    const last = task.passes.length > 1 ? middle : from;
-    positive = (yield* run([task.pass], last, to)) && positive;
-    const measured = yield* sampler.check(task.pass);
-    if (!positive)
-      return { ...failed('has rows whose weights do not add up to a positive number', coefficients), measured };
-    const met = measured.upper <= limit;
-    return {
-      task,
-      coefficients,
-      measured,
-      miss: met ? null : `has a sampled error of ${short(measured.error)}`,
-      notes: [],
-    };
+    const unknown = unsampledOnly(problem);
+    if (unknown.length > 0) {
+      const note = `the given output and lse were not checked, as sampled rows have no ${unknown.join(' or ')}`;
+      return { fits: true, note };
+    }
+    const difference = yield* split.sampler.given(portionsOfGiven(task));
+    if (difference <= limit) return { fits: true, note: null };
+    return { fits: false, note: `the given output and lse are off by ${short(difference)} and were computed again` };
   }
 
-  /**
-   * Runs the exact engine. Its gradients are only as good as the output and lse that were given: with a tolerance to keep
-   * (`auto`) a few of their rows are compared with exact ones, and if these differ the forward pass is run as well. Not so
-   * where scores are modified, which the sampling of rows does not know.
-   */
-  *#exact(session: Session, task: Task, attempt: Attempt, from: number, to: number): Generator<number, Outcome> {
-    const notes: string[] = [];
-    let { passes } = task;
-    const given = task.pass === 'backward' && passes.length === 1 && task.problem.method === 'auto';
-    const unknown = unsampledOnly(task.problem);
-    if (given && unknown.length > 0) {
-      notes.push(`the given output and lse were not checked, as sampled rows have no ${unknown.join(' or ')}`);
-    } else if (given) {
-      const difference = yield* attempt.split.sampler.given(portionsOfGiven(task));
-      if (!(difference <= task.problem.tolerance / 4)) {
-        passes = ['forward', 'backward'];
-        notes.push(`the given output and lse are off by ${short(difference)} and were computed again`);
+  /** Runs one engine and, for a polynomial, checks it. */
+  *#attempt(session: Session, task: Task, attempt: Attempt, from: number, to: number): Generator<number, Outcome> {
+    const { problem, pass } = task;
+    const { degree, passes, split } = attempt;
+    const { sampler } = split;
+    session.setOutliers(split.outliers);
+    const coefficients = degree === null ? null : (attempt.coefficients ?? (yield* sampler.coefficients(degree)));
+    const missed = (miss: string | null, measured: Measured | null): Outcome => ({ coefficients, measured, miss });
+    if (degree !== null && !coefficients) return missed('has coefficients beyond float32', null);
+    session.setWorkspace(workspaceOf(session, passes, degree));
+    session.setEngine(degree, coefficients ?? undefined);
+    if (degree === null) {
+      session.boundScores(scoreBound(problem, split.bounds));
+      yield* this.#run(session, task, attempt, passes, from, to);
+      return missed(null, null);
+    }
+
+    const middle = passes.length > 1 ? from + 0.3 * (to - from) : from;
+    let positive = true;
+    if (passes.length > 1) positive = yield* this.#run(session, task, attempt, ['forward'], from, middle);
+    // Gradients of keys are foreseen once output and lse are there; what would miss is not run to its end.
+    const room = roomOf(pass, 'check', split);
+    const limit = room * problem.tolerance;
+    if (pass === 'backward' && problem.method === 'auto') {
+      const foreseen = yield* sampler.foresee(degree);
+      if (!(foreseen.upper <= limit)) {
+        return missed(`has ${missing(foreseen, 'predicted', room, ' in the gradients of keys')}`, foreseen);
       }
     }
-    session.setWorkspace(workspaceOf(session, passes, null));
-    session.setEngine(null);
-    session.boundScores(scoreBound(task.problem, attempt.split.bounds));
-    yield* this.#run(session, task, passes, attempt, from, to);
-    return { task: { ...task, passes }, coefficients: null, measured: null, miss: null, notes };
+    positive = (yield* this.#run(session, task, attempt, [pass], middle, to)) && positive;
+    const measured = yield* sampler.check(pass);
+    if (!positive) return missed('has rows whose weights do not add up to a positive number', measured);
+    return missed(measured.upper <= limit ? null : `has ${missing(measured, 'sampled', room)}`, measured);
   }
 
   /** Runs all units of the passes; false when the polynomial's weights are not positive. */
   *#run(
     session: Session,
     { problem }: Task,
-    passes: readonly Pass[],
     attempt: Attempt,
+    passes: readonly Pass[],
     from: number,
     to: number,
   ): Generator<number, boolean> {
@@ -399,13 +367,11 @@ export class Attention implements RopeAttention {
 
 /** What came of an attempt. */
 interface Outcome {
-  /** The task as it was run. */
-  task: Task;
+  /** null: exact, or nothing was run. */
   coefficients: Float32Array | null;
   measured: Measured | null;
   /** What went wrong; null when the tolerance is met. */
   miss: string | null;
-  notes: readonly string[];
 }
 
 function drain<T>(steps: Generator<number, T>): T {
@@ -420,17 +386,25 @@ function simdOf(kernel: Kernel): 'simd128' | 'relaxed-simd' {
 }
 
 /**
- * Whether gradients of a polynomial may be off because the output and lse that were given are: those of a lower degree may
- * keep the tolerance of an output and yet not serve gradients. Forced degrees are taken to be that of the forward pass.
+ * Whether gradients may be off because the output and lse that were given are: those of a lower degree may keep the tolerance of
+ * an output and yet not serve gradients. A forced degree is taken to be that of the forward pass, forced `exact` likewise.
  */
-function reliesOnGiven({ problem, pass, passes }: Task): boolean {
-  const forced = problem.method !== 'auto' && problem.degree !== null;
+function goesByGiven({ problem, pass }: Task, { passes }: Attempt): boolean {
+  const forced = problem.method === 'exact' || (problem.method !== 'auto' && problem.degree !== null);
   return pass === 'backward' && passes.length === 1 && !forced;
 }
 
-/** The error that a plan goes by: the proved one where that was asked for. */
-function errorOf(attempt: Attempt): number {
-  return attempt.bound ?? attempt.predicted?.error ?? Infinity;
+/** A forced polynomial that would miss: by its proof where that was asked for, else by its prediction and the room of the check. */
+function refusePredicted(task: Task, { degree, bound, predicted, split }: Attempt): void {
+  const { problem, pass } = task;
+  if (bound !== null) {
+    if (!(bound <= problem.tolerance)) refuseMiss(task, `degree ${degree} is certified to ${short(bound)}`);
+    return;
+  }
+  const room = roomOf(pass, 'check', split);
+  if (!predicted || !(predicted.upper <= room * problem.tolerance)) {
+    refuseMiss(task, `degree ${degree} has ${missing(predicted, 'predicted', room)}`);
+  }
 }
 
 /** Proved bound of the output error of what runs; null for exact, for gradients, and where there is none. */
@@ -451,10 +425,10 @@ function explain(
   because: string,
   notes: readonly string[],
 ): string {
-  const { problem, passes } = task;
+  const { problem } = task;
   const parts: string[] = because === '' ? [] : [because];
   if (ran.degree === null) return `exact: ${parts.concat(notes).join('; ')}`;
-  const ratio = costOf(problem, passes, null) / costOf(problem, passes, ran.degree, countsOf(ran));
+  const ratio = costOf(problem, ran.passes, null) / costOf(problem, ran.passes, ran.degree, countsOf(ran));
   parts.push(`predicted ${ratio >= 1 ? `${figures(ratio)}x cheaper` : `${figures(1 / ratio)}x dearer`} than exact`);
   const within = (error: number) =>
     `${short(error)} ${error <= problem.tolerance ? 'within' : 'above'} ${problem.tolerance}`;
@@ -479,7 +453,7 @@ function figures(x: number): string {
 }
 
 function reportOf(
-  { problem, pass, passes }: Task,
+  { problem, pass }: Task,
   attempt: Attempt,
   errorBound: number | null,
   measured: Measured | null,
@@ -487,7 +461,7 @@ function reportOf(
   milliseconds: number | null,
   reason: string,
 ): Report {
-  const { degree, split } = attempt;
+  const { degree, passes, split } = attempt;
   const largest = (of: (one: Bounds) => number) => Math.max(...split.bounds.map(of));
   return {
     method: degree === null ? 'exact' : featuresOf(problem),

@@ -302,6 +302,7 @@ export class Session {
   #workspace = 0;
   #prepared: { head: number; bounds: Bounds } | null = null;
   #outliers: Outliers | null = null;
+  #overwritten = false;
   #open = true;
 
   constructor(name: string, g: Geometry, exports: Exports, arena: Arena, features: Features = 'polynomial') {
@@ -522,6 +523,15 @@ export class Session {
     this.#arena.writeStruct(this.#at.arrays, ARRAYS, arrays);
   }
 
+  /** Puts the output and lse that were given back in their place, once a forward pass has written its own there. */
+  restoreOutput({ output, lse }: Inputs): void {
+    this.#check();
+    if (!this.#overwritten || !output || !lse) return;
+    this.#arena.writeFloats(this.#arrays.out, output);
+    this.#arena.writeFloats(this.#arrays.lse, lse);
+    this.#overwritten = false;
+  }
+
   /** Makes room for the workspace of the engine that runs next, in the place of the one before. */
   setWorkspace(bytes: number): void {
     this.#check();
@@ -539,6 +549,7 @@ export class Session {
   /** Runs units first .. last-1; false when the polynomial's weights are not positive everywhere. */
   run(pass: Pass, first: number, last: number): boolean {
     this.#check();
+    if (pass === 'forward') this.#overwritten = true;
     const code = this.#exports.ra_run(
       this.#at.problem,
       this.#at.arrays,

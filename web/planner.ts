@@ -27,6 +27,8 @@ import type { Problem } from './validate.js';
 export interface Attempt {
   /** null: exact. */
   degree: number | null;
+  /** Those to run, in order: without 'forward' gradients go by the output and lse that were given. */
+  passes: readonly Pass[];
   /** [heads][degree + 1]; null where they are still to be fitted, and for exact. */
   coefficients: Float32Array | null;
   /** Proved bound of the output error; null when there is none or when it was not asked for. */
@@ -43,7 +45,7 @@ export interface Plan {
   because: string;
 }
 
-/** What the plan is for. `passes`: those that have to run, in order; the last one is the call's. */
+/** What the plan is for. `passes`: those that have to run as far as the call goes, in order; the last one is the call's. */
 export interface Task {
   name: string;
   problem: Problem;
@@ -58,7 +60,7 @@ export interface Task {
  * Shares of the tolerance that sampled errors may take before and after the run: a sample does not see the worst row, and
  * sampled columns of gradients are taken with the lse and output that the polynomial gave.
  */
-export const ROOM = { forward: { pilot: 0.7, check: 0.75 }, backward: { pilot: 0.6, check: 0.65 } } as const;
+const ROOM = { forward: { pilot: 0.7, check: 0.75 }, backward: { pilot: 0.6, check: 0.65 } } as const;
 
 /** Of that, beside outliers, where errors differ more from row to row. */
 const BESIDE = 0.6;
@@ -108,7 +110,7 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const { name, problem, pass } = task;
   const bounds = yield* survey(session);
   const split: Split = { outliers: null, bounds, sampler: new Sampler(session, bounds, problem.seed) };
-  const exact = attempt(null, split);
+  const exact = attempt(task, null, split);
   const exactly = (because: string): Plan => ({ attempts: [exact], because });
 
   if (problem.method === 'exact') return exactly('as asked');
@@ -135,17 +137,19 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   }
   if (problem.guarantee === 'certified') return yield* chooseCertified(session, task, split, degrees);
 
-  // A forced degree is run and measured, unless nothing is going to run.
-  if (problem.method !== 'auto' && problem.degree !== null && !task.predict) {
-    return { attempts: [attempt(problem.degree, split)], because: 'as asked' };
+  // A forced degree is run and measured, and predicted only where nothing is going to run.
+  if (problem.method !== 'auto' && problem.degree !== null) {
+    const known = task.predict ? yield* predict(task, split, degrees, 0) : null;
+    return { attempts: [attempt(task, problem.degree, split, { predicted: known?.get(problem.degree) ?? null })], because: 'as asked' };
   }
   const auto = problem.method === 'auto';
   // Less than the check allows, since the engine sums in another order than the pilot.
-  const limit = problem.tolerance * ROOM[pass].pilot;
+  const room = roomOf(pass, 'pilot', split);
+  const limit = room * problem.tolerance;
   const predictions = yield* predict(task, split, degrees, limit);
   const errorOf = (degree: number) => predictions.get(degree)?.error ?? Infinity;
   const upperOf = (degree: number) => predictions.get(degree)?.upper ?? Infinity;
-  const attemptOf = (degree: number) => attempt(degree, split, { predicted: predictions.get(degree) ?? null });
+  const attemptOf = (degree: number) => attempt(task, degree, split, { predicted: predictions.get(degree) ?? null });
   const first = degrees.find((degree) => upperOf(degree) <= limit) ?? null;
   const cheaper = yield* tryOutliers(session, task, degrees, limit, errorOf, first);
   if (first !== null || cheaper.length > 0) {
@@ -156,7 +160,7 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
     };
   }
   const best = degrees.reduce((a, b) => (errorOf(b) < errorOf(a) ? b : a));
-  const what = `at best degree ${best} with a predicted error of ${short(errorOf(best))}`;
+  const what = `at best degree ${best} with ${missing(predictions.get(best) ?? null, 'predicted', room)}`;
   if (auto) return exactly(`no cheaper polynomial keeps the tolerance ${problem.tolerance}, ${what}`);
   refuseMiss(task, what);
   return { attempts: [attemptOf(leastBad(task, degrees, errorOf))], because: 'as asked' };
@@ -241,7 +245,7 @@ function* tryOutliers(
     if (found !== undefined) {
       best = fitting
         .filter((one) => one >= found)
-        .map((one) => attempt(one, split, { predicted: predictions.get(one) ?? null }));
+        .map((one) => attempt(task, one, split, { predicted: predictions.get(one) ?? null }));
       const cost = costOf(problem, passes, found, next.counts);
       left = left.filter((one) => one.cost < GAIN * cost);
     }
@@ -270,9 +274,9 @@ function radiusOf(problem: Problem, { queries, keys }: Ranking): number {
   return Math.abs(problem.scale) * problem.rotaryGain * largest;
 }
 
-/** A miss of a forced polynomial: an error, unless `onMiss` is 'report'. */
-export function refuseMiss({ name, problem }: Pick<Task, 'name' | 'problem'>, what: string): void {
-  if (problem.onMiss === 'report') return;
+/** A miss of a forced polynomial: an error, unless `onMiss` is 'report' and there is something to report. */
+export function refuseMiss({ name, problem }: Pick<Task, 'name' | 'problem'>, what: string, nothing = false): void {
+  if (problem.onMiss === 'report' && !nothing) return;
   throw new RangeError(`${name}: method '${problem.method}' misses the tolerance ${problem.tolerance}: ${what}`);
 }
 
@@ -306,22 +310,36 @@ function mayMiss({ problem, passes }: Task, degree: number, outliers = NO_OUTLIE
   return costOf(problem, passes, degree, outliers) < LOSS * costOf(problem, passes, null);
 }
 
-/** Whether a degree may run after another missed: it must be predicted better by the factor that this one turned out worse. */
+/**
+ * What is left to try after a miss: a degree must be predicted better by the factor that the one that missed turned out worse.
+ * What closes the list stays: exact for `auto`, else the last resort.
+ */
 export function* promising(
   { problem, pass }: Task,
-  { degree, split }: Attempt,
-  missed: { predicted: Measured | null; measured: Measured | null },
-): Generator<number, boolean> {
-  const factor = (missed.measured?.upper ?? Infinity) / (missed.predicted?.error ?? 0);
-  const limit = (problem.tolerance * ROOM[pass].pilot * roomBeside(split)) / Math.max(factor, 1);
-  if (degree === null) return true;
-  const found = yield* split.sampler.pilot(pass, [degree], limit, false, new Set());
-  return found.get(degree)!.upper <= limit;
+  list: readonly Attempt[],
+  missed: Attempt,
+  measured: Measured | null,
+): Generator<number, Attempt[]> {
+  const factor = (measured?.upper ?? Infinity) / (missed.predicted?.error ?? 0);
+  for (const [n, { degree, split }] of list.entries()) {
+    if (degree === null || n === list.length - 1) return list.slice(n);
+    const limit = (problem.tolerance * roomOf(pass, 'pilot', split)) / Math.max(factor, 1);
+    const found = yield* split.sampler.pilot(pass, [degree], limit, false, new Set());
+    if (found.get(degree)!.upper <= limit) return list.slice(n);
+  }
+  return [];
 }
 
-/** The part of the room that a split leaves. */
-export function roomBeside({ outliers }: Split): number {
-  return outliers ? BESIDE : 1;
+/** The share of the tolerance that a sampled error may take. */
+export function roomOf(pass: Pass, when: 'pilot' | 'check', { outliers }: Split): number {
+  return ROOM[pass][when] * (outliers ? BESIDE : 1);
+}
+
+/** An error that is above its room, a share of the tolerance; null: an error that nothing is known about. */
+export function missing(measured: Measured | null, kind: 'predicted' | 'sampled', room: number, where = ''): string {
+  const { error, upper } = measured ?? { error: Infinity, upper: Infinity };
+  const hidden = upper > error ? ` (${short(upper)} with what chance may hide)` : '';
+  return `a ${kind} error of ${short(error)}${where}${hidden}, more than ${Number(room.toFixed(2))} of the tolerance`;
 }
 
 /** Portions of rows on which `auto` compares an output and lse that were given with exact ones: at least one. */
@@ -339,16 +357,16 @@ function* chooseCertified(
   const { problem, pass } = task;
   const auto = problem.method === 'auto';
   if (pass === 'backward' && auto) {
-    return { attempts: [attempt(null, split)], because: 'there is no certificate for gradients of a polynomial' };
+    return { attempts: [attempt(task, null, split)], because: 'there is no certificate for gradients of a polynomial' };
   }
   if (pass === 'backward') refuseMiss(task, "guarantee 'certified' has no certificate for gradients");
   if (featuresOf(problem) === 'toeplitz') {
     const what = 'the rounding of Fourier transforms has no certificate';
-    if (auto) return { attempts: [attempt(null, split)], because: what };
+    if (auto) return { attempts: [attempt(task, null, split)], because: what };
     if (pass === 'forward') refuseMiss(task, what);
   }
 
-  const exact = attempt(null, split);
+  const exact = attempt(task, null, split);
   const kept = (one: Attempt) => one.bound !== null && one.bound <= problem.tolerance;
   const tried: Attempt[] = [];
   for (const degree of degrees) {
@@ -374,7 +392,8 @@ function* chooseCertified(
 }
 
 /** The polynomial of a degree with its certificate, rows that are exact apart. */
-function* certified(session: Session, { problem }: Task, split: Split, degree: number): Generator<number, Attempt> {
+function* certified(session: Session, task: Task, split: Split, degree: number): Generator<number, Attempt> {
+  const { problem } = task;
   const coefficients = new Float32Array(session.heads * (degree + 1));
   for (const [head, one] of split.bounds.entries()) {
     const own = minimax(degree, Math.min(scoreRadius(problem, one), Number.MAX_VALUE));
@@ -382,7 +401,7 @@ function* certified(session: Session, { problem }: Task, split: Split, degree: n
     yield 0;
   }
   const bound = certify(problem, coefficients, degree, split.bounds, split.outliers?.counts);
-  return attempt(degree, split, { coefficients, bound });
+  return attempt(task, degree, split, { coefficients, bound });
 }
 
 /** A certified polynomial beside outliers that is well cheaper than `degree` alone, or than exact; null when none is found soon. */
@@ -417,6 +436,6 @@ function leastBad({ problem, passes }: Task, degrees: readonly number[], errorOf
   return cheap.length === 0 ? degrees[0] : cheap.reduce((a, b) => (errorOf(b) < errorOf(a) ? b : a));
 }
 
-function attempt(degree: number | null, split: Split, known: Partial<Attempt> = {}): Attempt {
-  return { degree, coefficients: null, bound: null, predicted: null, split, ...known };
+function attempt({ passes }: Task, degree: number | null, split: Split, known: Partial<Attempt> = {}): Attempt {
+  return { degree, passes, coefficients: null, bound: null, predicted: null, split, ...known };
 }

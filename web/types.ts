@@ -188,6 +188,9 @@ export interface Options {
   /**
    * forward: max |output - exact| <= tolerance * max |v - c|, c the midrange of each value column.
    * backward: |dX - exact|_F <= tolerance * |dX|_F for each of dq, dk, dv. Default 1e-3, at least 1e-6.
+   *
+   * A sampled error has to leave room for rows that are not in the sample: a polynomial runs if it is predicted within 0.7
+   * of the tolerance (gradients 0.6) and its result stands if it is measured within 0.75 (0.65), of both 0.6 beside outliers.
    */
   tolerance?: number;
   /** Default 'sampled'. Of gradients there is no certificate: 'certified' computes them exactly. */
@@ -196,7 +199,10 @@ export interface Options {
   degree?: number;
   /** Seed of the sampled rows, an unsigned 32-bit integer. Default 0. */
   seed?: number;
-  /** A forced method that misses the tolerance: 'error' (default) throws a RangeError, 'report' returns the result as it is. */
+  /**
+   * A forced method that misses the tolerance, or the room in it that a sampled error may take (see `tolerance`): 'error' (default)
+   * throws a RangeError that names both, 'report' returns the result as it is, with the miss in its reason.
+   */
   onMiss?: 'error' | 'report';
   /** Look for NaN and infinity in q, k, v, dOutput and relative.weights first: a RangeError that names the array and the place. Default false. */
   checkFinite?: boolean;
