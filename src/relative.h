@@ -73,4 +73,17 @@ void ra_relative_keys(const ra_relative *r, const float *q_strip, size_t strip_s
 void ra_relative_weights(const ra_relative *r, const float *q_strip, size_t strip_size, const float *k_panel,
                          const float *ds, uint32_t i, uint32_t key0, uint32_t panels, float factor, float *dweights);
 
+// --- One row, for samples (relative_rows.c) ---------------------------------------------------------------------------
+//
+// A query i (side 0) against keys j, j + 1, .., or a key j (side 1) against queries i, i + 1, ..; z_t [D][z_row] has these as
+// columns, `diagonal` is where the table has the first pair, i - j + Nk - 1. O(|S|) a pair.
+
+// y[n] = q W k of the n-th pair.
+void ra_relative_row(const ra_relative *r, int side, const float *x, const float *z_t, size_t z_row, size_t diagonal,
+                     uint32_t count, float *y);
+
+// dx[d * dx_row] += sum_n ds[n] times the derivative of q W k of the n-th pair by x[d].
+void ra_relative_row_gradient(const ra_relative *r, int side, const float *ds, const float *z_t, size_t z_row,
+                              size_t diagonal, uint32_t count, float *dx, size_t dx_row);
+
 #endif

@@ -220,18 +220,18 @@ int RA_API(ra_rotate)(const ra_problem *p, float *x, uint32_t inverse, void *wor
 
 // --- Looking at the data: what a planner needs ----------------------------------------------------------------------
 //
-// With a relative map only the bounds, where k_centred_norm says nothing about scores; scores, rows and columns refuse it (0,
-// RA_ERROR_PROBLEM).
+// With a relative map keys are neither rotated nor centred, and a row costs O(Nk (|S| + Dv)), |S| = D + rotary_dim for positions.
+// Softcap, masks that are arrays, and sinks are left out.
 
 // Bounds over one key/value head and its group of query heads. |s_ij| <= scale * q_norm * k_norm, and, of the rows that are no
 // outliers and after a shift by a constant of the row (which softmax does not see), |s_ij| <= scale * q_plain_norm *
-// k_centred_norm.
+// k_centred_norm; of a relative map these times what W lengthens a row by.
 typedef struct ra_bounds {
   float q_entry, k_entry; // max |entry| of q, of k
   float q_norm;           // max |q_i|
   float k_norm;           // max |k_j|
   float q_plain_norm;     // max |q_i|, outliers left out
-  float k_centred_norm;   // max |R k_j - mean of R k|, outliers left out of both
+  float k_centred_norm;   // max |R k_j - mean of R k|, outliers left out of both; max |k_j| with a relative map
   float v_entry;          // max |entry| of v; 0 when x->v is NULL
   float v_half_range;     // max over columns of (max - min) / 2 of v; 0 when x->v is NULL
   uint32_t q_argmax;      // flat row (head in group * Nq + i) of the largest query that is no outlier

@@ -3,15 +3,18 @@
 // A look at the data: bounds of one key/value head, scores of a few queries, a few exact rows of the output and of the
 // gradients. O(N D) to prepare, O(N (D + Dv)) a row. A planner decides by these what to run, and checks what was run.
 //
-// Up to eight rows go together, as lanes. Keys are taken with their mean subtracted, as the polynomial engine does.
+// Up to eight rows go together, as lanes. Keys are taken with their mean subtracted, as the polynomial engine does; not so with a
+// relative map, whose scores with a mean key would differ from key to key. There a row costs O(N (|S| + Dv)).
 
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 #include "engines.h"
 #include "monomials.h"
 #include "pack.h"
 #include "products.h"
+#include "relative.h"
 #include "rotary.h"
 #include "softmax.h"
 
@@ -22,6 +25,8 @@ enum {
 
 typedef struct sample_state {
   ra_rotary q_rotary, k_rotary;
+  ra_relative map;
+  int map_ready;
 } sample_state;
 
 typedef struct sample {
@@ -39,6 +44,10 @@ typedef struct sample {
   float *s;           // [max(Nk, TILE)][8]
   float *weight, *ds; // [TILE][8]
   float *sum_t, *d_t; // [Dv][8], [Dp][8]
+  // with a relative map
+  char *map_space;
+  float *columns; // [Dp][TILE] keys, or queries, of a tile
+  float *lines;   // [8][TILE] their scores, or the gradients of these
 } sample;
 
 static sample arrange(const ra_problem *p, ra_workspace_cursor *w) {
@@ -62,6 +71,11 @@ static sample arrange(const ra_problem *p, ra_workspace_cursor *w) {
   e.ds = ra_take_floats(w, TILE, LANES);
   e.sum_t = ra_take_floats(w, e.Dv, LANES);
   e.d_t = ra_take_floats(w, e.Dp, LANES);
+  if (ra_is_relative(p)) {
+    e.map_space = ra_take(w, 1, ra_relative_bytes(p, 1, 1), 1);
+    e.columns = ra_take_floats(w, e.Dp, TILE);
+    e.lines = ra_take_floats(w, LANES, TILE);
+  }
   return e;
 }
 
@@ -174,7 +188,7 @@ static void measure_values(const float *v, size_t v_row, size_t Nk, size_t Dv, r
   }
 }
 
-// Rotates the keys and finds their mean, without outliers (float sums of 32 rows, double sums of those).
+// Rotates the keys and finds their mean, without outliers (float sums of 32 rows, double sums of those); none with a relative map.
 static void rotate_keys(const sample *e, const float *k, size_t kv_head) {
   size_t plain = e->Nk - e->p->outlier_key_count;
   double sum[RA_MAX_HEAD_DIM + 3] = {0};
@@ -193,7 +207,8 @@ static void rotate_keys(const sample *e, const float *k, size_t kv_head) {
       for (size_t i = 0; i < 4; i++) sum[d + i] += lane[i];
     }
   }
-  for (size_t d = 0; d < e->Dp; d++) e->k_mean[d] = plain > 0 ? (float)(sum[d] / (double)plain) : 0;
+  for (size_t d = 0; d < e->Dp; d++)
+    e->k_mean[d] = plain > 0 && !ra_is_relative(e->p) ? (float)(sum[d] / (double)plain) : 0;
 }
 
 int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, ra_bounds *bounds, void *workspace) {
@@ -201,8 +216,11 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
   const float *k = x->k + ra_head(p, kv_head, p->kv_heads, e.Nk, e.D);
-  ra_rotary_init(&e.state->q_rotary, p, 1, NULL, e.q_space);
-  ra_rotary_init(&e.state->k_rotary, p, 0, &e.state->q_rotary, e.k_space);
+  ra_problem rows = *p; // with a relative map they stay as they are
+  if (ra_is_relative(p)) rows.rotary_dim = 0;
+  ra_rotary_init(&e.state->q_rotary, &rows, 1, NULL, e.q_space);
+  ra_rotary_init(&e.state->k_rotary, &rows, 0, &e.state->q_rotary, e.k_space);
+  e.state->map_ready = 0;
   ra_rotary_batch(&e.state->q_rotary, p, 1, kv_head / p->kv_heads);
   ra_rotary_batch(&e.state->k_rotary, p, 0, kv_head / p->kv_heads);
   *bounds = (ra_bounds){.finite = 1};
@@ -254,6 +272,44 @@ int ra_sample_largest(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   return RA_OK;
 }
 
+// --- Scores -------------------------------------------------------------------------------------------------------
+
+// The relative map; its table is filled when it is first needed.
+static const ra_relative *map_of(const sample *e) {
+  if (!e->state->map_ready) ra_relative_init(&e->state->map, e->p, 1, 1, e->map_space);
+  e->state->map_ready = 1;
+  return &e->state->map;
+}
+
+// Where the pair (i, j) is in what goes by i - j.
+static size_t diagonal_of(const sample *e, uint32_t i, uint32_t j) { return (size_t)i + e->Nk - 1 - j; }
+
+// s[n][8] of the queries i .. i + count - 1, whose rows scale R q are in e->rows, against eight keys: lanes of e->strip.
+static void score_queries(const sample *e, uint32_t i, uint32_t count, const uint32_t *keys, float *s) {
+  if (!ra_is_relative(e->p)) {
+    ra_set_rows(e->rows, e->Dp, count, e->strip, LANES, (uint32_t)e->D, s, LANES);
+    return;
+  }
+  const ra_relative *map = map_of(e);
+  ra_transpose(e->rows, e->Dp, count, e->D, e->columns, TILE);
+  for (int m = 0; m < LANES; m++)
+    ra_relative_row(map, 1, e->k_rows + keys[m] * e->Dp, e->columns, TILE, diagonal_of(e, i, keys[m]), count,
+                    e->lines + m * TILE);
+  ra_transpose(e->lines, TILE, LANES, count, s, LANES);
+}
+
+// Of those scores the gradient by the keys, d_t [D][8] += sum_n ds[n][8] x_n.
+static void add_key_gradients(const sample *e, uint32_t i, uint32_t count, const uint32_t *keys, const float *ds) {
+  if (!ra_is_relative(e->p)) {
+    ra_add_columns(e->rows, e->Dp, (uint32_t)e->D, ds, LANES, count, e->d_t, LANES);
+    return;
+  }
+  ra_transpose(ds, LANES, count, LANES, e->lines, TILE);
+  for (int m = 0; m < LANES; m++) // e->columns are those of the scores
+    ra_relative_row_gradient(map_of(e), 1, e->lines + m * TILE, e->columns, TILE, diagonal_of(e, i, keys[m]), count,
+                             e->d_t + m, LANES);
+}
+
 // The largest `count` values seen so far, falling, and where they were.
 static void keep_largest(uint32_t *where, float *values, uint32_t count, uint32_t n, float value) {
   if (!(value > values[count - 1])) return;
@@ -283,7 +339,7 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
       const float *q = query_at(&e, x->q, kv_head * e.group + h, i);
       uint32_t outliers = query_outliers(&e, kv_head, h, i);
       ra_rotary_rows(&e.state->q_rotary, q, e.q_row, e.rows, e.Dp, count, i, RA_ROTATE, p->scale);
-      ra_set_rows(e.rows, e.Dp, count, e.strip, LANES, (uint32_t)e.D, e.s, LANES);
+      score_queries(&e, i, count, keys, e.s);
       for (uint32_t n = 0; n < count; n++) {
         if (outliers >> n & 1) continue;
         uint32_t row = (uint32_t)(h * e.Nq + i + n);
@@ -308,7 +364,7 @@ typedef struct lanes {
   ra_range keys[LANES], state[LANES]; // state: keys that the polynomial engine takes through its state, but outliers
   size_t head[LANES];                 // flat head in [B][H]
   const float *bias[LANES];           // entry of key 0, those of the others before it; NULL without bias
-  uint32_t end;                       // of all their keys
+  uint32_t count, end;                // different ones; of all their keys
   int sloped;                         // there are slopes:
   float slope[LANES];                 // adds slope (near - |position - j|), near being the least |position - j|
   int64_t position[LANES], near[LANES];
@@ -327,7 +383,7 @@ static int64_t distance_to(int64_t position, ra_range keys) {
 }
 
 static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count) {
-  lanes l = {.end = 0, .sloped = e->p->alibi != NULL};
+  lanes l = {.count = count, .end = 0, .sloped = e->p->alibi != NULL};
   for (uint32_t n = 0; n < LANES; n++) {
     uint32_t row = rows[n < count ? n : count - 1];
     l.i[n] = row % e->p->query_length;
@@ -348,6 +404,38 @@ static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, c
   return l;
 }
 
+// s[n][8] of the lanes against keys j .. j + count - 1.
+static void score_keys(const sample *e, const lanes *l, uint32_t j, uint32_t count, float *s) {
+  const float *k = e->k_rows + (size_t)j * e->Dp;
+  if (!ra_is_relative(e->p)) {
+    ra_set_rows(k, e->Dp, count, e->strip, LANES, (uint32_t)e->D, s, LANES);
+    return;
+  }
+  const ra_relative *map = map_of(e);
+  ra_transpose(k, e->Dp, count, e->D, e->columns, TILE);
+  for (uint32_t n = 0; n < LANES; n++) {
+    float *line = e->lines + n * TILE;
+    if (n < l->count)
+      ra_relative_row(map, 0, e->rows + n * e->Dp, e->columns, TILE, diagonal_of(e, l->i[n], j), count, line);
+    else memcpy(line, line - TILE, count * sizeof(float));
+  }
+  ra_transpose(e->lines, TILE, LANES, count, s, LANES);
+}
+
+// Of those scores the gradient by the queries, d_t [D][8] += sum_n ds[n][8] k_n.
+static void add_query_gradients(const sample *e, const lanes *l, uint32_t j, uint32_t count, const float *ds) {
+  const float *k = e->k_rows + (size_t)j * e->Dp;
+  if (!ra_is_relative(e->p)) {
+    ra_add_columns(k, e->Dp, (uint32_t)e->D, ds, LANES, count, e->d_t, LANES);
+    return;
+  }
+  ra_transpose(k, e->Dp, count, e->D, e->columns, TILE);
+  ra_transpose(ds, LANES, count, LANES, e->lines, TILE);
+  for (uint32_t n = 0; n < l->count; n++)
+    ra_relative_row_gradient(map_of(e), 0, e->lines + n * TILE, e->columns, TILE, diagonal_of(e, l->i[n], j), count,
+                             e->d_t + n, LANES);
+}
+
 // The first tile at key j or behind it, both multiples of TILE, that some lane sees a key of; at least l->end when there is none.
 static uint32_t next_tile(const lanes *l, uint32_t j) {
   uint32_t next = UINT32_MAX;
@@ -359,7 +447,7 @@ static uint32_t next_tile(const lanes *l, uint32_t j) {
 
 uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
                           uint32_t count, uint32_t stride, float *scores, void *workspace) {
-  if (ra_check(p) != RA_OK || ra_is_relative(p) || count == 0 || count > LANES || stride == 0) return 0;
+  if (ra_check(p) != RA_OK || count == 0 || count > LANES || stride == 0) return 0;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
   lanes l = load_lanes(&e, x, kv_head, rows, count);
@@ -370,7 +458,7 @@ uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
     if (tile > j) j = (tile + stride - 1) / stride * stride;
     if (j >= l.end) break;
     if (ra_outlier_bits(ra_outlier_keys(p, kv_head), 1, 0, (uint32_t)j, 1)) continue;
-    ra_set_rows(e.k_rows + j * e.Dp, e.Dp, 1, e.strip, LANES, (uint32_t)e.D, s, LANES);
+    score_keys(&e, &l, (uint32_t)j, 1, s);
     for (uint32_t n = 0; n < count; n++)
       if (l.keys[n].first <= j && j < l.keys[n].end) scores[written++] = s[n];
   }
@@ -456,8 +544,7 @@ static void take_references(const lanes *l, weigher *w, const float *s) {
 
 int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
                    const float *coefficients, uint32_t degree, float *out, float *lse, float *dq, void *workspace) {
-  if (ra_check(p) != RA_OK || ra_is_relative(p) || count == 0 || count > LANES || degree > RA_MAX_DEGREE)
-    return RA_ERROR_PROBLEM;
+  if (ra_check(p) != RA_OK || count == 0 || count > LANES || degree > RA_MAX_DEGREE) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
   lanes l = load_lanes(&e, x, kv_head, rows, count);
@@ -467,8 +554,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
 
   // pass 1: scores, and what to measure them by
   for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE))
-    ra_set_rows(e.k_rows + (size_t)j * e.Dp, e.Dp, ra_min_u32(TILE, l.end - j), e.strip, LANES, (uint32_t)e.D,
-                e.s + (size_t)j * LANES, LANES);
+    score_keys(&e, &l, j, ra_min_u32(TILE, l.end - j), e.s + (size_t)j * LANES);
   take_references(&l, &w, e.s);
 
   // pass 2: weights, their sums, weighted values
@@ -514,7 +600,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
         f32x4 weight = f32x4_mul(f32x4_load(e.weight + n * LANES + h), f32x4_load(inverse + h));
         f32x4_store(at, f32x4_mul(weight, f32x4_sub(f32x4_load(at), f32x4_load(delta + h))));
       }
-    ra_add_columns(e.k_rows + j * e.Dp, e.Dp, (uint32_t)e.D, e.ds, LANES, keys, e.d_t, LANES);
+    add_query_gradients(&e, &l, j, keys, e.ds);
   }
   ra_transpose(e.d_t, LANES, e.D, LANES, e.rows, e.Dp);
   for (uint32_t n = 0; n < count; n++)
@@ -541,7 +627,7 @@ static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32
   size_t row = ra_head(e->p, head, e->p->heads, e->Nq, e->Dv) + i0 * e->out_row;
   const float *dout = x->dout + row;
   ra_rotary_rows(&e->state->q_rotary, q, e->q_row, e->rows, e->Dp, count, i0, RA_ROTATE, e->p->scale);
-  ra_set_rows(e->rows, e->Dp, count, e->strip, LANES, (uint32_t)e->D, e->s, LANES);
+  score_queries(e, i0, count, c->keys, e->s);
   ra_set_rows(dout, e->out_row, count, e->v_strip, LANES, (uint32_t)e->Dv, e->ds, LANES);
   for (uint32_t n = 0; n < count; n++) {
     const float *out = x->out + row + n * e->out_row;
@@ -578,7 +664,7 @@ static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32
     }
   }
   ra_add_columns(dout, e->out_row, (uint32_t)e->Dv, e->weight, LANES, count, e->sum_t, LANES);
-  ra_add_columns(e->rows, e->Dp, (uint32_t)e->D, e->ds, LANES, count, e->d_t, LANES);
+  add_key_gradients(e, i0, count, c->keys, e->ds);
 }
 
 static int some_between(const uint32_t *keys, uint32_t first, uint32_t end) {
@@ -589,8 +675,7 @@ static int some_between(const uint32_t *keys, uint32_t first, uint32_t end) {
 
 int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys, uint32_t count,
                       const float *coefficients, uint32_t degree, float *dk, float *dv, void *workspace) {
-  if (ra_check(p) != RA_OK || ra_is_relative(p) || count == 0 || count > LANES || degree > RA_MAX_DEGREE)
-    return RA_ERROR_PROBLEM;
+  if (ra_check(p) != RA_OK || count == 0 || count > LANES || degree > RA_MAX_DEGREE) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
   weigher w = {.coefficients = coefficients, .degree = degree};

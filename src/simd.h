@@ -73,6 +73,8 @@ RA_INLINE f32x4 f32x4_where_less(f32x4 x, f32x4 y, f32x4 a, f32x4 b) {
 // 2^n in each lane, n being the low 8 bits of the float's bits less 127 (see ra_exp2): the bits move to the exponent.
 RA_INLINE f32x4 f32x4_bits_to_exponent(f32x4 a) { return wasm_i32x4_shl(a, 23); }
 
+RA_INLINE f32x4 f32x4_reverse(f32x4 a) { return wasm_i32x4_shuffle(a, a, 3, 2, 1, 0); }
+
 // (a0, b0, a1, b1) and (a2, b2, a3, b3)
 RA_INLINE f32x4 f32x4_zip_low(f32x4 a, f32x4 b) { return wasm_i32x4_shuffle(a, b, 0, 4, 1, 5); }
 RA_INLINE f32x4 f32x4_zip_high(f32x4 a, f32x4 b) { return wasm_i32x4_shuffle(a, b, 2, 6, 3, 7); }
@@ -140,6 +142,7 @@ RA_INLINE void f32x4_store_halves(float *low, float *high, f32x4 a) {
   memcpy(low, lane, 2 * sizeof *low), memcpy(high, lane + 2, 2 * sizeof *high);
 }
 
+RA_INLINE f32x4 f32x4_reverse(f32x4 a) { return (f32x4){a[3], a[2], a[1], a[0]}; }
 RA_INLINE f32x4 f32x4_zip_low(f32x4 a, f32x4 b) { return (f32x4){a[0], b[0], a[1], b[1]}; }
 RA_INLINE f32x4 f32x4_zip_high(f32x4 a, f32x4 b) { return (f32x4){a[2], b[2], a[3], b[3]}; }
 RA_INLINE f32x4 f32x4_even(f32x4 a, f32x4 b) { return (f32x4){a[0], a[2], b[0], b[2]}; }

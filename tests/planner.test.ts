@@ -15,9 +15,11 @@ import {
   lengths,
   maxAbs,
   maxDifference,
+  positionsBy,
   problem,
   random,
   relativeFrobenius,
+  relativeMap,
   withLayout,
   type Problem,
   type Setting,
@@ -372,6 +374,8 @@ describe('the choice', () => {
     [{ segments: [0, 10, 40], window: [20, 5] as const, layout: 'bnhd' as const }],
     [{ rotary: { queryPositions: POSITIONS.subarray(0, 100), keyPositions: POSITIONS }, causal: true }],
     [{ rotary: { keyPositions: POSITIONS, base: 100, scaling: YARN }, layout: 'bnhd' as const, window: [30, 30] as const }],
+    [{ relativePositions: positionsBy({ heads: 4, queryLength: 100, headDim: 8 }, Math.cbrt), rotary: { dim: 6, interleaved: true }, causal: true }],
+    [{ relative: relativeMap({ heads: 4, queryLength: 100, headDim: 8 }, 12, 3), queryOffset: -20, window: [40, -1] as const, layout: 'bnhd' as const }],
   ])('output and lse that are given are found to be right, or wrong, also under %p', (options) => {
     const shape = { batch: 2, heads: 4, kvHeads: 2, queryLength: 100, headDim: 8 };
     const args = { ...problem({ shape }, 10), ...options };

@@ -54,6 +54,8 @@ const MAP_EFFICIENCY = { rotation: 0.87, matrices: 0.53 };
 
 /** The same for the sampling functions. */
 const SAMPLING_EFFICIENCY = 0.5;
+/** Their operations of a relative map, which they multiply entry by entry, over useful ones; and of each cos and sin of its table. */
+const [MAP_SAMPLING, MAP_TABLE] = [6, 950];
 /**
  * What JavaScript adds, in operations at peak (5e4 a microsecond): the fit of one polynomial, a call that computes or compares
  * a portion of rows, and the rest of a plan. Measured with warm code.
@@ -154,8 +156,9 @@ export function samplingCost(g: Geometry, pass: Pass, candidates: number): { ref
   const heads = g.batch * g.kvHeads;
   const queries = (g.heads / g.kvHeads) * g.queryLength;
   const prepare = heads > 1 ? PREPARE * g.headDim * (queries + g.keyLength) : 0;
-  const look = prepare + EXTREMES * g.headDim * queries + SAMPLE_SCORES * g.headDim;
-  const portion = PORTION + (SAMPLE_ROWS * keysOfPortion(g) * flopsOfPair(g, pass)) / SAMPLING_EFFICIENCY;
+  const table = g.relativePositions ? (MAP_TABLE / 2) * g.rotaryDim * (g.queryLength + g.keyLength) : 0;
+  const look = prepare + table + EXTREMES * g.headDim * queries + SAMPLE_SCORES * g.headDim;
+  const portion = PORTION + (SAMPLE_ROWS * keysOfPortion(g) * sampledFlopsOfPair(g, pass)) / SAMPLING_EFFICIENCY;
   // Long portions of a head, those of drawn rows and of large ones; when causal short ones as well.
   const drawn = Math.ceil(DRAWN_ROWS / SAMPLE_ROWS / heads) * (g.causal ? 1.5 : 1);
   const long = HARD_PORTIONS.full + drawn;
@@ -168,7 +171,7 @@ export function samplingCost(g: Geometry, pass: Pass, candidates: number): { ref
 
 /** The same for one call that computes a portion of rows. */
 export function portionCost(g: Geometry): number {
-  return PORTION + (SAMPLE_ROWS * keysOfPortion(g) * flopsOfPair(g, 'forward')) / SAMPLING_EFFICIENCY;
+  return PORTION + (SAMPLE_ROWS * keysOfPortion(g) * sampledFlopsOfPair(g, 'forward')) / SAMPLING_EFFICIENCY;
 }
 
 /** Keys that rows of a portion see between them, wherever they are. */
@@ -184,4 +187,9 @@ export function trialCost(g: Geometry, pass: Pass): number {
 
 function flopsOfPair(g: Geometry, pass: Pass): number {
   return products({ method: 'exact', pass, heads: 1, queryLength: 1, headDim: g.headDim, valueDim: g.valueDim });
+}
+
+function sampledFlopsOfPair(g: Geometry, pass: Pass): number {
+  const map = productsOfPair(g);
+  return flopsOfPair(g, pass) + (map ? (pass === 'forward' ? 2 : 4) * MAP_SAMPLING * map.score : 0);
 }

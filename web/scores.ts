@@ -69,22 +69,22 @@ export function featuresOf(problem: Scores & Relative & { method: string; causal
 
 /** Names of the options in use that an engine does not have. */
 export function foreignTo(features: Features, options: Scores & Relative & { causal: boolean }): string[] {
-  const { alibi, bias, segments, causal } = options;
+  const { alibi, bias, segments, causal, relativePositions, relative } = options;
   const by: Record<string, boolean> =
     features === 'toeplitz'
       ? { segments: segments.length > 1, alibi: alibi !== null }
       : { 'alibi without causal': alibi !== null && !causal, bias: bias !== null };
-  return namesOf({ softcap: options.softcap > 0, ...by, ...unsampled(options) });
+  const maps = { relativePositions: relativePositions !== null, relative: relative !== null };
+  return namesOf({ softcap: options.softcap > 0, ...by, ...unsampled(options), ...maps });
 }
 
 /** Names of those that sampled rows do not know. */
-export function unsampledOnly(options: Scores & Relative): string[] {
+export function unsampledOnly(options: Scores): string[] {
   return namesOf(unsampled(options));
 }
 
-function unsampled({ softcap, mask, sinks, relativePositions, relative }: Scores & Relative): Record<string, boolean> {
-  const scores = { softcap: softcap > 0, mask: mask !== null, sinks: sinks !== null };
-  return { ...scores, relativePositions: relativePositions !== null, relative: relative !== null };
+function unsampled({ softcap, mask, sinks }: Scores): Record<string, boolean> {
+  return { softcap: softcap > 0, mask: mask !== null, sinks: sinks !== null };
 }
 
 function namesOf(used: Record<string, boolean>): string[] {

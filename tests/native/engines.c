@@ -585,8 +585,12 @@ static void largest_are_largest(const shape *s, const run *r, uint32_t kv, const
   CHECK(ra_sample_largest(&r->p, &r->x, kv, 0, s->Nk + 1, rows, norms, workspace) == RA_ERROR_PROBLEM, "too many");
 }
 
+// What sampled rows know.
+static int is_sampled(const shape *s) { return !s->softcap && !s->mask && !s->sinks; }
+
 static void samples_match_the_oracle(const shape *s) {
-  run oracle = start(s, RA_NAIVE, 0), polynomial = start(s, RA_POLYNOMIAL, 2);
+  uint32_t engines = s->relative || s->bias_heads || (s->alibi && !s->causal) ? 1 : 2; // oracle; polynomial
+  run oracle = start(s, RA_NAIVE, 0), polynomial = start(s, engines == 2 ? RA_POLYNOMIAL : RA_NAIVE, 2);
   compute(&oracle, 1), compute(&polynomial, 1);
   size_t bytes = ra_sample_workspace(&oracle.p), group = s->heads / s->kv_heads;
   for (uint32_t kv = 0; kv < s->batch * s->kv_heads; kv++) {
@@ -640,7 +644,7 @@ static void samples_match_the_oracle(const shape *s) {
     CHECK(fabsf(high - high_found) <= 1e-5f * high, "aligned %u: %g, not %g", aligned[0], high_found, high);
     CHECK(fabsf(low - low_found) <= -1e-5f * low, "opposed %u: %g, not %g", opposed[0], low_found, low);
 
-    for (uint32_t polynomials = 0; polynomials < 2; polynomials++) {
+    for (uint32_t polynomials = 0; polynomials < engines; polynomials++) {
       const run *want = polynomials ? &polynomial : &oracle;
       guarded out = guarded_new((size_t)count * s->Dv, 1, 1), lse = guarded_new(count, 1, 1);
       guarded dq = guarded_new((size_t)count * s->D, 1, 1);
@@ -662,13 +666,14 @@ static void samples_match_the_oracle(const shape *s) {
       guarded_free(&out), guarded_free(&lse), guarded_free(&dq);
     }
 
-    for (uint32_t polynomials = 0; polynomials < 2; polynomials++) {
+    for (uint32_t polynomials = 0; polynomials < engines; polynomials++) {
       const run *want = polynomials ? &polynomial : &oracle;
       const float *c = polynomials ? coefficients : NULL;
       guarded dk = guarded_new((size_t)key_count * s->D, 1, 1), dv = guarded_new((size_t)key_count * s->Dv, 1, 1);
       CHECK(ra_sample_columns(&want->p, &want->x, kv, keys, key_count, c, 2, dk.data, dv.data, workspace) == RA_OK,
             "columns");
-      double top_k = 1e-3, top_v = 1e-3, mean_share = 0;
+      // dk: a difference of terms of that size, as in compare()
+      double top_k = 0.2 * fabs((double)s->scale) * s->bound, top_v = 1e-3, mean_share = 0;
       for (size_t n = 0; n < want->dk.count; n++) top_k = fmax(top_k, fabs((double)want->dk.data[n]));
       for (size_t n = 0; n < want->dv.count; n++) top_v = fmax(top_v, fabs((double)want->dv.data[n]));
       for (uint32_t n = 0; n < key_count; n++) {
@@ -680,8 +685,8 @@ static void samples_match_the_oracle(const shape *s) {
         // a polynomial's columns lack what the mean key adds, a vector of the same length for all keys
         if (n == 0) mean_share = polynomials ? length(dk.data, want_k, s->D) : 0;
         if (polynomials) worst_k = fabs(length(dk.data + n * s->D, want_k, s->D) - mean_share);
-        CHECK(worst_k < 1e-5 * top_k && worst_v < 6e-6 * top_v, "column %u: %g %g", keys[n], worst_k / top_k,
-              worst_v / top_v);
+        CHECK(worst_k < 1e-5 * top_k && worst_v < 6e-6 * top_v, "Nq %u Nk %u D %u column %u: %g %g", s->Nq, s->Nk, s->D,
+              keys[n], worst_k / top_k, worst_v / top_v);
       }
       CHECK(guarded_intact(&dk) && guarded_intact(&dv), "canary");
       guarded_free(&dk), guarded_free(&dv);
@@ -689,6 +694,109 @@ static void samples_match_the_oracle(const shape *s) {
     free(workspace);
   }
   finish(&oracle), finish(&polynomial);
+}
+
+// scale q W_{i-j} k for a relative map.
+static double mapped_score(const ra_problem *p, uint32_t i, uint32_t j, const float *q, const float *k) {
+  size_t t = (size_t)i + p->key_length - 1 - j, half = p->rotary_dim / 2;
+  double sum = 0, factor = (double)p->rotary_factor * p->rotary_factor;
+  for (size_t n = 0; n < p->support_count; n++)
+    sum += (double)q[p->support[2 * n]] * p->weights[n * ra_diagonals(p) + t] * k[p->support[2 * n + 1]];
+  for (size_t n = 0; n < half; n++) {
+    size_t first = p->interleaved ? 2 * n : n, second = p->interleaved ? 2 * n + 1 : half + n;
+    double angle = p->relative_positions[t] * p->frequencies[n];
+    sum += factor * cos(angle) * ((double)q[first] * k[first] + (double)q[second] * k[second]);
+    sum += factor * sin(angle) * ((double)q[first] * k[second] - (double)q[second] * k[first]);
+  }
+  for (size_t d = 2 * half; p->relative_positions && d < p->head_dim; d++) sum += (double)q[d] * k[d];
+  return p->scale * sum;
+}
+
+// Pairs of one key/value head, as sums in double precision: s, its weight and the derivative of that, bias included.
+typedef struct pair {
+  double weight, slope;
+} pair;
+
+static pair weigh_pair(const shape *s, const run *r, size_t head, uint32_t i, uint32_t j, double reference) {
+  const ra_problem *p = &r->p;
+  ra_range seen = ra_keys_of(p, i), state = ra_state_keys(p, ra_chunk_start(p, i));
+  if (j < seen.first || j >= seen.end) return (pair){0, 0};
+  const float *q = r->q.data + place(s, head, s->heads, s->Nq, i, s->D);
+  const float *k = r->k.data + place(s, head * s->kv_heads / s->heads, s->kv_heads, s->Nk, j, s->D);
+  size_t own = s->bias_heads > 1 ? head % s->heads * ra_diagonals(p) : 0;
+  double x = mapped_score(p, i, j, q, k), bias = p->bias ? p->bias[own + i + s->Nk - 1 - j] : 0;
+  double factor = exp(bias - reference);
+  if (j >= state.first && j < state.end) return (pair){factor * (1 + x + x * x / 2), factor * (1 + x)};
+  return (pair){factor * exp(x), factor * exp(x)};
+}
+
+static void is_near(const char *name, const float *got, const double *want, uint32_t count, double top) {
+  for (uint32_t n = 0; n < count; n++)
+    CHECK(fabs(got[n] - want[n]) < 1e-5 * top, "%s: %g, not %g", name, got[n], want[n]); // measured at most 3e-6
+}
+
+// Sampled rows and columns of p(s) = 1 + s + s^2/2 with a relative map, which no engine need have.
+static void sampled_maps_are_sums(const shape *s) {
+  run r = start(s, RA_NAIVE, 0);
+  const ra_problem *p = &r.p;
+  uint32_t group = s->heads / s->kv_heads, D = s->D, Dv = s->Dv;
+  static const float c[] = {1, 1, 0.5f};
+  float got_out[8 * 16], got_lse[8], got_dq[8 * 16], got_dv[8 * 16], unit[16];
+  CHECK(D <= 16 && Dv <= 16, "sizes");
+  for (uint32_t kv = 0; kv < s->batch * s->kv_heads; kv++) {
+    void *workspace = aligned_alloc(16, ra_sample_workspace(p));
+    ra_bounds b;
+    CHECK(ra_sample_prepare(p, &r.x, kv, &b, workspace) == RA_OK, "prepare");
+    for (uint32_t row = 0; row < group * s->Nq; row++) {
+      size_t head = kv * group + row / s->Nq, i = row % s->Nq;
+      double sum = 0, out[16] = {0}, delta = 0, dq[16] = {0}, lse;
+      const float *dout = r.dout.data + place(s, head, s->heads, s->Nq, i, Dv);
+      CHECK(ra_sample_rows(p, &r.x, kv, &row, 1, c, 2, got_out, got_lse, got_dq, workspace) == RA_OK, "rows");
+      for (uint32_t j = 0; j < s->Nk; j++) {
+        double weight = weigh_pair(s, &r, head, (uint32_t)i, j, 0).weight;
+        sum += weight;
+        for (uint32_t d = 0; d < Dv; d++) out[d] += weight * r.v.data[place(s, kv, s->kv_heads, s->Nk, j, Dv) + d];
+      }
+      for (uint32_t d = 0; d < Dv; d++) out[d] = sum > 0 ? out[d] / sum : 0, delta += out[d] * dout[d];
+      lse = sum > 0 ? log(sum) : 0;
+      for (uint32_t j = 0; j < s->Nk; j++) {
+        double slope = weigh_pair(s, &r, head, (uint32_t)i, j, lse).slope, dp = 0;
+        for (uint32_t d = 0; d < Dv; d++) dp += (double)dout[d] * r.v.data[place(s, kv, s->kv_heads, s->Nk, j, Dv) + d];
+        for (uint32_t d = 0; d < D && slope != 0; d++) {
+          for (uint32_t n = 0; n < D; n++) unit[n] = n == d;
+          const float *k = r.k.data + place(s, kv, s->kv_heads, s->Nk, j, D);
+          dq[d] += slope * (dp - delta) * mapped_score(p, (uint32_t)i, j, unit, k);
+        }
+      }
+      is_near("sampled out", got_out, out, Dv, 1), is_near("sampled dq", got_dq, dq, D, 0.3);
+      if (sum > 0) is_near("sampled lse", got_lse, &lse, 1, 1);
+      else CHECK(got_lse[0] == -INFINITY, "sampled lse of nothing");
+      memcpy(r.out.data + place(s, head, s->heads, s->Nq, i, Dv), got_out, Dv * sizeof(float));
+      r.lse.data[head * s->Nq + i] = got_lse[0];
+    }
+    for (uint32_t j = 0; j < s->Nk; j += 1 + s->Nk / 20) {
+      double dk[16] = {0}, dv[16] = {0};
+      CHECK(ra_sample_columns(p, &r.x, kv, &j, 1, c, 2, got_dq, got_dv, workspace) == RA_OK, "columns");
+      for (uint32_t row = 0; row < group * s->Nq; row++) {
+        size_t head = kv * group + row / s->Nq, i = row % s->Nq;
+        double lse = r.lse.data[head * s->Nq + i], dp = 0;
+        if (lse == -INFINITY) continue;
+        pair w = weigh_pair(s, &r, head, (uint32_t)i, j, lse);
+        const float *dout = r.dout.data + place(s, head, s->heads, s->Nq, i, Dv);
+        const float *out = r.out.data + place(s, head, s->heads, s->Nq, i, Dv);
+        const float *v = r.v.data + place(s, kv, s->kv_heads, s->Nk, j, Dv);
+        for (uint32_t d = 0; d < Dv; d++) dv[d] += w.weight * dout[d], dp += (double)dout[d] * (v[d] - out[d]);
+        for (uint32_t d = 0; d < D && w.slope != 0; d++) {
+          for (uint32_t n = 0; n < D; n++) unit[n] = n == d;
+          const float *q = r.q.data + place(s, head, s->heads, s->Nq, i, D);
+          dk[d] += w.slope * dp * mapped_score(p, (uint32_t)i, j, q, unit);
+        }
+      }
+      is_near("sampled dk", got_dq, dk, D, 1), is_near("sampled dv", got_dv, dv, Dv, 1);
+    }
+    free(workspace);
+  }
+  finish(&r);
 }
 
 static void bad_problems_are_refused(void) {
@@ -725,12 +833,6 @@ static void bad_problems_are_refused(void) {
   weighted.relative = 3;
   good = problem(&relative, RA_NAIVE, 0);
   CHECK(ra_workspace(&good, RA_FORWARD) > 0, "relative positions");
-  uint32_t row = 0;
-  float one[8];
-  CHECK(ra_sample_workspace(&good) > 0, "bounds");
-  CHECK(ra_sample_scores(&good, &(ra_arrays){0}, 0, &row, 1, 1, one, NULL) == 0, "sampled scores");
-  CHECK(ra_sample_rows(&good, &(ra_arrays){0}, 0, &row, 1, NULL, 0, one, one, one, NULL) == RA_ERROR_PROBLEM, "rows");
-  CHECK(ra_sample_columns(&good, &(ra_arrays){0}, 0, &row, 1, NULL, 0, one, one, NULL) == RA_ERROR_PROBLEM, "columns");
   CHECK(ra_rotate_workspace(&good) == 0 && ra_rotate(&good, NULL, 0, NULL) == RA_ERROR_PROBLEM, "rotate");
   REFUSED(method = RA_POLYNOMIAL);
   REFUSED(query_positions = query_positions);
@@ -793,6 +895,8 @@ int main(void) {
   for (size_t n = 0; n < sizeof EXACT_SHAPES / sizeof *EXACT_SHAPES; n++) {
     engines_match_the_oracle(&EXACT_SHAPES[n]);
     if (is_by_distance(&EXACT_SHAPES[n])) toeplitz_converges(&EXACT_SHAPES[n]);
+    if (is_sampled(&EXACT_SHAPES[n])) samples_match_the_oracle(&EXACT_SHAPES[n]);
+    if (is_sampled(&EXACT_SHAPES[n]) && EXACT_SHAPES[n].relative) sampled_maps_are_sums(&EXACT_SHAPES[n]);
   }
   for (size_t n = 0; n < sizeof TOEPLITZ_SHAPES / sizeof *TOEPLITZ_SHAPES; n++) toeplitz_converges(&TOEPLITZ_SHAPES[n]);
   bad_problems_are_refused();
