@@ -62,8 +62,7 @@ int ra_check(const ra_problem *p) {
   for (uint32_t h = 0; p->alibi && h < p->heads; h++) masks &= p->alibi[h] >= 0 && p->alibi[h] <= 1e19f;
   int outliers = p->outlier_query_count || p->outlier_key_count;
   int plain = !ra_is_modified(p) && !p->sinks && (!p->alibi || (p->causal && !outliers));
-  int by_distance = p->softcap == 0 && !p->mask && !p->allowed && !p->sinks && !p->segments && !p->alibi &&
-                    !ra_is_relative(p) && !outliers;
+  int by_distance = p->softcap == 0 && !p->mask && !p->allowed && !p->sinks && !p->segments && !p->alibi && !outliers;
   int known = (p->method != RA_POLYNOMIAL || plain) && (p->method != RA_TOEPLITZ || by_distance);
   // units are counted in 32 bits
   uint64_t blocks = (uint64_t)p->query_length / 32 + p->key_length / 32 + 4;

@@ -6,8 +6,8 @@
 //   polynomial  O(N rank Dv) time, O(N D + rank Dv) memory: exp replaced by a polynomial of low degree, so that the
 //               matrix of scores becomes an inner product of monomial features; a few outliers, rows with large scores,
 //               are done exactly;
-//   toeplitz    O(N rank Dv log N) time, O(N (D + Dv)) memory: the same features, and what depends on i - j alone (any bias, any
-//               mask) in a Toeplitz matrix, which is applied by fast Fourier transforms.
+//   toeplitz    O(N terms Dv log N) time, O(N (D + Dv)) memory: the same polynomial, and what depends on i - j alone (any bias,
+//               mask, map) in Toeplitz matrices, which are applied by fast Fourier transforms.
 //
 // This work is based on:
 //   Alman, Song. Fast RoPE Attention: Combining the Polynomial Method and Fast Fourier Transform. 2025 (2505.11892)
@@ -28,8 +28,9 @@
 //
 // Scores may have ALiBi's -m |i + query_offset - j| added, of the head's slope m. The exact engine also takes s_ij = softcap
 // tanh(scale q.k / softcap) + bias_{i-j} + mask_ij, and attention sinks: one more
-// key for each head, of score `sink` and value 0. In place of a rotation by the difference of positions it takes one by any
-// number f(i - j), or any matrix W_{i - j} with few entries, s_ij = scale q_i W_{i-j} k_j^T (2505.11892, the general form).
+// key for each head, of score `sink` and value 0. In place of a rotation by the difference of positions it and the Toeplitz engine
+// take one by any number f(i - j), or any matrix W_{i - j} with few entries, s_ij = scale q_i W_{i-j} k_j^T (2505.11892, the
+// general form).
 //
 // Size letters, everywhere in this folder: B batch, H heads, N length (Nq queries, Nk keys), D head size, Dv value size.
 //
@@ -73,7 +74,7 @@ enum {
   RA_NAIVE = 0,      // the oracle: plain loops over whole rows, one float sum each; O(N^2 D); in native builds only
   RA_EXACT = 1,      // tiled online softmax
   RA_POLYNOMIAL = 2, // exp(s) ~ sum_m coefficients[m] s^m
-  RA_TOEPLITZ = 3,   // the same, times exp(bias_{i-j}) by Fourier transforms
+  RA_TOEPLITZ = 3,   // the same, with what goes by i - j, by Fourier transforms
 };
 
 // Directions, the argument `pass`.
@@ -100,8 +101,9 @@ typedef struct ra_problem {
   uint32_t method;                   // RA_NAIVE, RA_EXACT, RA_POLYNOMIAL, RA_TOEPLITZ
   uint32_t degree;                   // polynomial, toeplitz: g, 0 .. RA_MAX_DEGREE
   const float *coefficients; // likewise: [B * kv_heads][g + 1], c_0 .. c_g of p(s) for each key/value head, for s
-                             // taken with the mean of the rotated keys (but outliers) subtracted from every rotated key
-  uint32_t layout;           // 0: [B][heads][N][width]   1: [B][N][heads][width]; lse is [B][H][Nq] always
+      // taken with the mean of the rotated keys (but outliers) subtracted from every rotated key; with
+      // a relative map for s as it is
+  uint32_t layout; // 0: [B][heads][N][width]   1: [B][N][heads][width]; lse is [B][H][Nq] always
 
   // Rotation beyond frequencies. Positions stand for i + query_offset and j in the rotation, not in the mask.
   float rotary_factor;           // on the rotated dimensions of queries and keys (attention factor); usually 1
@@ -132,7 +134,7 @@ typedef struct ra_problem {
   // most of softcap; then |v| must be 0 or its largest entry from 1e-28 to 1e30 / Nk.
   float score_bound;
 
-  // Relative maps: one of the two, or neither. Not the polynomial engine.
+  // Relative maps: one of the two, or neither. Not the polynomial engine; toeplitz up to 1,024 entries of support.
   // Positions differ by relative_positions[i - j + Nk - 1] in the rotation, not in the mask; [Nq + Nk - 1] finite numbers, with
   // frequencies and without query_positions and key_positions.
   const float *relative_positions;

@@ -82,6 +82,12 @@ static const shape TOEPLITZ_SHAPES[] = {
     {1, 3, 1, 600, 700, 4, 4, 4, 0, 0, 0, 0.5f, 1, .window = 3, .layout = 1},
     {1, 1, 1, 1000, 20, 4, 4, 4, 0, 0, 0, 0.5f, 1, .bias_heads = 1},
     {1, 1, 1, 20, 1000, 4, 4, 4, 0, 1, 980, 0.5f, 1, .bias_heads = 1, .positions = 1},
+    {2, 4, 2, 400, 300, 6, 3, 4, 0, 0, 20, 0.4f, 1, .relative = 1, .layout = 1},
+    {1, 2, 1, 300, 500, 5, 4, 4, 1, 1, 200, 0.4f, 1, .relative = 1, .bias_heads = 2},
+    {1, 1, 1, 500, 500, 4, 5, 4, 0, 1, 0, 0.5f, 1, .relative = 2},
+    {1, 2, 1, 400, 300, 3, 2, 0, 0, 0, 0, 0.5f, 1, .relative = 3, .bias_heads = 1},
+    {2, 2, 2, 300, 300, 2, 3, 0, 0, 1, 10, 0.5f, 1, .relative = 3, .window = 1},
+    {1, 1, 1, 500, 450, 3, 3, 2, 0, 0, 0, 0.5f, 1, .relative = 1, .window = 4},
 };
 
 // What only the exact engine does.
@@ -416,9 +422,7 @@ static void toeplitz_converges(const shape *given) {
 }
 
 // Distances alone decide what this engine multiplies with.
-static int is_by_distance(const shape *s) {
-  return !s->segments && !s->softcap && !s->mask && !s->sinks && !s->relative && !s->alibi;
-}
+static int is_by_distance(const shape *s) { return !s->segments && !s->softcap && !s->mask && !s->sinks && !s->alibi; }
 
 // The features are those of the polynomial engine, so any degree agrees with it where neither does anything exactly.
 static void toeplitz_is_polynomial(const shape *given) {
@@ -847,6 +851,9 @@ static void bad_problems_are_refused(void) {
   REFUSED(rotary_dim = 8);
   REFUSED(head_dim = 6);
   REFUSED(support_count = RA_MAX_SUPPORT + 1);
+  good.method = RA_TOEPLITZ, good.coefficients = sinks;
+  CHECK(ra_units(&good, RA_FORWARD) > 0, "weights by transforms");
+  REFUSED(support_count = RA_MAX_HEAD_DIM + 1);
   good = problem(&SHAPES[4], RA_EXACT, 0);
   CHECK(ra_run(&good, &(ra_arrays){0}, RA_FORWARD, NULL, 0, 1000) == RA_ERROR_UNITS, "units");
   CHECK(ra_workspace(&good, 2) == 0, "pass");
