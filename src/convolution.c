@@ -386,7 +386,7 @@ RA_KERNEL void correlate_common(const float *x, const float *y, uint32_t count, 
 }
 
 RA_KERNEL void correlate_own(const float *x, const float *y, uint32_t count, float *change) {
-  for (uint32_t f = 0; f < TILE * 8; f += 32) correlate_four(1, x + f, y + f, count, change + f, NULL);
+  for (uint32_t f = 0; f < TILE * 8; f += 32) correlate_four(1, x + f, y + f, count, change + f, change + f);
 }
 
 void ra_convolution_correlate(const ra_convolution *c, const float *x_spectra, const float *y_spectra) {
