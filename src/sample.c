@@ -318,6 +318,21 @@ static void keep_largest(uint32_t *where, float *values, uint32_t count, uint32_
   values[at] = value, where[at] = n;
 }
 
+// The same for the largest of four values, if that is among them.
+static void keep_largest_of(uint32_t *where, float *values, uint32_t n, f32x4 some) {
+  if (!f32x4_any_greater(some, f32x4_splat(values[RA_EXTREMES - 1]))) return;
+  float lane[4];
+  f32x4_store(lane, some);
+  keep_largest(where, values, RA_EXTREMES, n, fmaxf(fmaxf(lane[0], lane[1]), fmaxf(lane[2], lane[3])));
+}
+
+// 1 for keys that the queries of the chunk that begins at i see through the state, else 0; norms below 0 are of no keys.
+static void keys_in_state(const ra_problem *p, uint32_t i, const uint32_t *keys, const float *norms, float *live) {
+  ra_range state = ra_state_keys(p, i);
+  for (int m = 0; m < RA_EXTREMES; m++)
+    live[m] = norms[m] >= 0 && state.first <= keys[m] && keys[m] < state.end ? 1.0f : 0.0f;
+}
+
 int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t *large, uint32_t *aligned,
                        uint32_t *opposed, uint32_t *keys, void *workspace) {
   if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return RA_ERROR_PROBLEM;
@@ -340,17 +355,21 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
       uint32_t outliers = query_outliers(&e, kv_head, h, i);
       ra_rotary_rows(&e.state->q_rotary, q, e.q_row, e.rows, e.Dp, count, i, RA_ROTATE, p->scale);
       score_queries(&e, i, count, keys, e.s);
+      uint32_t start = ra_chunk_start(p, i);
+      float live[LANES];
+      keys_in_state(p, start, keys, key_norms, live);
       for (uint32_t n = 0; n < count; n++) {
         if (outliers >> n & 1) continue;
+        if (p->segments && ra_chunk_start(p, i + n) != start) {
+          start = ra_chunk_start(p, i + n);
+          keys_in_state(p, start, keys, key_norms, live);
+        }
         uint32_t row = (uint32_t)(h * e.Nq + i + n);
-        ra_range state = ra_state_keys(p, ra_chunk_start(p, i + n));
-        float high = 0, low = 0;
-        for (int m = 0; m < RA_EXTREMES; m++)
-          if (key_norms[m] >= 0 && state.first <= keys[m] && keys[m] < state.end)
-            high = fmaxf(high, e.s[n * LANES + m]), low = fmaxf(low, -e.s[n * LANES + m]);
+        f32x4 s0 = f32x4_mul(f32x4_load(live), f32x4_load(e.s + n * LANES));
+        f32x4 s1 = f32x4_mul(f32x4_load(live + 4), f32x4_load(e.s + n * LANES + 4));
+        keep_largest_of(aligned, highest, row, f32x4_max(s0, s1));
+        keep_largest_of(opposed, lowest, row, f32x4_sub(f32x4_splat(0), f32x4_min(s0, s1)));
         keep_largest(large, norms, RA_EXTREMES, row, measure_row(e.rows + n * e.Dp, e.D, &ignored));
-        keep_largest(aligned, highest, RA_EXTREMES, row, high);
-        keep_largest(opposed, lowest, RA_EXTREMES, row, low);
       }
     }
   return RA_OK;
@@ -473,34 +492,96 @@ static float alibi(const lanes *l, int lane, uint32_t j) {
 
 // What weighs a score: exp(s + bias - reference), or p(s) exp(bias - reference) for the keys of the state but outliers.
 typedef struct weigher {
-  const float *coefficients; // [degree + 1], NULL for exp
+  int polynomial; // there is one, of this degree; else all is exp
   uint32_t degree;
-  ra_outliers outliers; // keys
+  float c[2][RA_MAX_DEGREE + 1]; // its coefficients, those of its derivative
+  ra_outliers outliers;          // keys
   float reference[LANES];
   int seen[LANES]; // some key counts
 } weigher;
 
-// sum_m c_m s^m, or its derivative
-static f32x4 horner(const weigher *w, int derivative, f32x4 s) {
+static weigher weigher_of(const ra_problem *p, uint32_t kv_head, const float *coefficients, uint32_t degree) {
+  weigher w = {.polynomial = coefficients != NULL, .degree = degree, .outliers = ra_outlier_keys(p, kv_head)};
+  for (uint32_t m = 0; coefficients && m <= degree; m++) {
+    w.c[0][m] = coefficients[m];
+    if (m > 0) w.c[1][m - 1] = (float)m * coefficients[m];
+  }
+  return w;
+}
+
+// p(s), or p'(s)
+RA_INLINE f32x4 polynomial_of(const weigher *w, int derivative, f32x4 s) {
+  const float *c = w->c[derivative];
   f32x4 sum = f32x4_splat(0);
-  for (uint32_t m = w->degree + 1; m-- > (derivative ? 1u : 0u);)
-    sum = f32x4_madd(sum, s, f32x4_splat(w->coefficients[m] * (derivative ? (float)m : 1.0f)));
+  RA_ROLLED
+  for (uint32_t m = w->degree + 1; m-- > 0;) sum = f32x4_madd(sum, s, f32x4_load_splat(c + m));
   return sum;
 }
 
-// weight[n][8] of keys j0 .. j0 + count - 1 (derivative: of the weight by the score); 0 where not allowed.
+enum { MIXED, BY_EXP, BY_POLYNOMIAL };
+
+// How keys j0 .. j0 + count - 1 are weighed: all by exp or all by the polynomial in the lanes that see them, which are those with a 1 in
+// live[8], while others see none of them; or in no such simple way.
+static int weighed_how(const lanes *l, const weigher *w, uint32_t j0, uint32_t count, float *live) {
+  uint32_t end = j0 + count;
+  int by_exp = 0, by_polynomial = 0, outliers = w->polynomial && ra_outliers_within(w->outliers, j0, end).count > 0;
+  if (l->bias[0] || l->sloped) return MIXED;
+  for (int i = 0; i < LANES; i++) {
+    ra_range keys = l->keys[i], state = l->state[i];
+    live[i] = keys.first <= j0 && end <= keys.end ? 1.0f : 0.0f;
+    if (keys.end <= j0 || end <= keys.first) continue;
+    int none = !w->polynomial || state.end <= j0 || end <= state.first;
+    if (live[i] == 0 || (!none && (outliers || j0 < state.first || state.end < end))) return MIXED;
+    if (none) by_exp = 1;
+    else by_polynomial = 1;
+  }
+  return by_exp && by_polynomial ? MIXED : by_exp ? BY_EXP : BY_POLYNOMIAL;
+}
+
+RA_KERNEL void weigh_by_exp(const weigher *w, const float *live, const float *s, uint32_t count, float *weight) {
+  const ra_exp2_constants *constants = ra_exp2_load();
+  f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0), most = f32x4_splat(128);
+  f32x4 l0 = f32x4_load(live), l1 = f32x4_load(live + 4);
+  f32x4 r0 = f32x4_load(w->reference), r1 = f32x4_load(w->reference + 4);
+  RA_ROLLED
+  for (uint32_t n = 0; n < count; n++, s += LANES, weight += LANES) {
+    f32x4 x0 = f32x4_mul(f32x4_sub(f32x4_load(s), r0), to_log2);
+    f32x4 x1 = f32x4_mul(f32x4_sub(f32x4_load(s + 4), r1), to_log2);
+    x0 = ra_exp2(f32x4_min(most, x0), constants), x1 = ra_exp2(f32x4_min(most, x1), constants);
+    f32x4_store(weight, f32x4_where_less(zero, l0, x0, zero));
+    f32x4_store(weight + 4, f32x4_where_less(zero, l1, x1, zero));
+  }
+}
+
+// divided: exp(-reference).
+RA_KERNEL void weigh_by_polynomial(const weigher *w, const float *live, const f32x4 *divided, const float *s,
+                                   uint32_t count, int derivative, float *weight) {
+  f32x4 zero = f32x4_splat(0), l0 = f32x4_load(live), l1 = f32x4_load(live + 4);
+  for (uint32_t n = 0; n < count; n++, s += LANES, weight += LANES) {
+    f32x4 x0 = f32x4_mul(polynomial_of(w, derivative, f32x4_load(s)), divided[0]);
+    f32x4 x1 = f32x4_mul(polynomial_of(w, derivative, f32x4_load(s + 4)), divided[1]);
+    f32x4_store(weight, f32x4_where_less(zero, l0, x0, zero));
+    f32x4_store(weight + 4, f32x4_where_less(zero, l1, x1, zero));
+  }
+}
+
+// weight[n][8] of keys j0 .. j0 + count - 1 (derivative: of the weight by the score); 0 where not allowed. May be s.
 static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0, uint32_t count, int derivative,
                   float *weight) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0);
   float first[LANES], end[LANES], from[LANES], to[LANES];
+  f32x4 divided[LANES / 4]; // exp(-reference)
+  for (int h = 0; h < LANES; h += 4)
+    divided[h / 4] = ra_exp2(f32x4_mul(f32x4_sub(zero, f32x4_load(w->reference + h)), to_log2), constants);
+  int how = weighed_how(l, w, j0, count, first);
+  if (how == BY_EXP) weigh_by_exp(w, first, s, count, weight);
+  if (how == BY_POLYNOMIAL) weigh_by_polynomial(w, first, divided, s, count, derivative, weight);
+  if (how != MIXED) return;
   for (int i = 0; i < LANES; i++) {
     first[i] = (float)ra_place(l->keys[i].first, j0, count), end[i] = (float)ra_place(l->keys[i].end, j0, count);
     from[i] = (float)ra_place(l->state[i].first, j0, count), to[i] = (float)ra_place(l->state[i].end, j0, count);
   }
-  f32x4 divided[LANES / 4]; // exp(-reference)
-  for (int h = 0; h < LANES; h += 4)
-    divided[h / 4] = ra_exp2(f32x4_mul(f32x4_sub(zero, f32x4_load(w->reference + h)), to_log2), constants);
   for (uint32_t n = 0, outliers = 0; n < count; n++, outliers >>= 1) {
     if (n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, ra_min_u32(32, count - n));
     for (int h = 0; h < LANES; h += 4) {
@@ -511,11 +592,11 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
       f32x4 b = f32x4_load(bias), reference = f32x4_load(w->reference + h);
       f32x4 exponent = f32x4_mul(f32x4_sub(f32x4_add(s_n, b), reference), to_log2);
       f32x4 value = ra_exp2(f32x4_min(f32x4_splat(128), exponent), constants); // from 2^128 on: infinity
-      if (w->coefficients && !(outliers & 1)) {
+      if (w->polynomial && !(outliers & 1)) {
         f32x4 factor = divided[h / 4];
         if (l->bias[0] || l->sloped)
           factor = ra_exp2(f32x4_mul(f32x4_min(zero, f32x4_sub(b, reference)), to_log2), constants);
-        f32x4 polynomial = f32x4_mul(horner(w, derivative, s_n), factor);
+        f32x4 polynomial = f32x4_mul(polynomial_of(w, derivative, s_n), factor);
         polynomial = f32x4_where_less(key, f32x4_load(to + h), polynomial, value);
         value = f32x4_where_less(key, f32x4_load(from + h), value, polynomial);
       }
@@ -525,21 +606,56 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
   }
 }
 
-// The largest score, bias included, that exp weighs; where a polynomial is beside it and that is not large the largest bias, or 0.
-static void take_references(const lanes *l, weigher *w, const float *s) {
-  for (int i = 0; i < LANES; i++) {
-    float most = -FLT_MAX, top = -FLT_MAX; // of keys that exp weighs, of the others
-    for (uint32_t j = l->keys[i].first, outliers = 0; j < l->keys[i].end; j++, outliers >>= 1) {
-      if (j == l->keys[i].first || j % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j, 32 - j % 32);
-      int polynomial = w->coefficients && l->state[i].first <= j && j < l->state[i].end && !(outliers & 1);
-      float bias = (l->bias[i] ? *(l->bias[i] - j) : 0) + alibi(l, i, j), score = s[(size_t)j * LANES + i] + bias;
-      if (polynomial) top = bias > top ? bias : top;
-      else if (score > most) most = score;
-    }
-    if (most < top + 20) most = top;
-    w->seen[i] = most > RA_FORBIDDEN / (float)RA_LOG2_E;
-    w->reference[i] = w->seen[i] ? most : 0;
+// What the largest scores of a tile, bias included, are: most[8] of keys that exp weighs; top[8] of the bias, or 0, of the others.
+static void look_at_scores(const lanes *l, const weigher *w, const float *s, uint32_t j0, uint32_t count, float *most,
+                           float *top) {
+  float live[LANES], largest[LANES];
+  int how = weighed_how(l, w, j0, count, live);
+  if (how == BY_EXP) {
+    f32x4 x0 = f32x4_splat(-FLT_MAX), x1 = x0;
+    for (uint32_t n = 0; n < count; n++)
+      x0 = f32x4_max(f32x4_load(s + n * LANES), x0), x1 = f32x4_max(f32x4_load(s + n * LANES + 4), x1);
+    f32x4_store(largest, x0), f32x4_store(largest + 4, x1);
   }
+  for (int i = 0; i < LANES; i++) {
+    float *value = how == BY_EXP ? most + i : top + i, own = how == BY_EXP ? largest[i] : 0;
+    if (how != MIXED && live[i] > 0 && own > *value) *value = own;
+    uint32_t first = l->keys[i].first > j0 ? l->keys[i].first : j0, end = ra_min_u32(l->keys[i].end, j0 + count);
+    for (uint32_t j = first, outliers = 0; how == MIXED && j < end; j++, outliers >>= 1) {
+      if (j == first || j % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j, 32 - j % 32);
+      int polynomial = w->polynomial && l->state[i].first <= j && j < l->state[i].end && !(outliers & 1);
+      float bias = (l->bias[i] ? *(l->bias[i] - j) : 0) + alibi(l, i, j), score = s[(j - j0) * LANES + i] + bias;
+      if (polynomial) top[i] = bias > top[i] ? bias : top[i];
+      else if (score > most[i]) most[i] = score;
+    }
+  }
+}
+
+// Scores of all tiles, and what to measure them by: the largest that exp weighs; where a polynomial is beside it and that is not
+// large the largest bias, or 0.
+static void score_all(const sample *e, const lanes *l, weigher *w) {
+  float most[LANES], top[LANES];
+  ra_fill(most, LANES, -FLT_MAX), ra_fill(top, LANES, -FLT_MAX);
+  for (uint32_t j = next_tile(l, 0); j < l->end; j = next_tile(l, j + TILE)) {
+    uint32_t keys = ra_min_u32(TILE, l->end - j);
+    score_keys(e, l, j, keys, e->s + (size_t)j * LANES);
+    look_at_scores(l, w, e->s + (size_t)j * LANES, j, keys, most, top);
+  }
+  for (int i = 0; i < LANES; i++) {
+    if (most[i] < top[i] + 20) most[i] = top[i];
+    w->seen[i] = most[i] > RA_FORBIDDEN / (float)RA_LOG2_E;
+    w->reference[i] = w->seen[i] ? most[i] : 0;
+  }
+}
+
+// sum[8] += the weights of a tile
+static void add_weights(const float *weight, uint32_t count, double *sum) {
+  float tile[LANES];
+  f32x4 t0 = f32x4_splat(0), t1 = t0;
+  for (uint32_t n = 0; n < count; n++, weight += LANES)
+    t0 = f32x4_add(t0, f32x4_load(weight)), t1 = f32x4_add(t1, f32x4_load(weight + 4));
+  f32x4_store(tile, t0), f32x4_store(tile + 4, t1);
+  for (int i = 0; i < LANES; i++) sum[i] += tile[i];
 }
 
 int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
@@ -549,24 +665,20 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   sample e = arrange(p, &cursor);
   lanes l = load_lanes(&e, x, kv_head, rows, count);
   const float *v = x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv);
-  weigher w = {.coefficients = coefficients, .degree = degree, .outliers = ra_outlier_keys(p, kv_head)};
+  weigher w = weigher_of(p, kv_head, coefficients, degree);
   double sum[LANES] = {0};
 
-  // pass 1: scores, and what to measure them by
-  for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE))
-    score_keys(&e, &l, j, ra_min_u32(TILE, l.end - j), e.s + (size_t)j * LANES);
-  take_references(&l, &w, e.s);
+  // pass 1: scores
+  score_all(&e, &l, &w);
 
-  // pass 2: weights, their sums, weighted values
+  // pass 2: weights, their sums, weighted values; exp being its own derivative, pass 3 finds its weights in the place of scores
   ra_fill(e.sum_t, e.Dv * LANES, 0);
   for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE)) {
     uint32_t keys = ra_min_u32(TILE, l.end - j);
-    float tile[LANES] = {0};
-    weigh(&l, &w, e.s + (size_t)j * LANES, j, keys, 0, e.weight);
-    for (uint32_t n = 0; n < keys; n++)
-      for (int i = 0; i < LANES; i++) tile[i] += e.weight[n * LANES + i];
-    for (int i = 0; i < LANES; i++) sum[i] += tile[i];
-    ra_add_columns(v + j * e.v_row, e.v_row, (uint32_t)e.Dv, e.weight, LANES, keys, e.sum_t, LANES);
+    float *s = e.s + (size_t)j * LANES, *weight = coefficients ? e.weight : s;
+    weigh(&l, &w, s, j, keys, 0, weight);
+    add_weights(weight, keys, sum);
+    ra_add_columns(v + j * e.v_row, e.v_row, (uint32_t)e.Dv, weight, LANES, keys, e.sum_t, LANES);
   }
   int status = RA_OK;
   for (uint32_t n = 0; n < count; n++) {
@@ -592,12 +704,13 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
   }
   for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE)) {
     uint32_t keys = ra_min_u32(TILE, l.end - j);
-    weigh(&l, &w, e.s + (size_t)j * LANES, j, keys, 1, e.weight);
+    float *s = e.s + (size_t)j * LANES, *weights = coefficients ? e.weight : s;
+    if (coefficients) weigh(&l, &w, s, j, keys, 1, weights);
     ra_set_rows(v + j * e.v_row, e.v_row, keys, e.v_strip, LANES, (uint32_t)e.Dv, e.ds, LANES);
     for (uint32_t n = 0; n < keys; n++)
       for (int h = 0; h < LANES; h += 4) {
         float *at = e.ds + n * LANES + h;
-        f32x4 weight = f32x4_mul(f32x4_load(e.weight + n * LANES + h), f32x4_load(inverse + h));
+        f32x4 weight = f32x4_mul(f32x4_load(weights + n * LANES + h), f32x4_load(inverse + h));
         f32x4_store(at, f32x4_mul(weight, f32x4_sub(f32x4_load(at), f32x4_load(delta + h))));
       }
     add_query_gradients(&e, &l, j, keys, e.ds);
@@ -617,52 +730,128 @@ typedef struct columns {
   const weigher *w;
 } columns;
 
+static float dot(const float *x, const float *y, size_t count) {
+  f32x4 four = f32x4_splat(0);
+  size_t d = 0;
+  for (; d + 4 <= count; d += 4) four = f32x4_madd(f32x4_load(x + d), f32x4_load(y + d), four);
+  float sum = f32x4_sum(four);
+  for (; d < count; d++) sum += x[d] * y[d];
+  return sum;
+}
+
+// Queries i0 .. i0 + count - 1 of one head, count up to TILE, and what their scores are measured by.
+typedef struct queries {
+  size_t head;
+  uint32_t i0, count;
+  // [count] x.mean key - lse; dout.out; exp of the first
+  float offset[TILE], delta[TILE], factor[TILE];
+} queries;
+
+// How each of these queries weighs the eight keys, alike for all queries: live[8] and through[8] (through the state) are 1 or 0 then.
+static int weighs_alike(const sample *e, const queries *t, const columns *c, float *live, float *through) {
+  const ra_problem *p = e->p;
+  uint32_t last = t->i0 + t->count - 1;
+  ra_outliers outliers = ra_outlier_queries(p, t->head / e->group);
+  uint64_t from = (uint64_t)t->i0 * e->group, to = ((uint64_t)last + 1) * e->group;
+  if (p->bias || p->alibi || (c->w->polynomial && ra_outliers_within(outliers, from, to).count > 0)) return 0;
+  ra_range a = ra_keys_of(p, t->i0), b = ra_keys_of(p, last); // both ends of ranges rise with i
+  ra_range a_state = ra_state_keys(p, ra_chunk_start(p, t->i0)), b_state = ra_state_keys(p, ra_chunk_start(p, last));
+  for (int n = 0; n < LANES; n++) {
+    uint32_t j = c->keys[n];
+    int all = b.first <= j && j < a.end, none = j < a.first || b.end <= j;
+    int all_state = b_state.first <= j && j < a_state.end, no_state = j < a_state.first || b_state.end <= j;
+    if (!c->w->polynomial || c->outlier[n]) all_state = 0, no_state = 1;
+    if (!(all || none) || (all && !(all_state || no_state))) return 0;
+    live[n] = all ? 1.0f : 0.0f;
+    through[n] = all && all_state ? 1.0f : 0.0f;
+  }
+  return 1;
+}
+
+// Weights and the gradients by scores of all these queries, in e->weight and over dP in e->ds.
+RA_KERNEL void weigh_alike(const sample *e, const queries *t, const columns *c, const float *live,
+                           const float *through) {
+  const ra_exp2_constants *constants = ra_exp2_load();
+  f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0);
+  for (int h = 0; h < LANES; h += 4) {
+    f32x4 seen = f32x4_load(live + h), by_state = f32x4_load(through + h);
+    int some_state = f32x4_any_greater(by_state, zero), some_exp = f32x4_any_greater(seen, by_state);
+    for (uint32_t n = 0; n < t->count; n++) {
+      float *weight = e->weight + n * LANES + h, *ds = e->ds + n * LANES + h;
+      f32x4 s = f32x4_load(e->s + n * LANES + h), value = zero, slope = zero;
+      if (some_exp) {
+        f32x4 x = f32x4_mul(f32x4_add(s, f32x4_load_splat(t->offset + n)), to_log2);
+        value = slope = ra_exp2(x, constants);
+      }
+      if (some_state) {
+        f32x4 factor = f32x4_load_splat(t->factor + n);
+        value = f32x4_where_less(zero, by_state, f32x4_mul(polynomial_of(c->w, 0, s), factor), value);
+        slope = f32x4_where_less(zero, by_state, f32x4_mul(polynomial_of(c->w, 1, s), factor), slope);
+      }
+      slope = f32x4_where_less(zero, seen, slope, zero);
+      f32x4_store(weight, f32x4_where_less(zero, seen, value, zero));
+      f32x4_store(ds, f32x4_mul(slope, f32x4_sub(f32x4_load(ds), f32x4_load_splat(t->delta + n))));
+    }
+  }
+}
+
+// The same for one of them, which weighs in its own way.
+static void weigh_apart(const sample *e, const queries *t, const columns *c, uint32_t n) {
+  const ra_exp2_constants *constants = ra_exp2_load();
+  uint32_t i = t->i0 + n, h = (uint32_t)(t->head % e->group);
+  ra_range range = ra_keys_of(e->p, i), state = ra_state_keys(e->p, ra_chunk_start(e->p, i));
+  int outlier = ra_outlier_bits(ra_outlier_queries(e->p, t->head / e->group), (uint32_t)e->group, h, i, 1) != 0;
+  const float *own = bias_of(e->p, t->head, i);
+  float live[LANES], polynomial[LANES], bias[LANES] = {0};
+  for (int m = 0; m < LANES; m++) {
+    uint32_t j = c->keys[m];
+    live[m] = range.first <= j && j < range.end ? 1.0f : 0.0f;
+    int through = c->w->polynomial && !outlier && !c->outlier[m] && state.first <= j && j < state.end;
+    polynomial[m] = through ? 1.0f : 0.0f;
+    if (own) bias[m] = *(own - j);
+    if (e->p->alibi) bias[m] -= (float)ra_alibi(e->p, t->head, (size_t)i + e->p->key_length - 1 - j);
+  }
+  f32x4 zero = f32x4_splat(0), to_log2 = f32x4_splat((float)RA_LOG2_E);
+  for (int m = 0; m < LANES; m += 4) {
+    float *weight = e->weight + n * LANES + m, *ds = e->ds + n * LANES + m;
+    f32x4 s = f32x4_load(e->s + n * LANES + m), by_state = f32x4_load(polynomial + m);
+    f32x4 offset = f32x4_add(f32x4_splat(t->offset[n]), f32x4_load(bias + m));
+    f32x4 value = ra_exp2(f32x4_mul(f32x4_add(s, offset), to_log2), constants), slope = value;
+    if (c->w->polynomial) {
+      f32x4 divided = ra_exp2(f32x4_mul(offset, to_log2), constants);
+      value = f32x4_where_less(zero, by_state, f32x4_mul(polynomial_of(c->w, 0, s), divided), value);
+      slope = f32x4_where_less(zero, by_state, f32x4_mul(polynomial_of(c->w, 1, s), divided), slope);
+    }
+    f32x4_store(weight, f32x4_where_less(zero, f32x4_load(live + m), value, zero));
+    slope = f32x4_where_less(zero, f32x4_load(live + m), slope, zero);
+    f32x4_store(ds, f32x4_mul(slope, f32x4_sub(f32x4_load(ds), f32x4_splat(t->delta[n]))));
+  }
+}
+
 // Queries i0 .. i0 + count - 1 of one head against the eight keys in the lanes of strip and v_strip.
 static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32_t i0, uint32_t count,
                         const columns *c) {
-  size_t kv_head = head / e->group;
-  const ra_exp2_constants *constants = ra_exp2_load();
   const float *q = x->q + ra_head(e->p, head, e->p->heads, e->Nq, e->D) + i0 * e->q_row;
   const float *lse = x->lse + head * e->Nq + i0;
   size_t row = ra_head(e->p, head, e->p->heads, e->Nq, e->Dv) + i0 * e->out_row;
-  const float *dout = x->dout + row;
+  const float *dout = x->dout + row, *out = x->out + row;
   ra_rotary_rows(&e->state->q_rotary, q, e->q_row, e->rows, e->Dp, count, i0, RA_ROTATE, e->p->scale);
   score_queries(e, i0, count, c->keys, e->s);
   ra_set_rows(dout, e->out_row, count, e->v_strip, LANES, (uint32_t)e->Dv, e->ds, LANES);
+
+  queries t = {.head = head, .i0 = i0, .count = count};
   for (uint32_t n = 0; n < count; n++) {
-    const float *out = x->out + row + n * e->out_row;
-    ra_range range = ra_keys_of(e->p, i0 + n), state = ra_state_keys(e->p, ra_chunk_start(e->p, i0 + n));
-    uint32_t outlier =
-        ra_outlier_bits(ra_outlier_queries(e->p, kv_head), (uint32_t)e->group, (uint32_t)(head % e->group), i0 + n, 1);
-    double shift = 0, delta = 0, reference = lse[n] == -INFINITY ? 0 : lse[n];
-    for (size_t d = 0; d < e->D; d++) shift += (double)e->rows[n * e->Dp + d] * e->k_mean[d];
-    for (size_t d = 0; d < e->Dv; d++) delta += (double)dout[n * e->out_row + d] * out[d];
-    const float *own = bias_of(e->p, head, i0 + n);
-    float live[LANES], polynomial[LANES], bias[LANES] = {0};
-    for (int i = 0; i < LANES; i++) {
-      uint32_t j = c->keys[i];
-      live[i] = range.first <= j && j < range.end ? 1.0f : 0.0f;
-      int through = c->w->coefficients && !outlier && !c->outlier[i] && state.first <= j && j < state.end;
-      polynomial[i] = through ? 1.0f : 0.0f;
-      if (own) bias[i] = *(own - j);
-      if (e->p->alibi) bias[i] -= (float)ra_alibi(e->p, head, (size_t)i0 + n + e->p->key_length - 1 - j);
-    }
-    f32x4 zero = f32x4_splat(0), to_log2 = f32x4_splat((float)RA_LOG2_E);
-    for (int h = 0; h < LANES; h += 4) {
-      float *s = e->s + n * LANES + h, *weight = e->weight + n * LANES + h, *ds = e->ds + n * LANES + h;
-      f32x4 s_n = f32x4_load(s), by_state = f32x4_load(polynomial + h);
-      f32x4 offset = f32x4_add(f32x4_splat((float)(shift - reference)), f32x4_load(bias + h));
-      f32x4 value = ra_exp2(f32x4_mul(f32x4_add(s_n, offset), to_log2), constants), slope = value;
-      if (c->w->coefficients) {
-        f32x4 divided = ra_exp2(f32x4_mul(offset, to_log2), constants);
-        value = f32x4_where_less(zero, by_state, f32x4_mul(horner(c->w, 0, s_n), divided), value);
-        slope = f32x4_where_less(zero, by_state, f32x4_mul(horner(c->w, 1, s_n), divided), slope);
-      }
-      f32x4_store(weight, f32x4_where_less(zero, f32x4_load(live + h), value, zero));
-      slope = f32x4_where_less(zero, f32x4_load(live + h), slope, zero);
-      f32x4_store(ds, f32x4_mul(slope, f32x4_sub(f32x4_load(ds), f32x4_splat((float)delta))));
-    }
+    t.offset[n] = dot(e->rows + n * e->Dp, e->k_mean, e->D) - (lse[n] == -INFINITY ? 0 : lse[n]);
+    t.delta[n] = dot(dout + n * e->out_row, out + n * e->out_row, e->Dv);
   }
+  for (uint32_t n = 0; n < TILE && c->w->polynomial; n += 4) {
+    f32x4 offset = f32x4_mul(f32x4_load(t.offset + n), f32x4_splat((float)RA_LOG2_E));
+    f32x4_store(t.factor + n, ra_exp2(offset, ra_exp2_load()));
+  }
+  float live[LANES], through[LANES];
+  if (weighs_alike(e, &t, c, live, through)) weigh_alike(e, &t, c, live, through);
+  else
+    for (uint32_t n = 0; n < count; n++) weigh_apart(e, &t, c, n);
   ra_add_columns(dout, e->out_row, (uint32_t)e->Dv, e->weight, LANES, count, e->sum_t, LANES);
   add_key_gradients(e, i0, count, c->keys, e->ds);
 }
@@ -678,7 +867,7 @@ int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   if (ra_check(p) != RA_OK || count == 0 || count > LANES || degree > RA_MAX_DEGREE) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
-  weigher w = {.coefficients = coefficients, .degree = degree};
+  weigher w = weigher_of(p, kv_head, coefficients, degree);
   columns c = {.w = &w};
   uint32_t first = UINT32_MAX, last = 0;
   const float *v = x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv);
