@@ -9,7 +9,7 @@ import { eachBinary } from './support.js';
 import { KINDS, instance } from './promise/instances.mjs';
 import { TOLERANCES, expectedOf, numbered, promised, type Expected, type Kept, type Promise } from './promise/promise.mjs';
 
-const COUNT = 240;
+const COUNT = 260;
 const references = new Map<number, Expected>();
 
 /** Three tolerances of an instance: others for each, all of the 41 in turn. */
@@ -34,6 +34,23 @@ describe('instances of every kind, mask and size', () => {
       const over = (limit: number) => given.filter(({ ratio }) => !(ratio! <= limit));
       expect(over(most)).toEqual([]);
       expect(over(1).length).toBeLessThanOrEqual(given.length / 1000 + 1);
+    });
+  });
+});
+
+describe('steep slopes: errors gather where chunks begin, in a few rows and in a few keys', () => {
+  eachBinary((attention) => {
+    test.each<[number, Promise, number]>([
+      [1659, 'backward', 1e-3],
+      [1659, 'backward', 10 ** -4.625],
+      [6336, 'forward', 10 ** -2.375],
+      [7893, 'forward', 1e-2],
+    ])('instance %d, %s, tolerance %d', (n, how, tolerance) => {
+      const { args } = numbered(n);
+      expect(args.alibi).toEqual(Float32Array.of(2));
+      for (const { ratio } of promised(attention(), args, how, [tolerance], expectedOf(args))) {
+        expect(ratio ?? 0).toBeLessThanOrEqual(1);
+      }
     });
   });
 });

@@ -69,6 +69,10 @@ const EXTREMES = 60;
 const PREPARE = 30;
 /** Portions that hold these, about: without a mask, and when causal (most of them short). */
 const HARD_PORTIONS = { full: 2, causal: 10 } as const;
+/** The same of rows at the beginning of chunks, half as long, where there are slopes: flat ones, and some that are steep. */
+const SLOPE_PORTIONS = { flat: 4, steep: 11 } as const;
+/** From this slope on rows see few keys that count, so that more of them are looked at. */
+export const STEEP = 0.25;
 
 /** Pairs (query, key) that the mask allows, over all query heads. */
 export function allowedPairs(g: Geometry): number {
@@ -161,7 +165,8 @@ export function samplingCost(g: Geometry, pass: Pass, candidates: number): { ref
   const portion = PORTION + (SAMPLE_ROWS * keysOfPortion(g) * sampledFlopsOfPair(g, pass)) / SAMPLING_EFFICIENCY;
   // Long portions of a head, those of drawn rows and of large ones; when causal short ones as well.
   const drawn = Math.ceil(DRAWN_ROWS / SAMPLE_ROWS / heads) * (g.causal ? 1.5 : 1);
-  const long = HARD_PORTIONS.full + drawn;
+  const slopes = g.alibi ? SLOPE_PORTIONS[g.alibi.some((slope) => slope >= STEEP) ? 'steep' : 'flat'] : 0;
+  const long = HARD_PORTIONS.full + drawn + slopes / 2;
   const short = g.causal ? HARD_PORTIONS.causal - HARD_PORTIONS.full : 0;
   const columns = pass === 'backward' ? 3 * (queries / g.keyLength) * portion : 0;
   const refusal = PLAN + look + FIT * candidates + 2 * portion;

@@ -10,7 +10,7 @@
 // Rows are drawn by a generator seeded with the call's seed and the head, so a call repeated gives the same choice, and
 // `backward` finds the polynomials of its `forward`. Only rows that may see a key are drawn.
 
-import { CHUNK, DRAWN_ROWS, LOOKED_SEGMENTS, SAMPLE_ROWS, SAMPLE_SCORES, type Pass } from './cost.js';
+import { CHUNK, DRAWN_ROWS, LOOKED_SEGMENTS, SAMPLE_ROWS, SAMPLE_SCORES, STEEP, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
 import type { Bounds, Outliers, Rows, Session } from './kernel.js';
 import { condense, evaluate, fitToScores } from './polynomial.js';
@@ -35,8 +35,11 @@ const ROUNDING = 2 ** -18;
 /** A degree is not tried where the one before and the fits make its error this many times too large. */
 const HOPELESS = 4;
 
-/** First rows of chunks that are looked at, with slopes, in each key/value head. */
+/** With slopes: first rows of chunks that are looked at in each key/value head, and keys between chunks. */
 const SLOPE_ROWS = 4 * SAMPLE_ROWS;
+const SLOPE_KEYS = 3 * SAMPLE_ROWS;
+/** Where slopes are steep, the rows behind the first one have few keys that count too: so many of a chunk, in some chunks. */
+const [STEEP_DEPTH, STEEP_CHUNKS] = [4, SAMPLE_ROWS];
 
 /** Query heads of a group whose first rows are looked at, two chunks of each; more of them where there are fewer heads. */
 const FIRST_HEADS = 2;
@@ -382,8 +385,10 @@ export class Sampler {
       const hard = this.#hardRows(head);
       for (const { rows, weights } of first) rows.forEach((row, n) => hard.has(row) && (weights[n] = 1));
       const known = new Set(first.flatMap(({ rows }) => rows));
-      const certain = Array.from(hard, (row) => ({ row, weight: 1 })).filter(({ row }) => !known.has(row));
-      const others = all.slice(SAMPLE_ROWS).filter(({ row }) => !hard.has(row));
+      const slope = this.#slopeRows(head);
+      const weight = (row: number) => (slope.rows.has(row) ? slope.weight : 1);
+      const certain = Array.from(hard, (row) => ({ row, weight: weight(row) })).filter(({ row }) => !known.has(row));
+      const others = all.slice(SAMPLE_ROWS).filter(({ row }) => !hard.has(row) && !slope.stands(row));
       rest = { hard: inPortions(head, byPlace(certain)), others: inPortions(head, byPlace(others)) };
       this.#rest.set(head, rest);
     }
@@ -414,7 +419,8 @@ export class Sampler {
         for (let i = start; i < Math.min(start + chunks * CHUNK, queryLength); i++) rows.add(first + i);
       }
     }
-    for (const row of [...this.#windowRows(), ...this.#slopeRows(head), ...this.#segmentRows(head)]) rows.add(row);
+    const slope = this.#slopeRows(head);
+    for (const row of [...this.#windowRows(), ...slope.rows, ...slope.next, ...this.#segmentRows(head)]) rows.add(row);
     return rows;
   }
 
@@ -437,19 +443,51 @@ export class Sampler {
 
   /**
    * With a steep slope a row has few keys that count, and those of the first row of a chunk, but its own, come through the
-   * polynomial: such rows of the steepest query head of the group.
+   * polynomial: such rows of the steepest query head of the group, each standing for `weight` of them, which rows these are, and
+   * rows behind a chunk's first, likewise those that come next after one of the largest keys.
    */
-  #slopeRows(head: number): number[] {
-    const { alibi, kvHeads, queryLength } = this.#session.geometry;
-    if (!alibi) return [];
+  #slopeRows(head: number): { rows: ReadonlySet<number>; weight: number; stands(row: number): boolean; next: number[] } {
+    const { alibi, kvHeads, queryLength, queryOffset } = this.#session.geometry;
+    if (!alibi) return { rows: new Set(), weight: 1, stands: () => false, next: [] };
     const group = this.#session.rowsOfHead / queryLength;
     const slopes = alibi.subarray((head % kvHeads) * group, ((head % kvHeads) + 1) * group);
-    const steepest = slopes.indexOf(Math.max(...slopes));
+    const slope = Math.max(...slopes);
+    const before = slopes.indexOf(slope) * queryLength;
+    const { first, end } = this.#chunks();
+    const count = Math.min(SLOPE_ROWS, end - first);
+    const chunks = draw(count, end - first, [], random(this.#seed, head, SLOPES)).map((n) => first + n);
+    const behind = this.#session.extremes(head).keys.map((key) => Math.floor((key - queryOffset) / CHUNK) + 1);
+    const seen = behind.filter((chunk) => chunk >= first && chunk < end);
+    const depths = Array.from({ length: STEEP_DEPTH }, (_, n) => n);
+    const next = [...chunks.slice(0, STEEP_CHUNKS), ...seen].flatMap((chunk) => depths.map((n) => chunk * CHUNK + n));
+    return {
+      rows: new Set(chunks.map((chunk) => before + chunk * CHUNK)),
+      weight: (end - first) / count,
+      stands: (row) => row >= before && row < before + queryLength && (row - before) % CHUNK === 0,
+      next: slope < STEEP ? [] : next.filter((i) => i < queryLength).map((i) => before + i),
+    };
+  }
+
+  /** Chunks whose first row may see a key. */
+  #chunks(): { first: number; end: number } {
     const { from, to } = seeingQueries(this.#session.geometry);
-    const [first, end] = [Math.ceil(from / CHUNK), Math.ceil(to / CHUNK)];
-    const count = Math.min(SLOPE_ROWS, Math.max(end - first, 0));
-    const chunks = draw(count, end - first, [], random(this.#seed, head, SLOPES));
-    return chunks.map((n) => steepest * queryLength + (first + n) * CHUNK);
+    const first = Math.ceil(from / CHUNK);
+    return { first, end: Math.max(Math.ceil(to / CHUNK), first) };
+  }
+
+  /**
+   * Likewise the gradients of keys: those of the last key before a chunk come through the polynomial from the row that counts most, those
+   * of the next one from the row that is changed with it. Such keys, each standing for `weight` of them, and all of them.
+   */
+  #slopeKeys(head: number): { keys: readonly number[]; weight: number; all: readonly number[] } {
+    const { alibi, queryOffset, keyLength } = this.#session.geometry;
+    if (!alibi) return { keys: [], weight: 1, all: [] };
+    const { first, end } = this.#chunks();
+    const between = Array.from({ length: end - first }, (_, n) => (first + n) * CHUNK + queryOffset);
+    const all = between.flatMap((key) => [key - 1, key]).filter((key) => key >= 0 && key < keyLength);
+    const count = Math.min(SLOPE_KEYS, all.length);
+    const keys = draw(count, all.length, [], random(this.#seed, head, SLOPES)).map((n) => all[n]);
+    return { keys, weight: all.length / count, all };
   }
 
   /**
@@ -483,12 +521,14 @@ export class Sampler {
     const own = outliers?.keys.subarray(head * outliers.counts.keys, (head + 1) * outliers.counts.keys) ?? [];
     const count = Math.max(SAMPLE_ROWS / 2, Math.ceil((2 * SAMPLE_ROWS) / this.#session.heads));
     const next = random(this.#seed, head, COLUMNS);
-    const drawn = drawWeighted(count, keyLength, causal ? keyLength : null, next, new Set([...large, ...own]));
+    const slope = this.#slopeKeys(head);
+    const between = slope.keys.filter((key) => !large.has(key)).map((row) => ({ row, weight: slope.weight }));
+    const drawn = drawWeighted(count, keyLength, causal ? keyLength : null, next, new Set([...large, ...own, ...slope.all]));
     const some = draw(SAMPLE_ROWS / 2, own.length, [], next).map((n) => ({
       row: own[n],
       weight: Math.max(1, own.length / (SAMPLE_ROWS / 2)),
     }));
-    const all = [...Array.from(large, (row) => ({ row, weight: 1 })), ...drawn, ...some];
+    const all = [...Array.from(large, (row) => ({ row, weight: 1 })), ...drawn, ...between, ...some];
     return inPortions(head, all.sort((a, b) => a.row - b.row));
   }
 

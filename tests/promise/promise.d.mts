@@ -20,6 +20,7 @@ export interface Expected {
 
 export const TOLERANCES: readonly number[];
 export const SETTINGS: Record<string, (length: number, headDim: number) => Omit<Instance, 'q' | 'k' | 'v' | 'dOutput'>>;
+export function methodOf(args: Instance): 'polynomial' | 'toeplitz';
 export function numbered(n: number, lengths?: readonly number[]): { name: string; kind: string; setting: string; args: Instance };
 export function outputError(args: Instance, output: ForwardResult['output'], expected: Expected['output']): number;
 export function gradientError(got: Pick<BackwardResult, 'dq' | 'dk' | 'dv'>, expected: Expected): number;

@@ -2,7 +2,8 @@
 //
 // The promise of `tolerance`, tested as FINUFFT tests its own: instances by the thousand, tolerances from 1e-1 to 1e-6, eight a
 // decade, and the error that results over the tolerance that was asked for. Sequences are short and heads small, so that
-// every instance has a float64 reference of all its rows; `method: 'polynomial'` has polynomials run where `auto` would not.
+// every instance has a float64 reference of all its rows; `method: 'polynomial'`, or 'toeplitz' where scores ask for it, has
+// polynomials run where `auto` would not.
 //
 // Based on: Barnett, Magland, af Klinteberg. A Parallel Nonuniform Fast Fourier Transform Library Based on an "Exponential of
 // Semicircle" Kernel. 2019 (arXiv 1808.06736).
@@ -12,6 +13,15 @@ import { KINDS, instance, random } from './instances.mjs';
 
 /** 1e-1 to 1e-6, eight a decade. */
 export const TOLERANCES = Array.from({ length: 41 }, (_, n) => 10 ** (-1 - n / 8));
+
+/** Random numbers in [-size, size], no two of which have anything to do with one another, for the distances i - j of a shape. */
+function rough({ queryLength, keyLength = queryLength }, size, heads = 1) {
+  const { uniform } = random(queryLength);
+  return Float32Array.from({ length: heads * (queryLength + keyLength - 1) }, () => size * (2 * uniform() - 1));
+}
+
+/** One head, small: by Fourier transforms every term is transformed for itself. */
+const small = (length, headDim) => ({ heads: 1, queryLength: Math.min(length, 200), headDim: Math.min(headDim, 4) });
 
 /** Masks and shapes, by name: settings for a length and a head size. */
 export const SETTINGS = {
@@ -39,7 +49,27 @@ export const SETTINGS = {
     shape: { heads: 4, kvHeads: 2, queryLength: Math.ceil(length / 2), headDim, valueDim: headDim + 3 },
     causal: true,
   }),
+  alibi: (length, headDim) => ({
+    shape: { heads: 4, kvHeads: 2, queryLength: Math.ceil(length / 2), headDim },
+    causal: true,
+    alibi: Float32Array.of(0.5, 0.06, 0.008, 0),
+  }),
+  'steep alibi': (length, headDim) => ({
+    shape: { heads: 1, queryLength: Math.ceil(length / 2), keyLength: length, headDim },
+    causal: true,
+    queryOffset: Math.floor(length / 3),
+    alibi: Float32Array.of(2),
+  }),
+  'rough bias': (length, headDim) => ({ shape: small(length, headDim), bias: rough(small(length, headDim), 1) }),
+  'rough causal bias': (length, headDim) => ({ shape: small(length, headDim), bias: rough(small(length, headDim), 3), causal: true }),
+  'rough biases in a window': (length, headDim) => {
+    const shape = { ...small(length, headDim), heads: 4, kvHeads: 2, valueDim: 3 };
+    return { shape, bias: rough(shape, 0.5, 4), window: [Math.ceil(length / 3), 7], queryOffset: 5 };
+  },
 };
+
+/** The engine that an instance is for. */
+export const methodOf = ({ bias }) => (bias ? 'toeplitz' : 'polynomial');
 
 const LENGTHS = [33, 64, 100, 200, 333];
 const HEAD_DIMS = [2, 4, 8];
@@ -55,8 +85,9 @@ export function numbered(n, lengths = LENGTHS) {
   const headDim = HEAD_DIMS[r.whole(HEAD_DIMS.length)];
   const bound = BOUNDS[r.whole(BOUNDS.length)];
   const length = lengths[Math.floor(lengths.length * r.uniform() ** 1.5)];
-  const name = `${n}: ${kind}, ${setting}, D = ${headDim}, N = ${length}, entries to ${bound}`;
-  return { name, kind, setting, args: instance({ kind, bound, seed: n, ...SETTINGS[setting](length, headDim) }) };
+  const args = instance({ kind, bound, seed: n, ...SETTINGS[setting](length, headDim) });
+  const name = `${n}: ${kind}, ${setting}, D = ${args.shape.headDim}, N = ${length}, entries to ${bound}`;
+  return { name, kind, setting, args };
 }
 
 /** Half the range of the widest value column of each key/value head. */
@@ -120,7 +151,7 @@ function attempted(call) {
  * @returns for each tolerance { tolerance, ratio, slack, degree }; ratio null where nothing was promised, slack the certified
  *   bound over the error
  */
-export function promised(attention, args, how, tolerances, expected, options = { method: 'polynomial' }) {
+export function promised(attention, args, how, tolerances, expected, options = { method: methodOf(args) }) {
   const { dOutput: _, ...forwardArgs } = args;
   return tolerances.map((tolerance) => {
     const guarantee = how === 'certified' ? 'certified' : 'sampled';
