@@ -273,7 +273,7 @@ describe('the choice', () => {
     [{ softcap: 3 }, 'exact: no polynomial has softcap'],
     [{ bias: new Float32Array(4095), softcap: 1 }, 'exact: no polynomial has softcap or bias'],
     [
-      { relativePositions: new Float32Array(4095) },
+      { relativePositions: Float32Array.from({ length: 4095 }, (_, n) => Math.sqrt(n)) },
       'exact: no polynomial has relativePositions, whose scores do not factorise',
     ],
     [{ mask: new Uint8Array(2048).fill(1), maskShape: [1, 1, 1, 2048] as const }, 'exact: no polynomial has mask'],

@@ -14,6 +14,7 @@ import { certify, scoreBound, scoreRadius } from './certificate.js';
 import { NO_OUTLIERS, type OutlierCounts, type Pass } from './cost.js';
 import { Kernel, type Bounds, type Session } from './kernel.js';
 import { loadModule } from './load.js';
+import { backwardByPieces, forwardByPieces, piecesOf, planOfPieces, rising, shared, type Engines } from './pieces.js';
 import {
   choose,
   costOf,
@@ -153,8 +154,17 @@ export class Attention implements RopeAttention {
   *planSteps(args: PlanArgs): Generator<number, Report> {
     const { problem, inputs } = readCall('plan', args);
     const pass: Pass = inputs.dOutput ? 'backward' : 'forward';
+    const pieces = piecesOf(problem, pass === 'backward' ? ['forward', 'backward'] : ['forward']);
+    if (!pieces) return yield* this.#planWhole({ problem, inputs });
+    const reports: Report[] = [];
+    for (const piece of shared(problem, pieces, pass)) reports.push(yield* this.#planWhole({ problem: piece, inputs }));
+    return planOfPieces(problem, pieces, reports, pass);
+  }
+
+  *#planWhole({ problem, inputs }: Call): Generator<number, Report> {
+    const pass: Pass = inputs.dOutput ? 'backward' : 'forward';
     const passes: Pass[] = pass === 'backward' ? ['forward', 'backward'] : ['forward'];
-    const task: Task = { name: 'plan', problem, pass, passes, hasValues: inputs.v !== null, predict: true };
+    const task: Task = { name: 'plan', problem, pass, passes, hasValues: inputs.v !== null, predict: true, part: false };
     const session = this.#kernel.open('plan', problem, featuresOf(problem));
     try {
       const plan = yield* this.#plan(session, task, inputs);
@@ -183,16 +193,34 @@ export class Attention implements RopeAttention {
   }
 
   *#forward(name: string, call: Call): Generator<number, ForwardResult> {
-    return yield* this.#compute(name, call, ['forward'], (session, report) => ({
+    return (yield* rising(forwardByPieces(name, call, this.#engines(name)))) ?? (yield* this.#wholeForward(name, call));
+  }
+
+  *#backward(name: string, call: Call): Generator<number, BackwardResult> {
+    return (yield* rising(backwardByPieces(name, call, this.#engines(name)))) ?? (yield* this.#wholeBackward(name, call, false));
+  }
+
+  /** What the pieces of a call are computed by. */
+  #engines(name: string): Engines {
+    return {
+      kernel: this.#kernel,
+      forward: (call) => this.#wholeForward(name, call),
+      part: (call) => this.#wholeBackward(name, call, true),
+      plan: (call) => this.#planWhole(call),
+    };
+  }
+
+  *#wholeForward(name: string, call: Call): Generator<number, ForwardResult> {
+    return yield* this.#compute(name, call, ['forward'], false, (session, report) => ({
       output: session.result('out'),
       lse: session.result('lse'),
       report,
     }));
   }
 
-  *#backward(name: string, call: Call): Generator<number, BackwardResult> {
+  *#wholeBackward(name: string, call: Call, part: boolean): Generator<number, BackwardResult> {
     const passes: Pass[] = call.inputs.output ? ['backward'] : ['forward', 'backward'];
-    return yield* this.#compute(name, call, passes, (session, report) => {
+    return yield* this.#compute(name, call, passes, part, (session, report) => {
       const [dBias, dAlibi, dSinks] = [session.vector('dbias'), session.vector('dalibi'), session.vector('dsinks')];
       const dWeights = session.vector('dweights');
       return {
@@ -213,11 +241,12 @@ export class Attention implements RopeAttention {
     name: string,
     call: Call,
     passes: readonly Pass[],
+    part: boolean,
     read: (session: Session, report: Report) => T,
   ): Generator<number, T> {
     const start = performance.now();
     const { problem, inputs } = call;
-    const task: Task = { name, problem, pass: passes[passes.length - 1], passes, hasValues: true, predict: false };
+    const task: Task = { name, problem, pass: passes[passes.length - 1], passes, hasValues: true, predict: false, part };
     const session = this.#kernel.open(name, problem, featuresOf(problem));
     try {
       const plan = yield* this.#plan(session, task, inputs);
@@ -321,13 +350,14 @@ export class Attention implements RopeAttention {
     // Gradients of keys are foreseen once output and lse are there; what would miss is not run to its end.
     const room = roomOf(pass, 'check', split);
     const limit = room * problem.tolerance;
-    if (pass === 'backward' && problem.method === 'auto') {
+    if (pass === 'backward' && problem.method === 'auto' && !task.part) {
       const foreseen = yield* sampler.foresee(degree);
       if (!(foreseen.upper <= limit)) {
         return missed(`has ${missing(foreseen, 'predicted', room, ' in the gradients of keys')}`, foreseen);
       }
     }
     positive = (yield* this.#run(session, task, attempt, [pass], middle, to)) && positive;
+    if (task.part) return missed(null, null);
     const measured = yield* sampler.check(pass);
     if (!positive) return missed('has rows whose weights do not add up to a positive number', measured);
     return missed(measured.upper <= limit ? null : `has ${missing(measured, 'sampled', room)}`, measured);
@@ -389,7 +419,8 @@ function simdOf(kernel: Kernel): 'simd128' | 'relaxed-simd' {
  * Whether gradients may be off because the output and lse that were given are: those of a lower degree may keep the tolerance of
  * an output and yet not serve gradients. A forced degree is taken to be that of the forward pass, forced `exact` likewise.
  */
-function goesByGiven({ problem, pass }: Task, { passes }: Attempt): boolean {
+function goesByGiven({ problem, pass, part }: Task, { passes }: Attempt): boolean {
+  if (part) return false; // they are those of the whole
   const forced = problem.method === 'exact' || (problem.method !== 'auto' && problem.degree !== null);
   return pass === 'backward' && passes.length === 1 && !forced;
 }

@@ -517,7 +517,7 @@ export class Session {
     this.#arena.writeFloats(arrays.k, k);
     if (v) this.#arena.writeFloats(arrays.v, v);
     else arrays.v = 0;
-    if (dOutput) this.#arena.writeFloats(arrays.dout, dOutput);
+    if (dOutput && pass === 'backward') this.#arena.writeFloats(arrays.dout, dOutput);
     if (output) this.#arena.writeFloats(arrays.out, output);
     if (lse) this.#arena.writeFloats(arrays.lse, lse);
     this.#arena.writeStruct(this.#at.arrays, ARRAYS, arrays);
@@ -530,6 +530,12 @@ export class Session {
     this.#arena.writeFloats(this.#arrays.out, output);
     this.#arena.writeFloats(this.#arrays.lse, lse);
     this.#overwritten = false;
+  }
+
+  /** Puts what a pass would write in its place, as `result` reads it: made otherwise, to be compared. */
+  place(array: ArrayName, values: Float32Array): void {
+    this.#check();
+    this.#arena.writeFloats(this.#arrays[array], values);
   }
 
   /** Makes room for the workspace of the engine that runs next, in the place of the one before. */

@@ -54,6 +54,8 @@ export interface Task {
   hasValues: boolean;
   /** Predict the error of a forced degree too, although the run will measure it. */
   predict: boolean;
+  /** One piece of a call: gradients by the output and lse of the whole, whose check is that of the piece. */
+  part: boolean;
 }
 
 /**
@@ -331,7 +333,7 @@ export function* promising(
 }
 
 /** The share of the tolerance that a sampled error may take. */
-export function roomOf(pass: Pass, when: 'pilot' | 'check', { outliers }: Split): number {
+export function roomOf(pass: Pass, when: 'pilot' | 'check', { outliers }: Pick<Split, 'outliers'>): number {
   return ROOM[pass][when] * (outliers ? BESIDE : 1);
 }
 

@@ -178,7 +178,8 @@ export interface Options {
   sinks?: Float32Array;
   /**
    * The rotation between query i and key j is by entry [i - j + keyLength - 1] of these queryLength + keyLength - 1 numbers instead
-   * of i + queryOffset - j (ReRoPE and its kin); masks stay. Finite. Not with rotary.tables or positions of rows.
+   * of i + queryOffset - j (ReRoPE and its kin); masks stay. Finite. Not with rotary.tables or positions of rows. Numbers on at most
+   * four straight lines, one after another, are plain rotations in pieces, which `method: 'auto'` computes one by one.
    */
   relativePositions?: Float32Array;
   /** Instead of a rotation (`rotary` is false or absent): any matrices with few entries, one for each i - j. */
