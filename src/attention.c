@@ -3,7 +3,9 @@
 // The contract of rope_attention.h: checks the problem, then hands it to the engine that it names.
 
 #include "engines.h"
+#include "lags.h"
 #include "monomials.h"
+#include "softmax.h"
 
 #include <float.h>
 #include <math.h>
@@ -44,6 +46,24 @@ static int are_outliers(const ra_problem *p, const uint32_t *rows, uint32_t coun
   return 1;
 }
 
+// Whether there are decays for the far part of the bias, and the near part is finite.
+static int check_decays(const ra_problem *p) {
+  int there = p->bias && p->decay_count >= 1 && p->decay_count <= RA_MAX_DECAYS && p->decay_from >= 1 &&
+              p->decay_from <= RA_MAX_NEAR && p->decay_rates && p->decay_weights && p->decay_tops &&
+              p->lag_degree <= RA_MAX_LAG_DEGREE && p->lag_coefficients;
+  for (size_t h = 0; there && h < p->bias_heads; h++) {
+    there = isfinite(p->decay_tops[h]);
+    for (size_t n = h * p->decay_count; n < (h + 1) * p->decay_count; n++)
+      there &= p->decay_rates[n] >= 0 && p->decay_rates[n] <= 1e19 && isfinite(p->decay_weights[n]);
+    for (int64_t t = 0; there && t < (int64_t)p->decay_from + RA_CHUNK; t++) { // chunks do some more exactly
+      int64_t at = t - p->query_offset + p->key_length - 1;
+      float bias = at < 0 || at >= (int64_t)ra_diagonals(p) ? 0 : p->bias[h * ra_diagonals(p) + (size_t)at];
+      there = bias > RA_FORBIDDEN / (float)RA_LOG2_E && bias <= FLT_MAX;
+    }
+  }
+  return there;
+}
+
 int ra_check(const ra_problem *p) {
   int sizes = p->batch >= 1 && p->kv_heads >= 1 && p->heads >= 1 && p->heads % p->kv_heads == 0 &&
               p->query_length >= 1 && p->key_length >= 1 && p->head_dim >= 1 && p->head_dim <= RA_MAX_HEAD_DIM &&
@@ -61,7 +81,10 @@ int ra_check(const ra_problem *p) {
               (!p->bias || p->bias_heads == 1 || p->bias_heads == p->heads);
   for (uint32_t h = 0; p->alibi && h < p->heads; h++) masks &= p->alibi[h] >= 0 && p->alibi[h] <= 1e19f;
   int outliers = p->outlier_query_count || p->outlier_key_count;
-  int plain = !ra_is_modified(p) && !p->sinks && (!p->alibi || (p->causal && !outliers));
+  int states = sizes && p->method == RA_POLYNOMIAL && (p->bias || p->decay_count > 0);
+  int by_states = !states || (check_decays(p) && !p->segments && !p->alibi);
+  int plain = p->softcap == 0 && !p->mask && !p->allowed && !ra_is_relative(p) && !p->sinks && by_states &&
+              (!(p->alibi || p->bias) || (p->causal && !outliers));
   int by_distance = p->softcap == 0 && !p->mask && !p->allowed && !p->sinks && !p->segments && !p->alibi && !outliers;
   int known = (p->method != RA_POLYNOMIAL || plain) && (p->method != RA_TOEPLITZ || by_distance);
   // units are counted in 32 bits
@@ -126,7 +149,7 @@ ra_range ra_state_keys(const ra_problem *p, uint32_t i) {
   int64_t position = (int64_t)i / RA_CHUNK * RA_CHUNK + p->query_offset;
   if (p->segments) segment_of(p, (int64_t)i + p->query_offset, &first, &end);
   if (p->window_right >= 0) behind = position + p->window_right + 1;
-  if (p->causal) behind = position;
+  if (p->causal) behind = position + 1 - ra_state_from(p);
   if (p->window_left >= 0) {
     int64_t from = position + RA_CHUNK - 1 - p->window_left;
     if (behind != INT64_MAX) from += (behind - from) & (RA_CHUNK - 1);

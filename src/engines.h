@@ -53,16 +53,14 @@ uint32_t ra_query_end(const ra_problem *p, uint32_t j);
 // Scores come from a relative map, not from rotated rows.
 static inline int ra_is_relative(const ra_problem *p) { return p->relative_positions || p->support_count > 0; }
 
-// Scores are more than a product of queries and keys.
-static inline int ra_is_modified(const ra_problem *p) {
-  return p->softcap > 0 || p->bias || p->mask || p->allowed || ra_is_relative(p);
-}
-
 // m |i + query_offset - j| of entry n = i - j + Nk - 1 of what goes by i - j.
 static inline double ra_alibi(const ra_problem *p, size_t head, size_t n) {
   double distance = (double)((int64_t)n - p->key_length + 1 + p->query_offset);
   return p->alibi[head % p->heads] * (distance < 0 ? -distance : distance);
 }
+
+// Distances from which on the polynomial engine takes keys through its state, when causal; nearer pairs are done exactly.
+static inline uint32_t ra_state_from(const ra_problem *p) { return p->decay_count > 0 ? p->decay_from : 1; }
 
 // Entries of what goes by i - j: bias, relative maps.
 static inline size_t ra_diagonals(const ra_problem *p) { return (size_t)p->query_length + p->key_length - 1; }
@@ -72,7 +70,7 @@ uint32_t ra_chunk_start(const ra_problem *p, uint32_t i);
 uint32_t ra_chunk_end(const ra_problem *p, uint32_t i);
 
 // Keys that the polynomial engine takes through its state for the chunk that begins at query i; both ends rise with i. They are
-// keys that all its queries see: those of its segment; when causal, at positions before the chunk; in a window, from that
+// keys that all its queries see: those of its segment; when causal, ra_state_from() or more before the chunk; in a window, from that
 // of the last query to that of the first, a multiple of 32 of them, so that keys leave the state by the batches in which they
 // joined. The chunk's other keys are done exactly.
 ra_range ra_state_keys(const ra_problem *p, uint32_t i);

@@ -28,17 +28,17 @@ enum {
 RA_KERNEL void weigh(const ra_polynomial *e, uint32_t keys, const ra_seen *seen, float *top) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), masked = f32x4_splat(RA_MASKED), one = f32x4_splat(1);
-  f32x4 slope = f32x4_splat(e->state->slope);
-  const int sloped = e->state->slope > 0;
+  const int biased = e->decaying;
   for (uint32_t c = 0; c < CHUNK; c += 4) {
     f32x4 first = f32x4_load(seen->first + c), end = f32x4_load(seen->end + c),
-          reference = f32x4_load(e->reference + c), last = sloped ? f32x4_load(seen->last + c) : masked;
+          reference = f32x4_load(e->reference + c), row = f32x4_load(seen->row + c);
     f32x4 most = masked, key = f32x4_splat(0);
     float *at = e->a + c;
+    const float *bias = seen->bias + CHUNK - 1 + c;
     RA_ROLLED
-    for (uint32_t n = 0; n < keys; n++, at += CHUNK) {
+    for (uint32_t n = 0; n < keys; n++, at += CHUNK, bias--) {
       f32x4 s = f32x4_load(at);
-      if (sloped) s = f32x4_madd(slope, f32x4_sub(key, last), s);
+      if (biased) s = f32x4_add(s, f32x4_add(row, f32x4_load(bias)));
       s = f32x4_where_less(key, end, f32x4_mul(s, to_log2), masked);
       s = f32x4_where_less(key, first, masked, s);
       most = f32x4_max(most, s);
@@ -92,14 +92,19 @@ void ra_add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns,
   }
 }
 
-void ra_add_block_backward(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
-                           const ra_seen *seen, const uint32_t *rows, uint32_t j, float *dk, float *dv) {
+void ra_block_gradients(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
+                        const ra_seen *seen) {
   float top[CHUNK];
   // in the forward pass this was sum += A u, A = exp(x.y)
   score_and_weigh(e, y_rows, keys, seen, top);
   ra_chunk_set_rows(u_rows, e->row, keys, e->h_t, e->columns, e->da);
   for (uint32_t n = 0; n < keys * CHUNK; n += 4)
     f32x4_store(e->da + n, f32x4_mul(f32x4_load(e->da + n), f32x4_load(e->a + n)));
+}
+
+void ra_add_block_backward(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
+                           const ra_seen *seen, const uint32_t *rows, uint32_t j, float *dk, float *dv) {
+  ra_block_gradients(e, y_rows, u_rows, keys, seen);
   ra_chunk_add_columns(y_rows, e->Dp, e->D, e->da, keys, e->dx_t);
   ra_chunk_set_products(e->da, keys, e->x_rows, e->Dp, e->Dp, e->d_rows);
   ra_add_rows(e->d_rows, e->Dp, keys, e->D, dk, e->k_row, rows, j);
@@ -130,7 +135,7 @@ static int next_block(const ra_polynomial *e, size_t kv, ra_range state, uint32_
 
 // All keys of a block, for the queries that are no outliers themselves.
 static ra_seen seen_by_plain(uint32_t keys, uint32_t outliers) {
-  ra_seen seen = {{0}, {0}, {0}};
+  ra_seen seen = {{0}, {0}, {0}, {0}};
   for (uint32_t n = 0; n < CHUNK; n++) seen.end[n] = outliers >> n & 1 ? 0 : (float)keys;
   return seen;
 }
@@ -189,7 +194,7 @@ static gathered gather(const ra_polynomial *e, const ra_arrays *x, size_t kv, ui
 static int load_seen(const ra_polynomial *e, const ra_arrays *x, size_t kv, const gathered *g, uint32_t j,
                      uint32_t keys, ra_seen *seen) {
   int any = 0;
-  *seen = (ra_seen){{0}, {0}, {0}};
+  *seen = (ra_seen){{0}, {0}, {0}, {0}};
   for (uint32_t n = 0; n < g->count; n++) any |= ra_see(seen, n, g->keys[n], j, keys);
   if (any) ra_load_keys(e, x, kv, j, keys, 0);
   return any;

@@ -21,8 +21,13 @@
 // and the Jacobian of phi takes dphi to dx, dy. Nothing of size N x rank is ever stored.
 //
 // ALiBi, causal: exp(-m (i - j)) = exp(-m (i - r)) exp(-m (r - j)), so Z decays by exp(-m (r' - r)) as its origin r goes on,
-// and tokens join it, or read it, with such a weight: phi takes it as its constant. For dm = sum_ij dS_ij (j - i) there is a
-// second state, of keys times j - r. Rows of dS add up to 0, so that any r may stand for i.
+// and tokens join it, or read it, with such a factor. For dm = sum_ij dS_ij (j - i) there is a second state, of keys times j - r.
+// Rows of dS add up to 0, so that any r may stand for i.
+//
+// Any bias b(i - j) whose exponential is, from some distance on, a sum of a few decays, exp(b(t)) ~ sum_e c_e exp(-lambda_e t): as
+// many such states side by side, of the same features. u and h become wider, each once for every rate, times its factor; what
+// the states give adds up. Nearer pairs are done exactly, with the bias itself. Its gradient is sums of their dS, and for the
+// distances beyond them and a chunk correlations (lags.h).
 //
 // Outliers, rows whose scores are too large for p, are left out of the states and of the mean and done exactly (pairs.c).
 //
@@ -47,6 +52,11 @@ enum {
   TURNOVER = 4, // tokens that leave a sum, for each that is in it, before it is made anew
 };
 
+// Query heads that share a state: a group, but with slopes or biases of their own none.
+static uint32_t sharing(const ra_problem *p) {
+  return p->alibi || (p->decay_count > 0 && p->bias_heads > 1) ? 1 : ra_group(p);
+}
+
 ra_polynomial ra_polynomial_arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) {
   ra_polynomial e = {.p = p, .D = p->head_dim, .Dv = p->value_dim};
   size_t rank = ra_rank(p->head_dim, p->degree);
@@ -59,6 +69,10 @@ ra_polynomial ra_polynomial_arrange(const ra_problem *p, uint32_t pass, ra_works
   e.Dvp = (e.Dv + 7) / 8 * 8;
   e.columns = e.Dvp + 1;
   e.row = e.Dvp + 4;
+  e.decaying = p->alibi || p->decay_count > 0;
+  e.decays = p->decay_count > 1 ? p->decay_count : 1;
+  e.z_columns = e.decays * e.columns;
+  e.z_row = e.decays > 1 ? e.decays * e.Dvp + 8 : e.row; // the ones as another eight columns
   e.q_row = ra_row(p, p->heads, e.D);
   e.k_row = ra_row(p, p->kv_heads, e.D);
   e.v_row = ra_row(p, p->kv_heads, e.Dv);
@@ -70,8 +84,8 @@ ra_polynomial ra_polynomial_arrange(const ra_problem *p, uint32_t pass, ra_works
   e.k_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
   e.weights = ra_take_floats(w, rank, 1);
   e.run = ra_take(w, rank, 1, 1);
-  if (pass != RA_STREAM) e.z = ra_take_floats(w, rank, e.row);
-  if (pass == RA_BACKWARD && p->alibi) e.moment = ra_take_floats(w, rank, e.row);
+  if (pass != RA_STREAM) e.z = ra_take_floats(w, rank, e.z_row);
+  if (pass == RA_BACKWARD && p->alibi) e.moment = ra_take_floats(w, rank, e.z_row);
   e.k_mean = ra_take_floats(w, 1, e.Dp);
   e.v_mean = ra_take_floats(w, 1, e.Dvp);
   e.lower = ra_take_floats(w, lower, CHUNK);
@@ -82,6 +96,12 @@ ra_polynomial ra_polynomial_arrange(const ra_problem *p, uint32_t pass, ra_works
   e.y_t = ra_take_floats(w, e.Dp, CHUNK);
   e.u_rows = ra_take_floats(w, CHUNK, e.row);
   e.sum_t = ra_take_floats(w, e.columns, CHUNK);
+  if (e.decaying) {
+    e.factors = ra_take_floats(w, e.decays, CHUNK);
+    e.z_factors = ra_take_floats(w, e.z_row, 1);
+    e.z_rows = ra_take_floats(w, CHUNK, e.z_row);
+    e.z_t = ra_take_floats(w, e.z_columns, CHUNK);
+  }
   e.a = ra_take_floats(w, CHUNK, CHUNK);
   e.reference = ra_take_floats(w, CHUNK, 1);
   e.far_y = ra_take_floats(w, p->outlier_key_count, e.Dp);
@@ -94,6 +114,10 @@ ra_polynomial ra_polynomial_arrange(const ra_problem *p, uint32_t pass, ra_works
     e.dblock = ra_take_floats(w, RA_ROW_BLOCK, CHUNK);
     e.dx_t = ra_take_floats(w, e.Dp, CHUNK);
     e.d_rows = ra_take_floats(w, CHUNK, e.Dp > e.row ? e.Dp : e.row);
+  }
+  if (pass == RA_BACKWARD && p->decay_count > 0) {
+    e.near_lags = ra_take(w, ra_lags_from(p), 1, sizeof(double));
+    if (ra_lags_units(p) > 0) e.lags = ra_lags_arrange(p, sharing(p), w);
   }
   if (w->base) ra_features_init(&e.f, p->head_dim, p->degree, tail);
   return e;
@@ -131,7 +155,7 @@ void ra_chunk_set_products(const float *a, uint32_t rows, const float *b, size_t
   }
 }
 
-// z[r] += w_r sum_i f[r][i] u[i]: a chunk joins the state. The last column, one number a token, is a dot product.
+// z[r] += w_r sum_i f[r][i] u[i]: a chunk joins the state. A column behind the `values`, one number a token, is a dot product.
 RA_KERNEL void add_to_state(const float *weights, const float *f, uint32_t rows, const float *u, size_t u_row,
                             uint32_t values, float *z) {
   f32x4 zero = f32x4_splat(0);
@@ -149,6 +173,7 @@ RA_KERNEL void add_to_state(const float *weights, const float *f, uint32_t rows,
     RA_IN_STEPS(r, rows, STEP);
 #undef STEP
   }
+  if (values == u_row) return;
   float last[CHUNK];
   for (uint32_t i = 0; i < CHUNK; i++) last[i] = u[i * u_row + values];
   RA_ROLLED
@@ -174,28 +199,29 @@ static const float *rows_at(const ra_polynomial *e, const float *x_t, uint32_t r
   return e->block;
 }
 
-void ra_read_state(const ra_polynomial *e, const float *x_t, uint32_t tokens) {
+void ra_read_state(const ra_polynomial *e, const float *x_t, uint32_t tokens, float *sums) {
   for (uint32_t row0 = 0, count; row0 < e->f.rank; row0 += count) {
-    const float *f = rows_at(e, x_t, row0, &count), *z = e->z + (size_t)row0 * e->row;
+    const float *f = rows_at(e, x_t, row0, &count), *z = e->z + (size_t)row0 * e->z_row;
     for (uint32_t i = 0; i < tokens; i += 8)
-      ra_add_columns(z, e->row, e->columns, f + i, CHUNK, count, e->sum_t + i, CHUNK);
+      ra_add_columns(z, e->z_row, e->z_columns, f + i, CHUNK, count, sums + i, CHUNK);
   }
 }
 
 void ra_update_state(const ra_polynomial *e, const float *x_t, const float *rows) {
   for (uint32_t row0 = 0, count; row0 < e->f.rank; row0 += count) {
     const float *f = rows_at(e, x_t, row0, &count);
-    add_to_state(e->weights + row0, f, count, rows, e->row, e->Dvp, e->z + (size_t)row0 * e->row);
+    add_to_state(e->weights + row0, f, count, rows, e->z_row, e->decays > 1 ? e->z_row : e->Dvp,
+                 e->z + (size_t)row0 * e->z_row);
   }
 }
 
-// dx_t += J(x)^T (z h_t): through the features that the state was read with; h_t [columns][32]
+// dx_t += J(x)^T (z h_t): through the features that the state was read with; h_t [z_columns][32]
 RA_KERNEL void read_state_backward(const ra_polynomial *e, const float *x_t, const float *h_t) {
   const ra_features *f = &e->f;
-  ra_chunk_set_rows(e->z, e->row, f->lower, h_t, e->columns, e->dlower);
+  ra_chunk_set_rows(e->z, e->z_row, f->lower, h_t, e->z_columns, e->dlower);
   for (uint32_t row0 = f->lower, count; row0 < f->rank; row0 += count) {
     count = ra_min_u32(RA_ROW_BLOCK, f->rank - row0);
-    ra_chunk_set_rows(e->z + (size_t)row0 * e->row, e->row, count, h_t, e->columns, e->dblock);
+    ra_chunk_set_rows(e->z + (size_t)row0 * e->z_row, e->z_row, count, h_t, e->z_columns, e->dblock);
     ra_features_block_backward(f, x_t, e->lower, row0, count, e->dblock, e->dlower, e->dx_t);
   }
   ra_features_lower_backward(f, x_t, e->lower, e->dlower, e->dx_t);
@@ -212,23 +238,12 @@ void ra_live_tokens(uint32_t count, uint32_t outliers, float *live) {
   for (uint32_t i = 0; i < CHUNK; i++) live[i] = i < count && !(outliers >> i & 1) ? 1.0f : 0.0f;
 }
 
-// exp(-m distance)
-static float decay(const ra_polynomial *e, double distance) {
-  return e->state->slope > 0 ? (float)exp(-e->state->slope * distance) : 1.0f;
-}
-
-// Of a query, when causal: from the origin to the last key that it sees.
-static double from_origin(const ra_polynomial *e, uint32_t i) {
-  return (double)ra_key_limit(e->p, i) - 1 - e->state->origin;
-}
-
 void ra_load_queries(const ra_polynomial *e, const float *q, uint32_t i, uint32_t count, int features) {
   float live[CHUNK];
   ra_rotary_rows(&e->state->q_rotary, q + i * e->q_row, e->q_row, e->x_rows, e->Dp, count, i, RA_ROTATE, e->p->scale);
   ra_turn(e, e->x_rows, count, e->x_t);
   if (!features) return;
   ra_live_tokens(count, 0, live);
-  for (uint32_t n = 0; e->state->slope > 0 && n < count; n++) live[n] = decay(e, from_origin(e, i + n));
   ra_features_lower(&e->f, e->x_t, live, e->lower);
 }
 
@@ -252,36 +267,142 @@ void ra_load_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_
     if (outliers >> n & 1) ra_fill(e->y_rows + n * e->Dp, e->Dp, 0);
   ra_turn(e, e->y_rows, count, e->y_t);
   ra_live_tokens(count, outliers, live);
-  for (uint32_t n = 0; n < count; n++) live[n] *= decay(e, (double)e->state->origin - j - n);
   ra_features_lower(&e->f, e->y_t, live, e->lower);
 }
 
+// --- Decays -------------------------------------------------------------------------------------------------------
+
+static void take_decays(const ra_polynomial *e, size_t head) {
+  const ra_problem *p = e->p;
+  ra_decays *d = &e->state->decays;
+  size_t own = p->bias_heads > 1 ? head % p->heads : 0;
+  *d = (ra_decays){.weight = {1}};
+  if (p->alibi) d->rate[0] = p->alibi[head % p->heads];
+  if (p->decay_count > 0) d->from = p->decay_from, d->top = p->decay_tops[own];
+  for (uint32_t n = 0; n < p->decay_count; n++) {
+    d->rate[n] = p->decay_rates[own * p->decay_count + n];
+    d->weight[n] = p->decay_weights[own * p->decay_count + n];
+  }
+  d->least = d->rate[0];
+  for (uint32_t n = 0; n < e->decays; n++) {
+    d->least = fmin(d->least, d->rate[n]), d->most = fmax(d->most, d->rate[n]);
+    for (uint32_t t = 0; t < RA_DECAY_STEPS; t++) d->steps[n][t] = (float)exp(-d->rate[n] * t);
+  }
+}
+
+// exp(-rate distance), a whole distance
+static float decay(const ra_decays *d, uint32_t n, double distance) {
+  return distance >= 0 && distance < RA_DECAY_STEPS ? d->steps[n][(uint32_t)distance]
+                                                    : (float)exp(-d->rate[n] * distance);
+}
+
+// Positions by which all keys of query i are farther than `from`; what that takes off all its scores, by the smallest rate, is in
+// no weight, so that these do not vanish.
+static double excess(const ra_polynomial *e, uint32_t i) {
+  int64_t distance = (int64_t)i + e->p->query_offset - ((int64_t)ra_key_limit(e->p, i) - 1) - e->state->decays.from;
+  return e->decaying && distance > 0 ? (double)distance : 0;
+}
+
+static double beyond(const ra_polynomial *e, uint32_t i) { return e->state->decays.least * excess(e, i); }
+
+// factors of keys j .. j + count - 1, of queries i .. i + count - 1; 0 of the rest of a chunk
+static void set_key_factors(const ra_polynomial *e, uint32_t j, uint32_t count) {
+  const ra_decays *d = &e->state->decays;
+  for (uint32_t s = 0; e->decaying && s < e->decays; s++)
+    for (uint32_t n = 0; n < CHUNK; n++)
+      e->factors[s * CHUNK + n] = n < count ? decay(d, s, (double)e->state->origin - j - n) : 0;
+}
+
+static void set_query_factors(const ra_polynomial *e, uint32_t i, uint32_t count) {
+  const ra_decays *d = &e->state->decays;
+  for (uint32_t n = 0; e->decaying && n < CHUNK; n++) {
+    double past = n < count ? excess(e, i + n) : 0;
+    double distance = (double)i + n + e->p->query_offset - e->state->origin - d->from - past;
+    for (uint32_t s = 0; s < e->decays; s++) {
+      float farther = past > 0 ? (float)exp((d->least - d->rate[s]) * past) : 1;
+      e->factors[s * CHUNK + n] = n < count ? (float)d->weight[s] * decay(d, s, distance) * farther : 0;
+    }
+  }
+}
+
+// rows [32][row] as the state takes them: once for each rate, times factors.
+RA_KERNEL const float *widen(const ra_polynomial *e, const float *rows) {
+  if (!e->decaying) return rows;
+  for (uint32_t n = 0; n < CHUNK; n++) {
+    float *z = e->z_rows + n * e->z_row, *ones = z + e->decays * e->Dvp;
+    ra_fill(ones, e->z_row - e->decays * e->Dvp, 0);
+    for (uint32_t s = 0; s < e->decays; s++) {
+      f32x4 factor = f32x4_load_splat(e->factors + s * CHUNK + n);
+      for (uint32_t d = 0; d < e->Dvp; d += 4)
+        f32x4_store(z + s * e->Dvp + d, f32x4_mul(factor, f32x4_load(rows + n * e->row + d)));
+      ones[s] = e->factors[s * CHUNK + n] * rows[n * e->row + e->Dvp];
+    }
+  }
+  return e->z_rows;
+}
+
+// Their columns, of h_rows or u_rows, for the way back through the state; rows_t [columns][32] has those of the rows.
+static const float *widen_columns(const ra_polynomial *e, const float *rows, const float *rows_t) {
+  if (!e->decaying) return rows_t;
+  ra_transpose(widen(e, rows), e->z_row, CHUNK, e->z_columns, e->z_t, CHUNK);
+  return e->z_t;
+}
+
+// sum_t += what the states give, times factors
+RA_KERNEL void read_states(const ra_polynomial *e, const float *x_t, uint32_t tokens) {
+  ra_fill(e->z_t, (size_t)e->z_columns * CHUNK, 0);
+  ra_read_state(e, x_t, tokens, e->z_t);
+  for (uint32_t s = 0; s < e->decays; s++)
+    for (uint32_t c = 0; c < e->columns; c++) {
+      const float *from = e->z_t + (size_t)(c < e->Dvp ? s * e->Dvp + c : e->decays * e->Dvp + s) * CHUNK;
+      for (uint32_t i = 0; i < CHUNK; i += 4) {
+        float *sum = e->sum_t + c * CHUNK + i;
+        f32x4 factor = f32x4_load(e->factors + s * CHUNK + i);
+        f32x4_store(sum, f32x4_madd(factor, f32x4_load(from + i), f32x4_load(sum)));
+      }
+    }
+}
+
+static void read_decayed(const ra_polynomial *e, const float *x_t, uint32_t tokens) {
+  if (e->decaying) read_states(e, x_t, tokens);
+  else ra_read_state(e, x_t, tokens, e->sum_t);
+}
+
 static void clear_state(const ra_polynomial *e) {
-  ra_fill(e->z, (size_t)e->f.rank * e->row, 0);
-  if (e->moment) ra_fill(e->moment, (size_t)e->f.rank * e->row, 0);
+  ra_fill(e->z, (size_t)e->f.rank * e->z_row, 0);
+  if (e->moment) ra_fill(e->moment, (size_t)e->f.rank * e->z_row, 0);
   e->state->gone = 0;
 }
 
 // The origin of the state goes to another key: away from those in Z, or towards those that Y is for. `moment` may be NULL.
 RA_KERNEL void move_origin(const ra_polynomial *e, uint32_t origin, float *moment) {
   double step = (double)origin - e->state->origin;
-  f32x4 factor = f32x4_splat(decay(e, fabs(step))), steps = f32x4_splat((float)-step);
+  f32x4 steps = f32x4_splat((float)-step);
   e->state->origin = origin;
-  if (step == 0 || (e->state->slope == 0 && !moment)) return;
-  for (size_t n = 0; n < (size_t)e->f.rank * e->row; n += 4) {
-    f32x4 z = f32x4_mul(f32x4_load(e->z + n), factor);
-    f32x4_store(e->z + n, z);
-    if (moment) f32x4_store(moment + n, f32x4_madd(steps, z, f32x4_mul(f32x4_load(moment + n), factor)));
+  if (step == 0 || !e->decaying || (e->state->decays.most == 0 && !moment)) return;
+  ra_fill(e->z_factors, e->z_row, 0);
+  for (uint32_t s = 0; s < e->decays; s++) {
+    float factor = decay(&e->state->decays, s, fabs(step));
+    ra_fill(e->z_factors + s * e->Dvp, e->Dvp, factor);
+    e->z_factors[e->decays * e->Dvp + s] = factor;
   }
+  for (size_t r = 0; r < e->f.rank; r++)
+    for (uint32_t c = 0; c < e->z_row; c += 4) {
+      size_t n = r * e->z_row + c;
+      f32x4 factor = f32x4_load(e->z_factors + c), z = f32x4_mul(f32x4_load(e->z + n), factor);
+      f32x4_store(e->z + n, z);
+      if (moment) f32x4_store(moment + n, f32x4_madd(steps, z, f32x4_mul(f32x4_load(moment + n), factor)));
+    }
 }
 
-// The keys j .. j + count - 1 in u_rows, whose features are there, times j - r.
+// The keys j .. j + count - 1 in z_rows, whose features are there, times j - r.
 static void add_moment(const ra_polynomial *e, uint32_t j, uint32_t count) {
   ra_polynomial of_moment = *e;
   of_moment.z = e->moment;
   for (uint32_t n = 0; n < count; n++)
-    for (uint32_t d = 0; d < e->columns; d++) e->u_rows[n * e->row + d] *= (float)((double)j + n - e->state->origin);
-  ra_update_state(&of_moment, e->y_t, e->u_rows);
+    for (uint32_t d = 0; d < e->z_columns; d++)
+      e->z_rows[n * e->z_row + d] *= (float)((double)j + n - e->state->origin);
+  ra_update_state(&of_moment, e->y_t, e->z_rows);
 }
 
 // Tokens leave a sum by subtraction, which leaves the rounding of what it held. So it is made anew once TURNOVER times as many
@@ -300,7 +421,8 @@ RA_KERNEL void add_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, r
     count = ra_min_u32(CHUNK, keys.end - j);
     ra_load_keys(e, x, kv, j, count, 1);
     if (leave) negate(e->u_rows, (size_t)CHUNK * e->row);
-    ra_update_state(e, e->y_t, e->u_rows);
+    set_key_factors(e, j, count);
+    ra_update_state(e, e->y_t, widen(e, e->u_rows));
     if (e->moment) add_moment(e, j, count);
   }
 }
@@ -324,14 +446,33 @@ static void move_state(const ra_polynomial *e, const ra_arrays *x, size_t kv, ra
   s->edge = keys.end;
 }
 
-// Which of the keys j .. j + keys - 1 the queries i .. i + count - 1 may see; `outliers`, done elsewhere, none.
-static ra_seen seen_keys(const ra_problem *p, uint32_t i, uint32_t count, uint32_t outliers, uint32_t j,
+// Entry n of what goes by i - j of the bias, less what the decays have it divided by, or ALiBi; 0 past the ends.
+static double bias_at(const ra_polynomial *e, size_t head, int64_t n) {
+  const ra_problem *p = e->p;
+  if (n < 0 || n >= (int64_t)ra_diagonals(p)) return 0;
+  if (p->alibi) return -ra_alibi(p, head, (size_t)n);
+  size_t own = p->bias_heads > 1 ? head % p->heads * ra_diagonals(p) : 0;
+  return p->bias[own + (size_t)n] - e->state->decays.top;
+}
+
+// What is added to the scores of a block of keys from j on, for the queries i .. i + count - 1.
+static void add_biases(const ra_polynomial *e, size_t head, uint32_t i, uint32_t count, uint32_t j, ra_seen *seen) {
+  double first = beyond(e, i);
+  int64_t entry = (int64_t)i - j + (int64_t)e->p->key_length - CHUNK;
+  for (uint32_t n = 0; n < 2 * CHUNK; n++) seen->bias[n] = (float)(bias_at(e, head, entry + n) + first);
+  for (uint32_t n = 0; n < CHUNK; n++) seen->row[n] = n < count ? (float)(beyond(e, i + n) - first) : 0;
+}
+
+// Which of the keys j .. j + keys - 1 the queries i .. i + count - 1 of a head may see; `outliers`, done elsewhere, none.
+static ra_seen seen_keys(const ra_polynomial *e, size_t head, uint32_t i, uint32_t count, uint32_t outliers, uint32_t j,
                          uint32_t keys) {
   ra_seen seen;
   for (uint32_t n = 0; n < CHUNK; n++) {
     int sees = n < count && !(outliers >> n & 1);
-    ra_see(&seen, n, sees ? ra_keys_of(p, i + n) : (ra_range){0, 0}, j, keys);
+    ra_see(&seen, n, sees ? ra_keys_of(e->p, i + n) : (ra_range){0, 0}, j, keys);
   }
+  if (e->decaying) add_biases(e, head, i, count, j, &seen);
+  else ra_fill(seen.row, CHUNK, 0);
   return seen;
 }
 
@@ -396,12 +537,6 @@ void ra_take_weights(const ra_polynomial *e, uint32_t kv) {
   ra_features_weights(&e->f, e->p->coefficients + (size_t)kv * (e->f.degree + 1), e->weights, e->run);
 }
 
-// What ALiBi takes off the score of the last key of a query, which is in no weight.
-static float beyond(const ra_polynomial *e, uint32_t i) {
-  int64_t last = (int64_t)ra_key_limit(e->p, i) - 1;
-  return e->state->slope > 0 ? (float)(e->state->slope * (double)((int64_t)i + e->p->query_offset - last)) : 0;
-}
-
 // --- Forward ------------------------------------------------------------------------------------------------------
 
 uint32_t ra_normalise(const ra_polynomial *e, uint32_t count, float *lse) {
@@ -430,7 +565,7 @@ uint32_t ra_normalise(const ra_polynomial *e, uint32_t count, float *lse) {
 void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_t seeing, float *out, float *lse) {
   float own[CHUNK];
   if (ra_normalise(e, count, own) & seeing) e->state->not_positive = 1;
-  for (uint32_t n = 0; n < count; n++) own[n] -= beyond(e, i + n);
+  for (uint32_t n = 0; n < count && e->decaying; n++) own[n] += (float)(e->state->decays.top - beyond(e, i + n));
   memcpy(lse + i, own, count * sizeof *own);
   ra_transpose(e->sum_t, CHUNK, e->Dv, count, out + i * e->out_row, e->out_row);
 }
@@ -468,12 +603,15 @@ RA_KERNEL void forward_chunk(const ra_polynomial *e, const ra_arrays *x, size_t 
   ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
   ra_load_queries(e, x->q + at.q, i, count, reads);
   ra_begin_references(e, !reads);
-  if (reads) ra_read_state(e, e->x_t, count);
+  if (reads) {
+    set_query_factors(e, i, count);
+    read_decayed(e, e->x_t, count);
+  }
   ra_add_outlier_keys(e, kv, state, outliers);
   for (int side = 0; side < 2; side++)
     for (uint32_t j = beside.side[side].first, keys; j < beside.side[side].end; j += keys) {
       keys = ra_min_u32(CHUNK, beside.side[side].end - j);
-      ra_seen seen = seen_keys(p, i, count, outliers, j, keys);
+      ra_seen seen = seen_keys(e, head, i, count, outliers, j, keys);
       ra_load_keys(e, x, kv, j, keys, 0);
       ra_add_block(e, e->y_rows, e->u_rows, keys, &seen);
     }
@@ -512,11 +650,12 @@ RA_KERNEL void load_queries_backward(const ra_polynomial *e, const ra_arrays *x,
   float live[CHUNK], lse[CHUNK];
   ra_heads at = ra_heads_of(e, head);
   ra_load_queries(e, x->q + at.q, i, count, 0);
-  for (uint32_t n = 0; n < count; n++) lse[n] = x->lse[at.lse + i + n] + beyond(e, i + n);
+  for (uint32_t n = 0; n < count; n++)
+    lse[n] = x->lse[at.lse + i + n] + (e->decaying ? (float)(beyond(e, i + n) - e->state->decays.top) : 0);
   ra_load_gradients(e, x->out + at.out + i * e->out_row, x->dout + at.out + i * e->out_row, e->out_row, lse, count,
                     outlier_queries(e->p, head, i, count), live);
   if (!features) return;
-  for (uint32_t n = 0; e->state->slope > 0 && n < count; n++) live[n] *= decay(e, from_origin(e, i + n));
+  set_query_factors(e, i, count);
   ra_features_lower(&e->f, e->x_t, live, e->lower);
 }
 
@@ -537,12 +676,12 @@ static float inner(const float *x, const float *y, size_t count) {
   return f32x4_sum(sum);
 }
 
-// sum_ij dS_ij (j - r) over the keys of Z and the queries of a chunk: phi(x_i).(moment h_i).
-RA_KERNEL double read_moment(const ra_polynomial *e) {
+// sum_ij dS_ij (j - r) over the keys of Z and the queries of a chunk: phi(x_i).(moment h_i); h_t [z_columns][32]
+RA_KERNEL double read_moment(const ra_polynomial *e, const float *h_t) {
   double sum = 0;
   for (uint32_t row0 = 0, count; row0 < e->f.rank; row0 += count) {
     const float *f = rows_at(e, e->x_t, row0, &count);
-    ra_chunk_set_rows(e->moment + (size_t)row0 * e->row, e->row, count, e->h_t, e->columns, e->dblock);
+    ra_chunk_set_rows(e->moment + (size_t)row0 * e->z_row, e->z_row, count, h_t, e->z_columns, e->dblock);
     sum += inner(f, e->dblock, (size_t)count * CHUNK);
   }
   return sum;
@@ -559,6 +698,25 @@ static double edge_moment(const ra_polynomial *e, uint32_t j, uint32_t count, ui
   return sum;
 }
 
+// dS of the pairs of a block joins the gradient of the bias at near distances.
+static void add_near_lags(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_t j, uint32_t keys) {
+  for (uint32_t k = 0; k < keys; k++)
+    for (uint32_t n = 0; n < count; n++) {
+      int64_t t = (int64_t)i + n + e->p->query_offset - j - k;
+      if (t >= 0 && t < ra_lags_from(e->p)) e->near_lags[t] += e->da[k * CHUNK + n];
+    }
+}
+
+// The same of the last keys of a state, beyond which pairs are farther apart.
+RA_KERNEL void add_last_keys(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count,
+                             ra_range state) {
+  uint32_t keys = ra_min_u32(CHUNK, state.end - state.first), j = state.end - keys;
+  ra_seen seen = seen_keys(e, head, i, count, 0, j, keys);
+  ra_load_keys(e, x, head / ra_group(e->p), j, keys, 0);
+  ra_block_gradients(e, e->y_rows, e->u_rows, keys, &seen);
+  add_near_lags(e, i, count, j, keys);
+}
+
 // The sweep forwards, one chunk of one query head: dq, and what pairs that are done exactly give to dk and dv.
 RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
   const ra_problem *p = e->p;
@@ -572,17 +730,22 @@ RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size
   ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
 
   // in the forward pass this was sum = phi(x) Z
-  if (reads && e->moment) e->state->dslope += read_moment(e);
-  if (reads) read_state_backward(e, e->x_t, e->h_t);
+  if (reads) {
+    const float *h_t = widen_columns(e, e->h_rows, e->h_t);
+    if (e->moment) e->state->dslope += read_moment(e, h_t);
+    read_state_backward(e, e->x_t, h_t);
+  }
   ra_add_outlier_keys_backward(e, x, kv, state, outliers);
   for (int side = 0; side < 2; side++)
     for (uint32_t j = beside.side[side].first, keys; j < beside.side[side].end; j += keys) {
       keys = ra_min_u32(CHUNK, beside.side[side].end - j);
-      ra_seen seen = seen_keys(p, i, count, outliers, j, keys);
+      ra_seen seen = seen_keys(e, head, i, count, outliers, j, keys);
       ra_load_keys(e, x, kv, j, keys, 0);
       ra_add_block_backward(e, e->y_rows, e->u_rows, keys, &seen, NULL, j, x->dk + at.k, x->dv + at.v);
       if (e->moment) e->state->dslope += edge_moment(e, j, keys, reads ? e->state->origin : beside.side[0].first);
+      if (e->near_lags) add_near_lags(e, i, count, j, keys);
     }
+  if (e->near_lags && reads) add_last_keys(e, x, head, i, count, state);
   // in the forward pass this was x = scale R q
   ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);
   ra_rotary_rows(&e->state->q_rotary, e->d_rows, e->Dp, x->dq + at.q + i * e->q_row, e->q_row, count, i,
@@ -594,11 +757,8 @@ RA_KERNEL void add_queries(const ra_polynomial *e, const ra_arrays *x, size_t he
                            int leave) {
   load_queries_backward(e, x, head, i, count, 1);
   if (leave) negate(e->h_rows, (size_t)CHUNK * e->row);
-  ra_update_state(e, e->x_t, e->h_rows);
+  ra_update_state(e, e->x_t, widen(e, e->h_rows));
 }
-
-// Query heads that share a state: a group, but with slopes of their own none.
-static uint32_t sharing(const ra_problem *p) { return p->alibi ? 1 : ra_group(p); }
 
 // The same for all chunks of these queries that see keys through a state, and all heads of the group.
 static void add_group(const ra_polynomial *e, const ra_arrays *x, size_t state, ra_range queries, int leave) {
@@ -647,11 +807,12 @@ RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t st
     ra_load_keys(e, x, kv, j, count, 1);
     ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
     ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
-    ra_read_state(e, e->y_t, count);
+    set_key_factors(e, j, count);
+    read_decayed(e, e->y_t, count);
     ra_transpose(e->sum_t, CHUNK, e->Dvp, CHUNK, e->d_rows, e->Dvp);
     ra_add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + at.v, e->v_row, NULL, j);
     ra_transpose(e->u_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
-    read_state_backward(e, e->y_t, e->h_t);
+    read_state_backward(e, e->y_t, widen_columns(e, e->u_rows, e->h_t));
     ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);
     ra_add_rows(e->d_rows, e->Dp, count, e->D, x->dk + at.k, e->k_row, NULL, j);
     e->state->edge = j;
@@ -686,11 +847,61 @@ static void prepare_state(const ra_polynomial *e, const ra_arrays *x, uint32_t p
   take_means(e, kv, x->k + at.k, x->v + at.v);
   ra_load_outlier_keys(e, x, kv);
   e->state->first = e->state->edge = 0;
-  e->state->slope = p->alibi ? p->alibi[head % p->heads] : 0;
+  take_decays(e, head);
   e->state->dslope = 0;
+  for (uint32_t t = 0; e->near_lags && t < ra_lags_from(p); t++) e->near_lags[t] = 0;
   for (uint32_t j = 0; pass == RA_BACKWARD && head % ra_group(p) == 0 && j < p->key_length; j++) {
     ra_fill(x->dk + at.k + j * e->k_row, e->D, 0);
     ra_fill(x->dv + at.v + j * e->v_row, e->Dv, 0);
+  }
+}
+
+// --- The gradient of the bias -------------------------------------------------------------------------------------------
+
+RA_KERNEL void load_lags(const ra_polynomial *e, const ra_arrays *x, uint32_t head) {
+  const ra_problem *p = e->p;
+  uint32_t kv = head / ra_group(p);
+  float live[CHUNK], lse[CHUNK];
+  ra_lags_begin(&e->lags);
+  for (uint32_t j = 0, count; j < p->key_length; j += count) {
+    count = ra_min_u32(CHUNK, p->key_length - j);
+    ra_load_keys(e, x, kv, j, count, 0);
+    ra_turn(e, e->y_rows, count, e->y_t);
+    ra_transpose(e->u_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
+    ra_live_tokens(count, 0, live);
+    ra_lags_load(&e->lags, &e->lags.keys, j, e->y_t, e->h_t, e->h_t + e->Dvp * CHUNK, live);
+  }
+  for (uint32_t h = 0; h < sharing(p); h++) {
+    ra_heads at = ra_heads_of(e, head + h);
+    ra_lag_side queries = ra_lags_queries(&e->lags, h);
+    for (uint32_t i = 0, count; i < p->query_length; i += count) {
+      count = ra_min_u32(CHUNK, p->query_length - i);
+      ra_load_queries(e, x->q + at.q, i, count, 0);
+      for (uint32_t n = 0; n < count; n++) lse[n] = x->lse[at.lse + i + n] - (float)e->state->decays.top;
+      ra_load_gradients(e, x->out + at.out + i * e->out_row, x->dout + at.out + i * e->out_row, e->out_row, lse, count,
+                        0, live);
+      ra_lags_load(&e->lags, &queries, i, e->x_t, e->h_t, e->h_t + e->Dvp * CHUNK, live);
+    }
+  }
+}
+
+// `unit` of those of a state: loads, correlates, gives what came of it.
+static void run_lags(const ra_polynomial *e, const ra_arrays *x, uint32_t head, uint32_t unit) {
+  const ra_problem *p = e->p;
+  size_t own = p->bias_heads > 1 ? head % p->heads * ra_diagonals(p) : 0;
+  uint32_t units = ra_lags_units(p);
+  if (!x->dbias) return;
+  if (unit == 0) load_lags(e, x, head);
+  else if (unit <= units) ra_lags_correlate(&e->lags, head / ra_group(p), unit - 1);
+  else ra_lags_finish(&e->lags, p->bias + own, e->state->decays.top, x->dbias + own);
+}
+
+static void finish_near_lags(const ra_polynomial *e, const ra_arrays *x, uint32_t head) {
+  const ra_problem *p = e->p;
+  size_t own = p->bias_heads > 1 ? head % p->heads * ra_diagonals(p) : 0;
+  for (int64_t t = 0; x->dbias && t < ra_lags_from(p); t++) {
+    int64_t n = t - p->query_offset + p->key_length - 1;
+    if (n >= 0 && n < (int64_t)ra_diagonals(p)) x->dbias[own + (size_t)n] += (float)e->near_lags[t];
   }
 }
 
@@ -699,6 +910,7 @@ static void finish_state(const ra_polynomial *e, const ra_arrays *x, uint32_t he
   const ra_problem *p = e->p;
   uint32_t kv = head / ra_group(p);
   if ((head + sharing(p)) % ra_group(p) == 0) finish_keys(e, kv, x->dk + ra_heads_of(e, head).k);
+  if (e->near_lags) finish_near_lags(e, x, head);
   if (!p->alibi || !x->dalibi) return;
   float *sum = x->dalibi + head % p->heads;
   *sum = (head < p->heads ? 0 : *sum) + (float)e->state->dslope;
@@ -709,17 +921,18 @@ static void finish_state(const ra_polynomial *e, const ra_arrays *x, uint32_t he
 // Per state: a key/value head, or a query head where heads have slopes of their own. Forward: blocks of 256 keys of the first
 // chunk's state (all keys when there is no mask), then blocks of 256 queries of all heads of the group, each bringing its own. Backward: the same, then the query blocks again from the last
 // to the first, then the key blocks from the last to the first. At the end of both passes chunks of 32 outlier queries, whose rows
-// of the blocks before mean nothing.
+// of the blocks before mean nothing. Or those of the gradient of a bias.
 
 typedef struct plan {
-  uint32_t key_blocks, query_blocks, outliers, per_head; // outliers: where they begin
+  uint32_t key_blocks, query_blocks, outliers, lags, per_head; // outliers, lags: where they begin
 } plan;
 
 static plan plan_units(const ra_problem *p, uint32_t pass) {
   ra_range keys = ra_state_keys(p, 0);
   plan n = {.key_blocks = ra_ceil_div(keys.end - keys.first, UNIT), .query_blocks = ra_ceil_div(p->query_length, UNIT)};
   n.outliers = (n.key_blocks + n.query_blocks) * (pass == RA_FORWARD ? 1 : 2);
-  n.per_head = n.outliers + ra_ceil_div(p->outlier_query_count, CHUNK);
+  n.per_head = n.lags = n.outliers + ra_ceil_div(p->outlier_query_count, CHUNK);
+  if (pass == RA_BACKWARD && ra_lags_units(p) > 0) n.per_head += ra_lags_units(p) + 2;
   return n;
 }
 
@@ -766,6 +979,7 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
     e.state->not_positive = 0;
     ra_rotary_init(&e.state->q_rotary, p, 1, NULL, e.q_space);
     ra_rotary_init(&e.state->k_rotary, p, 0, &e.state->q_rotary, e.k_space);
+    if (e.near_lags && x->dbias) ra_fill(x->dbias, p->bias_heads * ra_diagonals(p), 0);
   }
   for (uint32_t unit = first; unit < last; unit++) {
     uint32_t state = unit / n.per_head, at = unit % n.per_head, head = state * sharing(p), kv = head / ra_group(p);
@@ -781,6 +995,7 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
     else if (at < n.outliers && at < blocks + n.query_blocks)
       sweep_back(&e, x, state, blocks + n.query_blocks - 1 - at);
     else if (at < n.outliers) retire_keys(&e, x, state, keys.first + (n.outliers - 1 - at) * UNIT);
+    else if (at >= n.lags) run_lags(&e, x, head, at - n.lags);
     else if (pass == RA_FORWARD) ra_outlier_queries_forward(&e, x, kv, at - n.outliers);
     else ra_outlier_queries_backward(&e, x, kv, at - n.outliers);
     if (pass == RA_BACKWARD && at == n.per_head - 1) finish_state(&e, x, head);

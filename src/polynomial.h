@@ -10,8 +10,19 @@
 #include <string.h>
 
 #include "engines.h"
+#include "lags.h"
 #include "monomials.h"
 #include "rotary.h"
+
+enum { RA_DECAY_STEPS = RA_CHUNK + 1 };
+
+// What bias or ALiBi makes of weights at a distance t, E(t) = sum_e weight_e exp(-rate_e (t - from)).
+typedef struct ra_decays {
+  uint32_t from;
+  double rate[RA_MAX_DECAYS], weight[RA_MAX_DECAYS], least, most; // least, most: of the rates
+  double top;                                                     // E is exp(bias - top)
+  float steps[RA_MAX_DECAYS][RA_DECAY_STEPS];                     // exp(-rate_e n)
+} ra_decays;
 
 // What stays between calls.
 typedef struct ra_polynomial_state {
@@ -20,10 +31,10 @@ typedef struct ra_polynomial_state {
   ra_range queries;      // those in Y (backward sweep)
   uint32_t gone;         // tokens that have left Z, or Y, since it was made
   uint32_t not_positive; // rows whose denominator was not positive and finite
-  float slope;           // ALiBi's m of the head, or 0
   uint32_t
-      origin; // key r from which weights in Z and Y decay: a key's by exp(-m (r - j)), a query's by exp(-m (its last key - r))
+      origin; // key r from which tokens in Z and Y decay: a key's by exp(-rate (r - j)), a query's likewise from its position
   double dslope;
+  ra_decays decays;
 } ra_polynomial_state;
 
 typedef struct ra_polynomial {
@@ -32,19 +43,27 @@ typedef struct ra_polynomial {
   ra_features f;
   size_t rank;
   uint32_t D, Dv, Dp, Dvp; // Dp, Dvp: padded to 8
-  uint32_t columns, row;   // columns of u, h and the state: Dvp values, then one; length of their rows, a multiple of 4
+  uint32_t columns, row;   // columns of u and h: Dvp values, then one; length of their rows, a multiple of 4
+  int decaying;            // weights depend on distance:
+  uint32_t decays;         // states side by side, one for each rate, else one
+  uint32_t z_columns,
+      z_row; // columns of the state: Dvp values for each, then a one for each; length of its rows, a multiple of 4
   size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays; dq, dk, dv, dout alike
   char *q_space, *k_space;
   float *weights;         // [rank] w_r
   uint8_t *run;           // [rank]
-  float *z;               // [rank][row] Z, later Y
-  float *moment;          // [rank][row] Z with each key times j - r: with slopes, backward; else NULL
+  float *z;               // [rank][z_row] Z, later Y
+  float *moment;          // [rank][z_row] Z with each key times j - r: with slopes, backward; else NULL
   float *k_mean, *v_mean; // [Dp], [Dvp]
   float *lower, *block;   // features [lower][32], [48][32]
   float *x_rows, *y_rows; // [32][Dp] the chunk's queries, keys
   float *x_t, *y_t;       // [D][32]
   float *u_rows;          // [32][row]
   float *sum_t;           // [columns][32] numerators and denominators, du
+  float *factors;         // [decays][32] of the tokens of a chunk
+  float *z_factors;       // [z_row] of the state, when its origin moves
+  float *z_rows;          // [32][z_row] u_rows or h_rows, once for each rate, times factors
+  float *z_t;             // [z_columns][32] their transpose, or sums of the states before factors
   float *a;               // [32 keys][32] weights of keys that are done exactly
   float *reference;       // [32] powers of two that a query's sums, and such weights, are divided by
   float *far_y, *far_u;   // [outlier keys][Dp], [outlier keys][row] of the head
@@ -54,6 +73,8 @@ typedef struct ra_polynomial {
   float *dlower, *dblock; // [lower][32], [48][32]
   float *dx_t;            // [Dp][32]
   float *d_rows;          // [32][max(Dp, Dvp)]
+  double *near_lags;      // [ra_lags_from] with decays: gradient of the bias at those distances
+  ra_lags lags;           // likewise: of those beyond
 } ra_polynomial;
 
 enum { RA_STREAM = RA_BACKWARD + 1 }; // a pass whose sums are not in the workspace
@@ -104,10 +125,10 @@ void ra_load_queries(const ra_polynomial *e, const float *q, uint32_t i, uint32_
 // Keys j .. j + count - 1 of key/value head kv: y_rows, u_rows and, if `features`, y_t and its stored features, outliers as zeros.
 void ra_load_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t j, uint32_t count, int features);
 
-// sum_t[column][token] += phi(token)^T z, for the first `tokens` of the chunk
-void ra_read_state(const ra_polynomial *e, const float *x_t, uint32_t tokens);
+// sums[column][token] += phi(token)^T z, for the first `tokens` of the chunk; z_columns of them
+void ra_read_state(const ra_polynomial *e, const float *x_t, uint32_t tokens, float *sums);
 
-// z += W phi(tokens) rows
+// z += W phi(tokens) rows [32][z_row]
 void ra_update_state(const ra_polynomial *e, const float *x_t, const float *rows);
 
 // h_rows, h_t, references and live[32] of queries whose rows of out and dout are `row` floats apart: the gradient by A_ij is
@@ -126,10 +147,9 @@ void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_
 //
 // Their scores may be large, so each query has a reference: sum_t, and A = exp(x.y), are meant times 2^reference.
 
-// Of a block of keys each query sees first[i] .. end[i] - 1. With a slope m, key n has m (n - last[i]) added: `last` is where its last
-// key is, counted from the first of the block.
+// Of a block of keys each query sees first[i] .. end[i] - 1. Where weights decay, key n has bias[31 + i - n] + row[i] added.
 typedef struct ra_seen {
-  float first[RA_CHUNK], end[RA_CHUNK], last[RA_CHUNK];
+  float first[RA_CHUNK], end[RA_CHUNK], row[RA_CHUNK], bias[2 * RA_CHUNK];
 } ra_seen;
 
 // What a query with this range sees of the keys j .. j + keys - 1; 0 when that is nothing.
@@ -137,7 +157,6 @@ static inline int ra_see(ra_seen *seen, uint32_t query, ra_range range, uint32_t
   uint32_t first = range.first <= j ? 0 : ra_min_u32(range.first - j, keys);
   uint32_t end = range.end <= j ? 0 : ra_min_u32(range.end - j, keys);
   seen->first[query] = (float)first, seen->end[query] = (float)end;
-  seen->last[query] = (float)((int64_t)range.end - 1 - j);
   return first < end;
 }
 
@@ -147,7 +166,11 @@ void ra_begin_references(const ra_polynomial *e, int empty);
 // sum_t += A u for a block of keys y_rows [keys][Dp], u_rows [keys][row]. Where scores exceed a reference by far it rises first.
 void ra_add_block(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys, const ra_seen *seen);
 
-// Undoes that, after ra_load_gradients: adds to dx_t, and to the rows `rows`, or j on when NULL, of dk and dv.
+// After ra_load_gradients: a, and da, the gradient by scores.
+void ra_block_gradients(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
+                        const ra_seen *seen);
+
+// Undoes ra_add_block, after ra_load_gradients: adds to dx_t, and to the rows `rows`, or j on when NULL, of dk and dv.
 void ra_add_block_backward(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
                            const ra_seen *seen, const uint32_t *rows, uint32_t j, float *dk, float *dv);
 

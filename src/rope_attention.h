@@ -5,7 +5,7 @@
 //   exact       O(N^2 D) time, O(N D) memory: tiled online softmax;
 //   polynomial  O(N rank Dv) time, O(N D + rank Dv) memory: exp replaced by a polynomial of low degree, so that the
 //               matrix of scores becomes an inner product of monomial features; a few outliers, rows with large scores,
-//               are done exactly;
+//               are done exactly; a smooth bias is a few states that decay;
 //   toeplitz    O(N terms Dv log N) time, O(N (D + Dv)) memory: the same polynomial, and what depends on i - j alone (any bias,
 //               mask, map) in Toeplitz matrices, which are applied by fast Fourier transforms.
 //
@@ -87,6 +87,8 @@ enum {
 #define RA_MAX_HEAD_DIM 1024u
 #define RA_MAX_DEGREE 8u
 #define RA_MAX_SUPPORT (RA_MAX_HEAD_DIM * RA_MAX_HEAD_DIM)
+#define RA_MAX_DECAYS 8u
+#define RA_MAX_NEAR 1024u
 
 typedef struct ra_problem {
   uint32_t batch, heads, kv_heads;   // >= 1; heads is a multiple of kv_heads
@@ -120,7 +122,8 @@ typedef struct ra_problem {
                             // not toeplitz
   uint32_t segment_count;
 
-  // What is done to scores. All engines, but polynomial only alibi, and that only when causal; toeplitz only bias.
+  // What is done to scores. All engines, but polynomial only one of alibi and bias, and that only when causal, bias with decays;
+  // toeplitz only bias.
   const float *alibi;                     // [H] slopes m from 0 to 1e19: adds -m |i + query_offset - j|; or NULL
   float softcap;                          // 0: none
   const float *bias;                      // [bias_heads][Nq + Nk - 1], entry i - j + Nk - 1, or NULL
@@ -150,6 +153,17 @@ typedef struct ra_problem {
   const uint32_t *outlier_queries,
       *outlier_keys; // [B * kv_heads][outlier_query_count], [B * kv_heads][outlier_key_count]
   uint32_t outlier_query_count, outlier_key_count;
+
+  // Polynomial with bias, causal, without outliers, segments and alibi: decays that stand for the far part of bias,
+  //   exp(bias_t - decay_tops) ~ sum_e decay_weights[e] exp(-decay_rates[e] (t - decay_from)),   t = i + query_offset - j >= decay_from.
+  // Nearer pairs are done exactly, with bias itself, which is above -3.4e29 there.
+  const double *decay_rates;        // [bias_heads][decay_count], not negative
+  const float *decay_weights;       // likewise, any sign
+  const float *decay_tops;          // [bias_heads]
+  uint32_t decay_count, decay_from; // 0 (none) .. RA_MAX_DECAYS; 1 .. RA_MAX_NEAR
+  // For the gradient of the far part of bias a polynomial of its own, like coefficients: [B * kv_heads][lag_degree + 1].
+  const float *lag_coefficients;
+  uint32_t lag_degree; // 0 .. 2
 } ra_problem;
 
 // All contiguous, row-major, shapes as in layout 0. A pointer that the pass does not name may be NULL.
@@ -281,6 +295,13 @@ int RA_API(ra_sample_rows)(const ra_problem *p, const ra_arrays *x, uint32_t kv_
 int RA_API(ra_sample_columns)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys,
                               uint32_t count, const float *coefficients, uint32_t degree, float *dk, float *dv,
                               void *workspace);
+
+// The gradient of the bias of a query head (flat, of a key/value head that was prepared) at some entries, of this head alone, with
+// lse and out taken from x->lse and x->out: with exp, and with three polynomials of degree 2, coefficients [3][3]. entries [count],
+// at most RA_SAMPLE_LAGS; sums [count][4]. O(count Nq (D + Dv)).
+enum { RA_SAMPLE_LAGS = 64 };
+int RA_API(ra_sample_lags)(const ra_problem *p, const ra_arrays *x, uint32_t head, const uint32_t *entries,
+                           uint32_t count, const float *coefficients, float *sums, void *workspace);
 
 // --- Dense products ---------------------------------------------------------------------------------------------------
 

@@ -895,3 +895,66 @@ int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   }
   return RA_OK;
 }
+
+// --- Gradients of a bias ----------------------------------------------------------------------------------------------------
+
+// What query i gives to the distances of some entries.
+typedef struct lag_terms {
+  float s[RA_SAMPLE_LAGS], dp[RA_SAMPLE_LAGS],
+      offset[RA_SAMPLE_LAGS]; // x.y, dP - delta, all but x.y of log P in powers of two
+} lag_terms;
+
+// sums[count][4] += dS with exp and with the three polynomials
+RA_KERNEL void add_lag_terms(const lag_terms *t, uint32_t count, const float *coefficients, double *sums) {
+  const ra_exp2_constants *constants = ra_exp2_load();
+  f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), most = f32x4_splat(127);
+  for (uint32_t n = 0; n < count; n += 4) {
+    f32x4 s = f32x4_load(t->s + n), dp = f32x4_load(t->dp + n), offset = f32x4_load(t->offset + n);
+    float lane[4][4];
+    f32x4_store(lane[0], f32x4_mul(dp, ra_exp2(f32x4_min(most, f32x4_madd(s, to_log2, offset)), constants)));
+    f32x4 factor = f32x4_mul(dp, ra_exp2(f32x4_min(most, offset), constants));
+    for (int g = 0; g < 3; g++) {
+      const float *c = coefficients + 3 * g;
+      f32x4 p = f32x4_madd(f32x4_madd(f32x4_splat(c[2]), s, f32x4_splat(c[1])), s, f32x4_splat(c[0]));
+      f32x4_store(lane[g + 1], f32x4_mul(factor, p));
+    }
+    for (uint32_t i = 0; i < 4 && n + i < count; i++)
+      for (int g = 0; g < 4; g++) sums[4 * (n + i) + (size_t)g] += lane[g][i];
+  }
+}
+
+int ra_sample_lags(const ra_problem *p, const ra_arrays *x, uint32_t head, const uint32_t *entries, uint32_t count,
+                   const float *coefficients, float *sums, void *workspace) {
+  if (ra_check(p) != RA_OK || ra_is_relative(p) || !p->bias || count == 0 || count > RA_SAMPLE_LAGS ||
+      head >= p->batch * p->heads)
+    return RA_ERROR_PROBLEM;
+  for (uint32_t l = 0; l < count; l++)
+    if (entries[l] >= ra_diagonals(p)) return RA_ERROR_PROBLEM;
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  sample e = arrange(p, &cursor);
+  double total[4 * RA_SAMPLE_LAGS] = {0};
+  lag_terms t = {{0}, {0}, {0}};
+  const float *v = x->v + ra_head(p, head / e.group, p->kv_heads, e.Nk, e.Dv);
+  for (uint32_t i = 0; i < p->query_length; i++) {
+    size_t at = ra_head(p, head, p->heads, e.Nq, e.Dv) + i * e.out_row;
+    float lse = x->lse[head * e.Nq + i];
+    if (i % TILE == 0)
+      ra_rotary_rows(&e.state->q_rotary, query_at(&e, x->q, head, i), e.q_row, e.rows, e.Dp,
+                     ra_min_u32(TILE, p->query_length - i), i, RA_ROTATE, p->scale);
+    if (lse == -INFINITY) continue;
+    const float *x_i = e.rows + i % TILE * e.Dp, *dout = x->dout + at, *own = bias_of(p, head, i);
+    ra_range keys = ra_keys_of(p, i);
+    float delta = dot(dout, x->out + at, e.Dv), shift = dot(x_i, e.k_mean, e.D);
+    for (uint32_t l = 0; l < count; l++) {
+      int64_t j = (int64_t)i + e.p->key_length - 1 - entries[l];
+      t.dp[l] = 0, t.s[l] = 0, t.offset[l] = 0;
+      if (j < keys.first || j >= keys.end) continue;
+      t.s[l] = dot(x_i, e.k_rows + j * (int64_t)e.Dp, e.D);
+      t.dp[l] = dot(dout, v + j * (int64_t)e.v_row, e.Dv) - delta;
+      t.offset[l] = (float)(((double)*(own - j) + shift - lse) * RA_LOG2_E);
+    }
+    add_lag_terms(&t, count, coefficients, total);
+  }
+  for (uint32_t n = 0; n < 4 * count; n++) sums[n] = (float)total[n];
+  return RA_OK;
+}

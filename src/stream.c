@@ -73,7 +73,6 @@ static ra_polynomial open_stream(const ra_problem *p, void *workspace) {
   ra_workspace_cursor cursor = {workspace, 0, 0};
   ra_polynomial e = ra_polynomial_arrange(p, RA_STREAM, &cursor);
   e.state->not_positive = 0;
-  e.state->slope = 0;
   ra_fill(e.k_mean, e.Dp, 0), ra_fill(e.v_mean, e.Dvp, 0);
   ra_rotary_init(&e.state->q_rotary, p, 1, NULL, e.q_space);
   return e;
@@ -137,7 +136,7 @@ int ra_state_attend(const ra_problem *p, const ra_arrays *x, const void *state, 
   ra_polynomial e = open_stream(p, workspace);
   const stream *s = state;
   uint32_t group = ra_group(p);
-  ra_seen seen = {{0}, {0}, {0}};
+  ra_seen seen = {{0}, {0}, {0}, {0}};
   ra_fill(seen.end, CHUNK, (float)s->waiting);
   for (uint32_t kv = 0; kv < p->batch * p->kv_heads; kv++) {
     stream_head own = open_stream_head(&e, (void *)(uintptr_t)state, s->joined, kv); // only read
@@ -148,7 +147,7 @@ int ra_state_attend(const ra_problem *p, const ra_arrays *x, const void *state, 
         ra_fill(e.sum_t, (size_t)e.columns * CHUNK, 0);
         ra_load_queries(&e, x->q + at.q, i, count, s->joined != 0);
         ra_begin_references(&e, !s->joined);
-        if (s->joined) ra_read_state(&e, e.x_t, count);
+        if (s->joined) ra_read_state(&e, e.x_t, count, e.sum_t);
         if (s->waiting > 0) ra_add_block(&e, own.y_rows, own.u_rows, s->waiting, &seen);
         ra_finish_chunk(&e, i, count, s->joined || s->waiting > 0 ? UINT32_MAX : 0, x->out + at.out, x->lse + at.lse);
       }

@@ -12,7 +12,9 @@
 
 import { certify, scoreBound, scoreRadius } from './certificate.js';
 import { NO_OUTLIERS, type OutlierCounts, type Pass } from './cost.js';
+import { MAX_DECAYS } from './decays.js';
 import { Kernel, type Bounds, type Session } from './kernel.js';
+import { LagSampler } from './lags.js';
 import { loadModule } from './load.js';
 import { backwardByPieces, forwardByPieces, piecesOf, planOfPieces, rising, shared, type Engines } from './pieces.js';
 import {
@@ -356,9 +358,16 @@ export class Attention implements RopeAttention {
         return missed(`has ${missing(foreseen, 'predicted', room, ' in the gradients of keys')}`, foreseen);
       }
     }
+    const lags = pass === 'backward' && problem.decays ? new LagSampler(session, problem) : null;
+    if (lags) {
+      const foreseen = yield* lags.choose(sampler, degree, limit);
+      if (problem.method === 'auto' && !(foreseen.upper <= limit)) {
+        return missed(`has ${missing(foreseen, 'predicted', room, ' in dBias')}`, foreseen);
+      }
+    }
     positive = (yield* this.#run(session, task, attempt, [pass], middle, to)) && positive;
     if (task.part) return missed(null, null);
-    const measured = yield* sampler.check(pass);
+    const measured = worst(yield* sampler.check(pass), lags?.check());
     if (!positive) return missed('has rows whose weights do not add up to a positive number', measured);
     return missed(measured.upper <= limit ? null : `has ${missing(measured, 'sampled', room)}`, measured);
   }
@@ -460,6 +469,13 @@ function explain(
   const parts: string[] = because === '' ? [] : [because];
   if (ran.degree === null) return `exact: ${parts.concat(notes).join('; ')}`;
   const ratio = costOf(problem, ran.passes, null) / costOf(problem, ran.passes, ran.degree, countsOf(ran));
+  if (problem.decays) {
+    const { count, near, error } = problem.decays;
+    const states = count === 1 ? 'one decaying state fits' : `${count} decaying states fit`;
+    parts.push(`${states} the bias beyond distance ${near}${error > 0 ? ` to ${short(error)}` : ''}`);
+  } else if (problem.misfit !== null && featuresOf(problem) === 'toeplitz') {
+    parts.push(`no ${MAX_DECAYS} decaying states fit the bias${problem.misfit < 1 ? `, at best to ${short(problem.misfit)}` : ''}`);
+  }
   parts.push(`predicted ${ratio >= 1 ? `${figures(ratio)}x cheaper` : `${figures(1 / ratio)}x dearer`} than exact`);
   const within = (error: number) =>
     `${short(error)} ${error <= problem.tolerance ? 'within' : 'above'} ${problem.tolerance}`;
@@ -471,6 +487,12 @@ function explain(
   const features = `${featuresOf(problem)} of degree ${ran.degree} (rank ${rank(problem.headDim, ran.degree)})${outliers}`;
   const sentence = `${features}: ${parts.join(', ')}`;
   return [sentence, ...notes].join('; ');
+}
+
+/** The larger of two errors. */
+function worst(a: Measured, b: Measured | undefined): Measured {
+  const larger = (of: (one: Measured) => number) => (b ? Math.max(of(a), of(b)) : of(a));
+  return { error: larger((one) => one.error), upper: larger((one) => one.upper), relative: larger((one) => one.relative) };
 }
 
 /** Rows that are exact beside a polynomial, in each key/value head. */

@@ -84,18 +84,19 @@ export function roundingBound(
   const [left, right] = g.causal ? [g.window[0], 0] : g.window;
   const inState = left < 0 ? g.keyLength : Math.min(g.keyLength, right < 0 ? Infinity : left + right + 1);
   const terms = left < 0 ? 1 : 1 + 2 * TURNOVER; // for each key in the state
-  const edges = left >= 0 ? 3 : right >= 0 ? 1 : 0;
+  const edges = (left >= 0 ? 3 : right >= 0 ? 1 : 0) + (g.decays ? g.decays.near / KEY_CHUNK : 0);
   // A state that decays is rounded once more for each chunk.
-  const overKeys = KEY_CHUNK + (g.alibi ? 2 : 1) * terms * (Math.ceil(inState / KEY_CHUNK) + 1);
+  const overKeys = KEY_CHUNK + (g.alibi || g.decays ? 2 : 1) * terms * (Math.ceil(inState / KEY_CHUNK) + 1);
   const overFeatures =
     FEATURE_BLOCK + Math.ceil(rank(g.headDim, degree) / FEATURE_BLOCK) + degree + edges * KEY_CHUNK;
   const beside = outlierKeys > 0 ? KEY_CHUNK + Math.ceil(outlierKeys / KEY_CHUNK) : 0;
-  const products = 2 * degree + 6; // features of q and k, weights, [v, 1], the quotient
+  // features of q and k, weights, [v, 1], the quotient; decays: factors of both sides, their weights, the sum over them
+  const products = 2 * degree + 6 + (g.decays ? 6 + g.decays.count : 0);
   const chain = (overKeys + overFeatures + beside + products) * UNIT;
   const gamma = chain < 1 ? chain / (1 - chain) : Infinity;
   let magnitude = 0;
   for (let m = degree; m >= 0; m--) magnitude = magnitude * radius + Math.abs(coefficients[m]);
-  const sums = (2 * gamma * terms * magnitude * valueRatio) / ((1 - t) * Math.exp(-radius));
+  const sums = (2 * gamma * terms * (g.decays?.gain ?? 1) * magnitude * valueRatio) / ((1 - t) * Math.exp(-radius));
   const delta = 8 * UNIT * largestScore(g, bounds);
   return sums + certifiedBound(Math.expm1(2 * delta));
 }
@@ -118,7 +119,9 @@ export function certify(
   for (const [n, bounds] of heads.entries()) {
     const own = coefficients.subarray(n * (degree + 1), (n + 1) * (degree + 1));
     const radius = scoreRadius(g, bounds);
-    const t = relativeError(own, -radius, radius);
+    // Decays that stand for a bias are off by a factor of their own.
+    const fit = g.decays ? (g.decays.floored ? Infinity : g.decays.error) : 0;
+    const t = (1 + relativeError(own, -radius, radius)) * (1 + fit) - 1;
     const bound = t < 1 ? certifiedBound(t) + roundingBound(g, own, radius, t, bounds, 2, outliers.keys) : Infinity;
     if (!(bound <= largest)) largest = bound;
   }

@@ -34,6 +34,9 @@ export interface OutlierCounts {
   keys: number;
 }
 
+/** Looking for decays that stand for a bias, in operations at peak (decays.ts). */
+export const FIT_DECAYS = 4e8;
+
 export const NO_OUTLIERS: OutlierCounts = { queries: 0, keys: 0 };
 
 /** Of the rows; with as many queries and keys the gain over exact is below 12. */
@@ -93,8 +96,41 @@ export function exactFlops(g: Geometry, pass: Pass): number {
  */
 export function polynomialFlops(g: Geometry, pass: Pass, degree: number, outliers = NO_OUTLIERS): number {
   const edges = Number(g.causal || g.window[1] >= 0) + Number(g.window[0] >= 0);
-  const beside = Math.min(((edges * (CHUNK + 1)) / 2) * g.batch * g.heads * g.queryLength, allowedPairs(g));
-  return products({ ...g, method: 'polynomial', degree, pass }) + flopsOfPair(g, pass) * (beside + outlierPairs(g, outliers));
+  const near = g.decays ? g.decays.near - 1 : 0;
+  const beside = Math.min((near + (edges * (CHUNK + 1)) / 2) * g.batch * g.heads * g.queryLength, allowedPairs(g));
+  return stateFlops(g, pass, degree) + flopsOfPair(g, pass) * (beside + outlierPairs(g, outliers));
+}
+
+/** Of these the products with states; with decays one for each, and in the backward pass the gradient of the bias. */
+function stateFlops(g: Geometry, pass: Pass, degree: number): number {
+  const kvHeads = g.decays && hasOwnBiases(g) ? g.heads : g.kvHeads;
+  const one = products({ ...g, kvHeads, method: 'polynomial', degree, pass });
+  return one * (g.decays?.count ?? 1) + (g.decays && pass === 'backward' ? lagFlops(g) : 0);
+}
+
+/** Products for the gradient of a far bias by correlations (lags.c), of features of degree 1. */
+function lagFlops(g: Geometry): number {
+  const heads = g.batch * (hasOwnBiases(g) ? g.heads : g.kvHeads);
+  const batches = Math.ceil(((g.headDim + 1) * (g.valueDim + 1)) / 8);
+  const { rows, columns, block } = blocksOf(g);
+  return heads * batches * ((rows + columns) * 40 * block * Math.log2(block) + rows * columns * 32 * block);
+}
+
+/** The cost of states for so many decays beyond a distance, at a degree that is likely; only for comparisons. */
+export function costOfDecays(g: Geometry, pass: Pass): (count: number, near: number) => number {
+  const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
+  const state = stateFlops({ ...g, decays: null }, pass, 2) / share.polynomial[pass];
+  const pair = (flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength) / share.outliers[pass];
+  return (count, near) => count * state + near * pair;
+}
+
+/** The cost of the exact engine. */
+export function exactCost(g: Geometry, pass: Pass): number {
+  return cost(g, pass, null);
+}
+
+function hasOwnBiases(g: Geometry): boolean {
+  return g.bias !== null && g.bias.length > g.queryLength + g.keyLength - 1;
 }
 
 /** Pairs of outliers, those of an outlier query and an outlier key once; outliers see and are seen like others. */
@@ -109,7 +145,7 @@ export function outlierPairs(g: Geometry, { queries, keys }: OutlierCounts): num
  * time. Query heads that share a key/value head and a bias share these.
  */
 export function toeplitzFlops(g: Geometry, pass: Pass, degree: number): number {
-  const heads = g.batch * (g.bias && g.bias.length > g.queryLength + g.keyLength - 1 ? g.heads : g.kvHeads);
+  const heads = g.batch * (hasOwnBiases(g) ? g.heads : g.kvHeads);
   const batches = Math.ceil((rank(g.headDim, degree) * (g.valueDim + 1)) / 8);
   const { rows, columns, block } = blocksOf(g);
   const transforms = (rows + columns) * 40 * block * Math.log2(block);

@@ -107,6 +107,16 @@ interface Exports {
     dv: number,
     workspace: number,
   ): number;
+  ra_sample_lags(
+    p: number,
+    x: number,
+    head: number,
+    entries: number,
+    count: number,
+    coefficients: number,
+    sums: number,
+    workspace: number,
+  ): number;
   ra_state_bytes(problem: number, whole: number): number;
   ra_state_workspace(problem: number): number;
   ra_state_append(problem: number, arrays: number, state: number, workspace: number): number;
@@ -134,6 +144,7 @@ const EXPORTS = [
   'ra_sample_scores',
   'ra_sample_rows',
   'ra_sample_columns',
+  'ra_sample_lags',
   'ra_state_bytes',
   'ra_state_workspace',
   'ra_state_append',
@@ -149,6 +160,10 @@ const NOT_POSITIVE = -3;
 const [EXACT, POLYNOMIAL, TOEPLITZ] = [1, 2, 3];
 const SIZE_OVERFLOW = 2 ** 32 - 1;
 const MAX_COEFFICIENTS = 9;
+/** Largest degree of the polynomial for the gradient of a bias at far distances (RA_MAX_LAG_DEGREE). */
+export const MAX_LAG_DEGREE = 2;
+/** Distances that are looked at together (RA_SAMPLE_LAGS). */
+export const SAMPLE_LAGS = 64;
 const EXTREMES = 8;
 const WARM_UP_CALLS = 20_000;
 
@@ -268,6 +283,11 @@ interface Places {
   relativePositions: number;
   support: number;
   weights: number;
+  decayRates: number;
+  decayWeights: number;
+  decayTops: number;
+  lagCoefficients: number;
+  lags: number;
   coefficients: number;
   own: number;
   rows: number;
@@ -310,7 +330,7 @@ export class Session {
     this.geometry = g;
     this.heads = g.batch * g.kvHeads;
     this.rowsOfHead = (g.heads / g.kvHeads) * g.queryLength;
-    const limit = (rows: number) => (g.alibi ? 1 : outlierLimit(rows)); // none is chosen: the engine has not both
+    const limit = (rows: number) => (g.alibi || g.decays ? 1 : outlierLimit(rows)); // none is chosen: the engine has not both
     this.outlierLimits = { queries: limit(this.rowsOfHead), keys: limit(g.keyLength) };
     this.#features = features;
     this.#exports = exports;
@@ -336,6 +356,11 @@ export class Session {
       relativePositions: some(g.relativePositions, 4),
       support: some(g.relative?.support, 4),
       weights: some(g.relative?.weights, 4),
+      decayRates: some(g.decays?.rates, 8),
+      decayWeights: some(g.decays?.weights, 4),
+      decayTops: some(g.decays?.tops, 4),
+      lagCoefficients: g.decays ? floats(this.heads * (MAX_LAG_DEGREE + 1)) : 0,
+      lags: g.decays ? floats(5 * SAMPLE_LAGS + 9) : 0,
       coefficients: floats(this.heads * MAX_COEFFICIENTS),
       own: floats(MAX_COEFFICIENTS),
       rows: floats(SAMPLE_ROWS),
@@ -371,6 +396,9 @@ export class Session {
     if (g.relativePositions) arena.writeFloats(at.relativePositions, g.relativePositions);
     if (g.relative) arena.writeIntegers(at.support, g.relative.support);
     if (g.relative) arena.writeFloats(at.weights, g.relative.weights);
+    if (g.decays) arena.writeDoubles(at.decayRates, g.decays.rates);
+    if (g.decays) arena.writeFloats(at.decayWeights, g.decays.weights);
+    if (g.decays) arena.writeFloats(at.decayTops, g.decays.tops);
     arena.writeStruct(at.problem, PROBLEM, {
       batch: g.batch,
       heads: g.heads,
@@ -417,6 +445,13 @@ export class Session {
       outlier_keys: at.outlierKeys,
       outlier_query_count: 0,
       outlier_key_count: 0,
+      decay_rates: at.decayRates,
+      decay_weights: at.decayWeights,
+      decay_tops: at.decayTops,
+      decay_count: g.decays?.count ?? 0,
+      decay_from: g.decays?.near ?? 0,
+      lag_coefficients: at.lagCoefficients,
+      lag_degree: 0,
     } satisfies Omit<Values<typeof PROBLEM>, 'method' | 'degree'>);
   }
 
@@ -446,6 +481,13 @@ export class Session {
       method: degree === null ? EXACT : this.#features === 'toeplitz' ? TOEPLITZ : POLYNOMIAL,
       degree: degree ?? 0,
     });
+  }
+
+  /** Chooses the polynomial for the gradient of a bias at far distances, [heads][degree + 1]. */
+  setLags(degree: number, coefficients: Float32Array): void {
+    this.#check();
+    this.#arena.writeFloats(this.#at.lagCoefficients, coefficients);
+    this.#arena.writeStruct(this.#at.problem, PROBLEM, { lag_degree: degree });
   }
 
   /** Rows that are exact in what follows beside a polynomial, in the engine and in samples. Within `outlierLimits`. */
@@ -709,6 +751,25 @@ export class Session {
       dk: this.#arena.readFloats(at.dk, keys.length * headDim),
       dv: this.#arena.readFloats(at.dv, keys.length * valueDim),
     };
+  }
+
+  /**
+   * The gradient of the bias of a query head (over the whole batch) at some entries, with the lse and out that are there: four
+   * numbers for each, with exp and with three polynomials of degree 2, `coefficients` [3][3].
+   */
+  lags(head: number, entries: ArrayLike<number>, coefficients: Float32Array): Float32Array {
+    const { heads, kvHeads } = this.geometry;
+    this.prepare(Math.floor(head / (heads / kvHeads)));
+    const { problem, arrays, lags } = this.#at;
+    const [own, sums] = [lags + 4 * SAMPLE_LAGS, lags + 4 * (SAMPLE_LAGS + 9)];
+    this.#arena.writeIntegers(lags, entries);
+    this.#arena.writeFloats(own, coefficients);
+    const { ra_sample_lags } = this.#exports;
+    this.#expect(
+      ra_sample_lags(problem, arrays, head, lags, entries.length, own, sums, this.#sampling),
+      'ra_sample_lags',
+    );
+    return this.#arena.readFloats(sums, 4 * entries.length);
   }
 
   /**

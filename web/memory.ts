@@ -61,6 +61,13 @@ export const PROBLEM = {
   outlier_keys: 'address',
   outlier_query_count: 'u32',
   outlier_key_count: 'u32',
+  decay_rates: 'address',
+  decay_weights: 'address',
+  decay_tops: 'address',
+  decay_count: 'u32',
+  decay_from: 'u32',
+  lag_coefficients: 'address',
+  lag_degree: 'u32',
 } as const satisfies Fields;
 
 /** ra_arrays. */

@@ -147,7 +147,8 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const auto = problem.method === 'auto';
   // Less than the check allows, since the engine sums in another order than the pilot.
   const room = roomOf(pass, 'pilot', split);
-  const limit = room * problem.tolerance;
+  // Rows are predicted with the bias itself: what decays make of it comes on top.
+  const limit = Math.sqrt((room * problem.tolerance) ** 2 - (problem.decays?.error ?? 0) ** 2);
   const predictions = yield* predict(task, split, degrees, limit);
   const errorOf = (degree: number) => predictions.get(degree)?.error ?? Infinity;
   const upperOf = (degree: number) => predictions.get(degree)?.upper ?? Infinity;
@@ -221,7 +222,8 @@ function* tryOutliers(
   degree: number | null,
 ): Generator<number, Attempt[]> {
   const { problem, pass, passes } = task;
-  if (featuresOf(problem) === 'toeplitz') return []; // whose transforms take all rows
+  // Transforms take all rows; and states that stand for a bias have no outliers beside them.
+  if (featuresOf(problem) === 'toeplitz' || problem.decays) return [];
   const than = costToBeat(task, degree);
   const trials = trialsFor(problem, pass, than);
   if (trials <= 0 || !degrees.some((one) => costOf(problem, passes, one) < GAIN * than)) return [];

@@ -45,7 +45,7 @@ const [STEEP_DEPTH, STEEP_CHUNKS] = [4, SAMPLE_ROWS];
 const FIRST_HEADS = 2;
 
 /** Streams of random numbers, so that different questions get different rows. */
-const [DRAWN, COLUMNS, SEGMENTS, GIVEN, SLOPES] = [1, 2, 3, 4, 5];
+export const [DRAWN, COLUMNS, SEGMENTS, GIVEN, SLOPES, LAGS] = [1, 2, 3, 4, 5, 6];
 
 /** Bounds of all key/value heads, one after the other; yields 0 in between, so that a caller can pause. */
 export function* survey(session: Session): Generator<number, Bounds[]> {
@@ -750,7 +750,7 @@ function drawWeighted(
 }
 
 /** Numbers in [0, 1) by mulberry32, from a seed and two more integers. */
-function random(seed: number, head: number, stream: number): () => number {
+export function random(seed: number, head: number, stream: number): () => number {
   let state = (seed ^ Math.imul(head + 1, 0x9e3779b1) ^ Math.imul(stream, 0x85ebca6b)) >>> 0;
   return () => {
     state = (state + 0x6d2b79f5) >>> 0;

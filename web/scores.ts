@@ -5,6 +5,7 @@
 //   softcap tanh(s_ij / softcap) - alibi |i-j| + bias_{i-j} + mask_ij,     and one more key of score `sink` and value zero.
 
 import { readFinite, readFloats, readInteger, readNumber, tagOf, wrong, type Given } from './check.js';
+import type { Decays } from './decays.js';
 import type { Relative } from './relative.js';
 import type { Shape } from './types.js';
 
@@ -27,6 +28,8 @@ export interface Scores {
   alibi: Float32Array | null;
   /** [1 or heads][queryLength + keyLength - 1] */
   bias: Float32Array | null;
+  /** What stands for the far part of bias in the polynomial engine; null where that does not take it (states.ts). */
+  decays: Decays | null;
   mask: Mask | null;
   /** [heads] */
   sinks: Float32Array | null;
@@ -49,6 +52,7 @@ export function readScores(name: string, given: Given, sizes: Sizes): Scores {
     softcap: readSoftcap(name, given['softcap']),
     alibi: readAlibi(name, given['alibi'], sizes),
     bias: readBias(name, given['bias'], sizes),
+    decays: null,
     mask: readMask(name, given['mask'], given['maskShape'], sizes),
     sinks: readSinks(name, given['sinks'], sizes),
   };
@@ -69,11 +73,17 @@ export function featuresOf(problem: Scores & Relative & { method: string; causal
 
 /** Names of the options in use that an engine does not have. */
 export function foreignTo(features: Features, options: Scores & Relative & { causal: boolean }): string[] {
-  const { alibi, bias, segments, causal, relativePositions, relative } = options;
+  const { alibi, bias, decays, segments, causal, relativePositions, relative } = options;
   const by: Record<string, boolean> =
     features === 'toeplitz'
       ? { segments: segments.length > 1, alibi: alibi !== null }
-      : { 'alibi without causal': alibi !== null && !causal, bias: bias !== null };
+      : {
+          'alibi without causal': alibi !== null && !causal,
+          'bias without causal': bias !== null && !causal,
+          'bias beside alibi': bias !== null && alibi !== null,
+          'bias beside segments': bias !== null && segments.length > 1,
+          bias: bias !== null && causal && decays === null,
+        };
   const maps = { relativePositions: relativePositions !== null, relative: relative !== null };
   return namesOf({ softcap: options.softcap > 0, ...by, ...unsampled(options), ...maps });
 }

@@ -117,7 +117,7 @@ export type Layout = 'bhnd' | 'bnhd';
 
 /**
  * All compute the same function at different cost and error. `exact`: O(N^2 D). `polynomial`: O(N rank Dv), for scores of rotated
- * queries and keys alone. `toeplitz`: the same features and Fourier transforms, O(N rank Dv log N), with any `bias` and any `window`.
+ * queries and keys alone, and when causal `alibi`, or a `bias` that is a sum of a few decays far away. `toeplitz`: the same features and Fourier transforms, O(N rank Dv log N), with any `bias` and any `window`.
  */
 export type Method = 'auto' | 'exact' | 'polynomial' | 'toeplitz';
 
@@ -164,7 +164,8 @@ export interface Options {
   alibi?: Float32Array;
   /**
    * Added to scores by distance: [queryLength + keyLength - 1], entry [i - j + keyLength - 1], the same for all heads, or
-   * heads times that. Together with `mask`, below -3.4e29 forbids.
+   * heads times that. Together with `mask`, below -3.4e29 forbids. With `causal` the polynomial engine takes a smooth one: where
+   * exp(bias), from distance 64, 128 or 256 on, is a sum of at most 8 decaying exponentials within a sixth of the tolerance.
    */
   bias?: Float32Array;
   /**

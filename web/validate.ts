@@ -7,6 +7,7 @@ import { readBoolean, readChoice, readFinite, readFloats, readInteger, readNumbe
 import { readRelative, rotaryBeside, type Relative } from './relative.js';
 import { readRotary, type Rotation } from './rotation.js';
 import { foreignTo, readScores, type Scores } from './scores.js';
+import { decaysOf } from './states.js';
 import type { AttentionLossArgs, BackwardArgs, CreateOptions, ForwardArgs, Layout, Method, PlanArgs, RotateArgs, Shape } from './types.js';
 
 /** The largest headDim and valueDim (RA_MAX_HEAD_DIM), and degree (RA_MAX_DEGREE). */
@@ -37,6 +38,8 @@ export interface Geometry extends Rotation, Relative, Scores {
 export interface Problem extends Geometry {
   method: Method;
   degree: number | null;
+  /** By how much the best decays miss the bias, where they were looked for and none fits. */
+  misfit: number | null;
   tolerance: number;
   guarantee: 'certified' | 'sampled';
   seed: number;
@@ -232,18 +235,21 @@ function readProblem(name: string, given: Given): Problem {
   const degree = given['degree'] === undefined ? null : readInteger(name, 'degree', given['degree'], 0, MAX_DEGREE);
   if (degree !== null && method === 'exact')
     throw new RangeError(`${name}: method 'exact' has no degree, got degree ${degree}`);
-  const [foreign] = method === 'polynomial' || method === 'toeplitz' ? foreignTo(method, geometry) : [];
-  if (foreign !== undefined)
-    throw new RangeError(`${name}: method '${method}' has no ${foreign}; 'auto' and 'exact' have it`);
-  return {
+  const problem: Problem = {
     ...geometry,
     method,
     degree,
     tolerance,
     guarantee: readChoice(name, 'guarantee', given['guarantee'], ['sampled', 'certified'] as const),
+    misfit: null,
     seed: given['seed'] === undefined ? 0 : readInteger(name, 'seed', given['seed'], 0, 2 ** 32 - 1),
     onMiss: readChoice(name, 'onMiss', given['onMiss'], ['error', 'report'] as const),
   };
+  Object.assign(problem, decaysOf(name, problem, name === 'forward' ? 'forward' : 'backward'));
+  const [foreign] = method === 'polynomial' || method === 'toeplitz' ? foreignTo(method, problem) : [];
+  if (foreign !== undefined)
+    throw new RangeError(`${name}: method '${method}' has no ${foreign}; 'auto' and 'exact' have it`);
+  return problem;
 }
 
 /** What is not in `given` has its default. */
