@@ -273,8 +273,12 @@ describe('the choice', () => {
     [{ softcap: 3 }, 'exact: no polynomial has softcap'],
     [{ bias: new Float32Array(4095), softcap: 1 }, 'exact: no polynomial has softcap or bias'],
     [
-      { relativePositions: Float32Array.from({ length: 4095 }, (_, n) => Math.sqrt(n)) },
+      { relativePositions: Float32Array.from({ length: 4095 }, (_, n) => Math.sqrt(n)), segments: [0, 9] },
       'exact: no polynomial has relativePositions, whose scores do not factorise',
+    ],
+    [
+      { relative: { support: Uint32Array.of(0, 1), weights: new Float32Array(4095).fill(NaN, 7, 8) } },
+      'exact: relative.weights hold NaN or Infinity, which no Fourier transform stands',
     ],
     [{ mask: new Uint8Array(2048).fill(1), maskShape: [1, 1, 1, 2048] as const }, 'exact: no polynomial has mask'],
     [{ alibi: new Float32Array(2), causal: false }, 'exact: no polynomial has alibi without causal'],

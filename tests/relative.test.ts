@@ -218,14 +218,14 @@ eachBinary((attention) => {
     const [args, f] = [problem(setting, 11), positionsBy(setting.shape, leaky)];
     const plain = attention().forward(forwardArgs(args)).report;
     const { report } = attention().forward({ ...forwardArgs(args), relativePositions: f });
-    expect(report.reason).toBe('exact: no polynomial has relativePositions, whose scores do not factorise');
+    expect(report.reason).toBe('exact: no polynomial is predicted cheaper at this size');
     expect(report.flops).toBe(plain.flops + 2 * 16 * 1600); // 3 D multiply-adds in place of D
     const norm = (x: Float32Array) => Math.max(...Array.from({ length: 40 }, (_, r) => Math.hypot(...x.subarray(8 * r, 8 * r + 8))));
     const bound = (norm(args.q) * norm(args.k)) / Math.sqrt(8);
     expect(report.scoreBound / bound).toBeCloseTo(1, 5);
     const relative = rotationMap(setting.shape, f);
     const mapped = attention().backward({ ...args, relative }).report;
-    expect(mapped.reason).toBe('exact: no polynomial has relative, whose scores do not factorise');
+    expect(mapped.reason).toBe('exact: no polynomial is predicted cheaper at this size');
     expect(mapped.scoreBound).toBeGreaterThan(bound); // |cos| + |sin|
     expect(mapped.scoreBound).toBeLessThan(1.001 * Math.SQRT2 * bound);
     const state = attention().forward({ ...forwardArgs(args), relativePositions: f });

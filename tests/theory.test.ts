@@ -27,6 +27,35 @@ describe('rank', () => {
   });
 });
 
+describe('terms', () => {
+  /** Powers of `variables` variables that add up to at most `degree`. */
+  const monomials = (variables: number, degree: number): number[][] =>
+    variables === 0
+      ? [[]]
+      : Array.from({ length: degree + 1 }, (_, m) => monomials(variables - 1, degree - m).map((others) => [m, ...others])).flat();
+
+  test('of rotations by any positions: monomials in z, conj(z) and others, one of each conjugate pair', () => {
+    for (const [headDim, rotaryDim] of [[2, 2], [3, 2], [4, 4], [5, 4], [6, 6], [7, 2], [8, 4]]) {
+      for (const degree of [0, 1, 2, 3, 4]) {
+        const found = new Set<string>();
+        for (const powers of monomials(headDim, degree)) {
+          const half = rotaryDim / 2;
+          const conjugate = [...powers.slice(half, rotaryDim), ...powers.slice(0, half), ...powers.slice(rotaryDim)];
+          if (!found.has(conjugate.join())) found.add(powers.join());
+        }
+        expect(theory.terms({ headDim, degree, rotaryDim })).toBe(found.size);
+      }
+    }
+  });
+
+  test('of general maps: monomials in the places; of rotations that factorise: the rank', () => {
+    expect(theory.terms({ headDim: 3, degree: 2, places: 7 })).toBe(monomials(7, 2).length);
+    expect(theory.terms({ headDim: 16, degree: 3 })).toBe(969);
+    expect(theory.terms({ headDim: 16, degree: 2, rotaryDim: 16 })).toBe(81);
+    expect(theory.terms({ headDim: 8, degree: 2, places: 16 })).toBe(153);
+  });
+});
+
 describe('certifiedBound', () => {
   /** out^ - out for softmax weights w, values v and relative errors e of the weights. */
   const change = (w: number[], v: number[], e: number[]) => {

@@ -9,7 +9,7 @@ import { reference, theory } from '../dist/index.js';
 import { fitToScores } from '../dist/polynomial.js';
 import { createKernel, runEngine } from './engine.js';
 import { add, binaries, describeSetting, draw, eachBinary, forwardArgs, fullShape, inner, lazy, lengths } from './support.js';
-import { maxAbs, maxDifference, problem, random, relativeFrobenius, slopeError } from './support.js';
+import { maxAbs, maxDifference, positionsBy, problem, random, relativeFrobenius, relativeMap, slopeError } from './support.js';
 import type { Kernel } from '../dist/kernel.js';
 import type { Problem, Random, Setting } from './support.js';
 
@@ -165,6 +165,61 @@ eachBinary((attention) => {
     const { report: gradients, ...got } = attention().backward({ ...args, method: 'toeplitz', tolerance });
     for (const name of GRADIENTS) expect(relativeFrobenius(got[name]!, exact[name]!)).toBeLessThan(tolerance);
     expect(gradients.method).toBe('toeplitz');
+  });
+
+  const half = { heads: 2, kvHeads: 1, queryLength: 500, keyLength: 400, headDim: 6, valueDim: 5 };
+  const clipped = (t: number) => Math.max(-90, Math.min(90, t));
+  test.each<[string, Setting, number]>([
+    ['clipped positions', { shape, causal: true, relativePositions: positionsBy(shape, clipped) }, 25],
+    ['rough positions of some dimensions', { shape: half, rotary: { dim: 4 }, queryOffset: -30, relativePositions: positionsBy(half, (t) => 1e3 * Math.sin(t)) }, 18],
+    ['positions and bias', { shape: half, relativePositions: positionsBy(half, Math.cbrt), bias: roughBias({ shape: half, ofHeads: true }), layout: 'bnhd' }, 16],
+    ['matrices', { shape: half, relative: relativeMap(half, 9, 5), scale: 0.2, window: [300, 40] }, 55],
+    ['matrices in the causal half', { shape: half, relative: relativeMap(half, 6, 6), scale: 0.2, causal: true, queryOffset: 3 }, 28],
+  ])('relative maps keep tolerances, forward and backward: %s', (_, setting, terms) => {
+    const args = problem(setting, 103, uniform(0.4));
+    const exact = { ...reference.forward(forwardArgs(args)), ...reference.backward(args) };
+    const complex = setting.relative ? '' : 'complex ';
+    for (const tolerance of [1e-1, 1e-2, 1e-3]) {
+      const { output, report } = attention().forward({ ...forwardArgs(args), method: 'toeplitz', tolerance });
+      expect(maxDifference(output, exact.output)).toBeLessThan(tolerance * Math.max(...args.v.map(Math.abs)));
+      expect(report.reason).toContain(`toeplitz of degree ${report.degree} (${report.rank} ${complex}term`);
+      const { report: gradients, ...got } = attention().backward({ ...args, method: 'toeplitz', tolerance });
+      for (const name of ['dq', 'dk', 'dv'] as const) expect(relativeFrobenius(got[name], exact[name]!)).toBeLessThan(tolerance);
+      expect(gradients.errorEstimate).toBeLessThan(tolerance);
+      for (const name of ['dBias', 'dWeights'] as const) {
+        if (exact[name]) expect(relativeFrobenius(got[name]!, exact[name])).toBeLessThan(2 * tolerance); // not promised
+      }
+    }
+    const planned = attention().plan({ ...args, method: 'toeplitz', degree: 2, onMiss: 'report' });
+    expect(planned).toMatchObject({ method: 'toeplitz', degree: 2, rank: terms });
+  });
+
+  test('`auto` takes relative maps to where they are cheaper, and says how many terms they have', () => {
+    const large = { heads: 1, queryLength: 8000, headDim: 4 };
+    for (const map of [{ relativePositions: positionsBy(large, (t) => 99 * Math.sin(t)) }, { relative: relativeMap(large, 4, 7), scale: 0.2 }]) {
+      const args = forwardArgs(problem({ shape: large, ...map }, 104, uniform(0.5)));
+      const exact = attention().forward({ ...args, method: 'exact' });
+      const { output, report } = attention().forward({ ...args, tolerance: 1e-2 });
+      expect(report.reason).toMatch(/^toeplitz of degree \d \(\d+ (complex )?terms?\): predicted .*x cheaper than exact, sampled error/);
+      expect(maxDifference(output, exact.output)).toBeLessThan(1e-2 * Math.max(...args.v.map(Math.abs)));
+    }
+    const few = positionsBy(large, (t) => Math.min(t, 50)); // constant far away: plain products
+    const args = forwardArgs(problem({ shape: large, relativePositions: few, causal: true }, 104, uniform(1.5)));
+    const planned = attention().plan(args);
+    expect(planned.method).toBe('exact');
+  });
+
+  test('a degree with more terms than can be counted is no candidate, and a RangeError where it is forced', () => {
+    const wide = { heads: 1, queryLength: 40, headDim: 64 };
+    const args = { ...forwardArgs(problem({ shape: wide }, 105, uniform(0.1))), method: 'toeplitz' as const };
+    expect(attention().forward({ ...args, tolerance: 1e-1 }).report.method).toBe('toeplitz');
+    expect(() => attention().forward({ ...args, degree: 8 })).toThrow(RangeError);
+    expect(attention().forward({ ...args, degree: 1, onMiss: 'report' }).report.rank).toBe(65);
+    const relative = relativeMap(wide, 1025, 8);
+    expect(() => attention().forward({ ...args, relative })).toThrow(
+      "forward: method 'toeplitz' has no relative.support of more than 1024 pairs; 'auto' and 'exact' have it",
+    );
+    expect(attention().plan({ ...args, relative, method: 'auto' }).method).toBe('exact');
   });
 
   test('`auto` computes a bias exactly where that is cheaper, and where it must', () => {

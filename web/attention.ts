@@ -11,7 +11,7 @@
 // positions to either side; `auto` computes exactly (the report says so), a forced polynomial is a RangeError.
 
 import { certify, scoreBound, scoreRadius } from './certificate.js';
-import { NO_OUTLIERS, type OutlierCounts, type Pass } from './cost.js';
+import { NO_OUTLIERS, termsOf, type OutlierCounts, type Pass } from './cost.js';
 import { MAX_DECAYS } from './decays.js';
 import { Kernel, type Bounds, type Session } from './kernel.js';
 import { LagSampler } from './lags.js';
@@ -35,12 +35,11 @@ import {
 import type { Measured } from './sampling.js';
 import { featuresOf, unsampledOnly } from './scores.js';
 import { StreamingState } from './streaming.js';
-import { rank } from './theory.js';
 import { lossSteps } from './training.js';
 import type { BackwardArgs, BackwardResult, CreateOptions, ForwardArgs, ForwardResult, PlanArgs } from './types.js';
 import type { AttentionLossArgs, AttentionLossResult, AttentionState, Report, RopeAttention } from './types.js';
 import type { RotateArgs, StateOptions } from './types.js';
-import { readCall, readCreate, readLoss, readRotate, type Call } from './validate.js';
+import { readCall, readCreate, readLoss, readRotate, type Call, type Problem } from './validate.js';
 
 /** Milliseconds of work between two yields, about. */
 const SLICE = 30;
@@ -484,8 +483,7 @@ function explain(
   const { queries, keys } = countsOf(ran);
   const heads = problem.batch * problem.kvHeads > 1 ? ' of each key/value head' : '';
   const outliers = queries + keys > 0 ? ` beside ${queries} queries and ${keys} keys${heads} that are exact` : '';
-  const features = `${featuresOf(problem)} of degree ${ran.degree} (rank ${rank(problem.headDim, ran.degree)})${outliers}`;
-  const sentence = `${features}: ${parts.join(', ')}`;
+  const sentence = `${featuresOf(problem)} of degree ${ran.degree} (${sizeOf(problem, ran.degree)})${outliers}: ${parts.join(', ')}`;
   return [sentence, ...notes].join('; ');
 }
 
@@ -493,6 +491,14 @@ function explain(
 function worst(a: Measured, b: Measured | undefined): Measured {
   const larger = (of: (one: Measured) => number) => (b ? Math.max(of(a), of(b)) : of(a));
   return { error: larger((one) => one.error), upper: larger((one) => one.upper), relative: larger((one) => one.relative) };
+}
+
+/** Terms of a polynomial, in words. */
+function sizeOf(problem: Problem, degree: number): string {
+  const { relative, relativePositions } = problem;
+  const count = termsOf(problem, degree);
+  if (!relative && !relativePositions) return `rank ${count}`;
+  return `${count} ${relativePositions ? 'complex ' : ''}term${count === 1 ? '' : 's'}`;
 }
 
 /** Rows that are exact beside a polynomial, in each key/value head. */
@@ -519,7 +525,7 @@ function reportOf(
   return {
     method: degree === null ? 'exact' : featuresOf(problem),
     degree,
-    rank: degree === null ? null : rank(problem.headDim, degree),
+    rank: degree === null ? null : termsOf(problem, degree),
     outliers: degree === null ? null : { ...countsOf(attempt) },
     entryBound: largest((one) => Math.max(one.q_entry, one.k_entry)),
     scoreBound: largest((one) => scoreRadius(problem, one)),

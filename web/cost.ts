@@ -5,7 +5,7 @@
 
 import { productsOfPair } from './relative.js';
 import { seenKeys, type Features } from './scores.js';
-import { cost as products, pairs, rank } from './theory.js';
+import { cost as products, pairs, rank, terms } from './theory.js';
 import type { Geometry } from './validate.js';
 
 export type Pass = 'forward' | 'backward';
@@ -49,11 +49,17 @@ const EFFICIENCY = [
   { upTo: Infinity, exact: { forward: 0.88, backward: 0.9 }, polynomial: { forward: 0.8, backward: 0.8 }, outliers: { forward: 0.65, backward: 0.65 } },
 ] as const;
 
-/** The same for the Toeplitz engine, two thirds of whose time are transforms. */
-const TOEPLITZ_EFFICIENCY = { forward: 0.45, backward: 0.41 } as const;
+/** The same for the Toeplitz engine, two thirds of whose time are transforms: with one matrix, and with one for each term. */
+const TOEPLITZ_EFFICIENCY = {
+  bias: { forward: 0.45, backward: 0.41 },
+  rotation: { forward: 0.36, backward: 0.36 },
+  matrices: { forward: 0.42, backward: 0.42 },
+} as const;
 
-/** Of the exact engine's share, what relative maps reach: rotations, and any matrices; without their constant parts. */
-const MAP_EFFICIENCY = { rotation: 0.87, matrices: 0.53 };
+/** Of the exact engine's share, what relative maps reach: rotations, and any matrices; their constant parts all of it. */
+const MAP_EFFICIENCY = { bias: 1, rotation: 0.87, matrices: 0.45 } as const;
+/** Distances that have to be alike for a block of queries and keys to meet one matrix: about two blocks. */
+const ALIKE = 512;
 
 /** The same for the sampling functions. */
 const SAMPLING_EFFICIENCY = 0.5;
@@ -140,18 +146,43 @@ export function outlierPairs(g: Geometry, { queries, keys }: OutlierCounts): num
   return all * (allowedPairs(g) / (g.batch * g.heads * g.queryLength * g.keyLength));
 }
 
+/** Terms of the Toeplitz engine. */
+export function termsOf(g: Geometry, degree: number): number {
+  const { headDim, rotaryDim, relativePositions, relative } = g;
+  if (relative) return terms({ headDim, degree, places: relative.support.length / 2 });
+  return terms({ headDim, degree, rotaryDim: relativePositions ? rotaryDim : 0 });
+}
+
+/** Groups of four terms, batches of each (four complex columns, or eight real ones), and how often all of them are run. */
+function batchesOf(g: Geometry, degree: number): { groups: number; steps: number; jobs: number } {
+  const columns = g.valueDim + 1;
+  const jobs = g.batch * (hasOwnBiases(g) ? g.heads : g.kvHeads);
+  return { groups: Math.ceil(termsOf(g, degree) / 4), steps: g.relativePositions ? columns : Math.ceil(columns / 2), jobs };
+}
+
+/** Whether the engine can count its terms and its units of work (ra_toeplitz_fits). */
+export function countable(g: Geometry, degree: number): boolean {
+  const { groups, steps, jobs } = batchesOf(g, degree);
+  const monomials = rank(g.relative ? g.relative.support.length / 2 : g.headDim, degree);
+  return monomials < 2 ** 32 - 1 && jobs * (groups * steps + 2) < 2 ** 32;
+}
+
 /**
- * Useful operations of the Toeplitz engine: the transforms and products of convolution.c, of eight columns (feature, value) at a
- * time. Query heads that share a key/value head and a bias share these.
+ * Useful operations of the Toeplitz engine: the transforms and products of convolution.c, of four complex columns (term, value) at
+ * a time, and with a relative map, where each term has a matrix of its own, the transforms of these and of their derivatives.
+ * Query heads that share a key/value head and a bias share all of it.
  */
 export function toeplitzFlops(g: Geometry, pass: Pass, degree: number): number {
-  const heads = g.batch * (hasOwnBiases(g) ? g.heads : g.kvHeads);
-  const batches = Math.ceil((rank(g.headDim, degree) * (g.valueDim + 1)) / 8);
+  const { groups, steps, jobs } = batchesOf(g, degree);
   const { rows, columns, block } = blocksOf(g);
-  const transforms = (rows + columns) * 40 * block * Math.log2(block);
+  const transform = 40 * block * Math.log2(block);
   const products = rows * columns * 64 * block * (g.causal ? 0.5 : 1);
-  const correlations = g.bias ? products : 0;
-  return heads * batches * (pass === 'forward' ? transforms + products : 2 * (transforms + products) + correlations);
+  const each = (rows + columns) * transform + products;
+  const change = Boolean(g.bias ?? g.relative);
+  const matrices = g.relative || g.relativePositions ? (rows + columns - 1) * transform : 0;
+  const [batch, group] =
+    pass === 'forward' ? [each, matrices] : [2 * each + (change ? products : 0), (change ? 2 : 1) * matrices];
+  return jobs * groups * (steps * batch + group);
 }
 
 /** Blocks of queries and of keys, and their size, by the rule of ra_convolution_block. */
@@ -177,13 +208,45 @@ export function cost(
   features: Features = 'polynomial',
 ): number {
   const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
-  const ofMap = g.relativePositions ? MAP_EFFICIENCY.rotation : g.relative ? MAP_EFFICIENCY.matrices : 1;
-  if (degree === null) return exactFlops(g, pass) / (share.exact[pass] * ofMap);
-  if (features === 'toeplitz') return toeplitzFlops(g, pass, degree) / TOEPLITZ_EFFICIENCY[pass];
+  const map = g.relativePositions ? 'rotation' : g.relative ? 'matrices' : 'bias';
+  if (degree === null) {
+    const alike = map === 'bias' ? 0 : alikeShare(g);
+    const mapped = ((1 - alike) * exactFlops(g, pass)) / MAP_EFFICIENCY[map];
+    return (mapped + alike * products({ ...g, method: 'exact', pass })) / share.exact[pass];
+  }
+  if (features === 'toeplitz') return toeplitzFlops(g, pass, degree) / TOEPLITZ_EFFICIENCY[map][pass];
   // The keys at the left edge of a window, and those that leave the state, are rotated once more and weighed in whole blocks.
   const besides = g.window[0] < 0 ? 0 : 1.5 * CHUNK * flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength;
   const ofOutliers = (flopsOfPair(g, pass) * outlierPairs(g, outliers)) / share.outliers[pass];
   return (polynomialFlops(g, pass, degree) + besides) / share.polynomial[pass] + ofOutliers;
+}
+
+const alikeShares = new WeakMap<object, number>();
+
+/** Pairs of a relative map that meet the same matrix as all around them, as a share of all that a mask by distance allows. */
+function alikeShare(g: Geometry): number {
+  const map = g.relativePositions ?? g.relative!.weights;
+  const known = alikeShares.get(g);
+  if (known !== undefined) return known;
+  const diagonals = g.queryLength + g.keyLength - 1;
+  const [behind, ahead] = [g.window[0] < 0 ? Infinity : g.window[0], g.causal ? 0 : g.window[1] < 0 ? Infinity : g.window[1]];
+  const same = (n: number) => {
+    for (let at = n; at < map.length; at += diagonals) if (map[at] !== map[at - 1]) return false;
+    return true;
+  };
+  let [alike, all, run, first] = [0, 0, 0, 0];
+  for (let n = 0; n <= diagonals; n++) {
+    if (n === diagonals || (n > 0 && !same(n))) {
+      if (n - first >= ALIKE) alike += run;
+      [run, first] = [0, n];
+    }
+    const distance = n - (g.keyLength - 1) + g.queryOffset;
+    const pairs = distance > behind || -distance > ahead ? 0 : Math.min(n + 1, g.queryLength, g.keyLength, diagonals - n);
+    run += pairs;
+    all += pairs;
+  }
+  alikeShares.set(g, all > 0 ? alike / all : 0);
+  return alikeShares.get(g)!;
 }
 
 /**

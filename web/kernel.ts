@@ -312,7 +312,8 @@ export class Session {
   /** Outliers that there is room for, in each key/value head. */
   readonly outlierLimits: Outliers['counts'];
   readonly #name: string;
-  readonly #features: Features;
+  /** The engine that a degree stands for. */
+  readonly features: Features;
   readonly #exports: Exports;
   readonly #arena: Arena;
   readonly #at: Places;
@@ -332,7 +333,7 @@ export class Session {
     this.rowsOfHead = (g.heads / g.kvHeads) * g.queryLength;
     const limit = (rows: number) => (g.alibi || g.decays ? 1 : outlierLimit(rows)); // none is chosen: the engine has not both
     this.outlierLimits = { queries: limit(this.rowsOfHead), keys: limit(g.keyLength) };
-    this.#features = features;
+    this.features = features;
     this.#exports = exports;
     this.#arena = arena;
     arena.reset();
@@ -478,7 +479,7 @@ export class Session {
     const at = this.#at;
     if (coefficients) this.#arena.writeFloats(at.coefficients, coefficients);
     this.#arena.writeStruct(at.problem, PROBLEM, {
-      method: degree === null ? EXACT : this.#features === 'toeplitz' ? TOEPLITZ : POLYNOMIAL,
+      method: degree === null ? EXACT : this.features === 'toeplitz' ? TOEPLITZ : POLYNOMIAL,
       degree: degree ?? 0,
     });
   }

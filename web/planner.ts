@@ -7,6 +7,7 @@
 import { certify, scoreRadius } from './certificate.js';
 import {
   cost,
+  countable,
   exactFlops,
   NO_OUTLIERS,
   polynomialFlops,
@@ -83,8 +84,9 @@ const [SAFE, SLACK] = [1 / 3, 2];
 const [FAILED, TYPICAL] = [0.5, 400];
 
 
-/** Bytes of workspace that an engine needs for all passes of a task. */
+/** Bytes of workspace that an engine needs for all passes of a task; Infinity for more terms than it can count. */
 export function workspaceOf(session: Session, passes: readonly Pass[], degree: number | null): number {
+  if (degree !== null && session.features === 'toeplitz' && !countable(session.geometry, degree)) return Infinity;
   return Math.max(...passes.map((pass) => session.workspaceBytes(pass, degree)));
 }
 
@@ -131,6 +133,11 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
     if (problem.method !== 'auto')
       throw new RangeError(`${name}: method '${problem.method}' needs a bias below Infinity, found NaN or Infinity`);
     return exactly('bias holds NaN or Infinity, which no Fourier transform stands');
+  }
+  if (problem.relative && !Number.isFinite(problem.relative.gain)) {
+    if (problem.method !== 'auto')
+      throw new RangeError(`${name}: method '${problem.method}' needs finite relative.weights, found NaN or Infinity`);
+    return exactly('relative.weights hold NaN or Infinity, which no Fourier transform stands');
   }
   const degrees = candidates(session, task);
   if (degrees.length === 0) {

@@ -13,6 +13,8 @@ const UINT32_MAX = 2 ** 32 - 1;
 const INT32_MAX = 2 ** 31 - 1;
 /** Where softcap and its inverse are safe from overflow in float32, the factor log2 e included. */
 const [LEAST_CAP, MOST_CAP] = [1e-30, 1e30];
+/** Of a relative map that the Toeplitz engine takes (RA_MAX_HEAD_DIM). */
+const MOST_PLACES = 1024;
 /** Times a distance below 2^32 it stays above what counts as forbidden. */
 const MOST_SLOPE = Math.fround(1e19);
 
@@ -73,10 +75,12 @@ export function featuresOf(problem: Scores & Relative & { method: string; causal
 
 /** Names of the options in use that an engine does not have. */
 export function foreignTo(features: Features, options: Scores & Relative & { causal: boolean }): string[] {
-  const { alibi, bias, decays, segments, causal, relativePositions, relative } = options;
+  const { softcap, alibi, bias, decays, segments, causal, relativePositions, relative } = options;
+  const maps = { relativePositions: relativePositions !== null, relative: relative !== null };
+  const tooMany = (relative?.support.length ?? 0) > 2 * MOST_PLACES;
   const by: Record<string, boolean> =
     features === 'toeplitz'
-      ? { segments: segments.length > 1, alibi: alibi !== null }
+      ? { segments: segments.length > 1, alibi: alibi !== null, [`relative.support of more than ${MOST_PLACES} pairs`]: tooMany }
       : {
           'alibi without causal': alibi !== null && !causal,
           'bias without causal': bias !== null && !causal,
@@ -84,8 +88,7 @@ export function foreignTo(features: Features, options: Scores & Relative & { cau
           'bias beside segments': bias !== null && segments.length > 1,
           bias: bias !== null && causal && decays === null,
         };
-  const maps = { relativePositions: relativePositions !== null, relative: relative !== null };
-  return namesOf({ softcap: options.softcap > 0, ...by, ...unsampled(options), ...maps });
+  return namesOf({ softcap: softcap > 0, ...by, ...unsampled(options), ...(features === 'polynomial' && maps) });
 }
 
 /** Names of those that sampled rows do not know. */

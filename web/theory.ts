@@ -22,6 +22,31 @@ export function rank(headDim: number, degree: number): number {
 }
 
 /**
+ * Terms of the Toeplitz engine: the monomials of degree 0 to g in the variables that a score is the sum of, each with one Toeplitz
+ * matrix.
+ *
+ *   rotation that factorises    headDim variables x_d y_d:                  C(D + g, g)
+ *   general W_t                 one for each place of its support:         C(|S| + g, g)
+ *   rotation by any f(i - j)    for each pair of dimensions a complex number z and its conjugate, for others x_d y_d: headDim
+ *                               variables. A monomial and its conjugate add up to a real number, so that one of them is enough:
+ *                               (C(D + g, g) + those that are their own conjugates) / 2
+ *
+ * A monomial is its own conjugate when it has every z as often as its conjugate: with P pairs and R other dimensions there are
+ * sum over m of C(P - 1 + m, m) C(R + g - 2m, R), m being half of its degree in the pairs.
+ *
+ * @param args.rotaryDim dimensions that `relativePositions` rotate.
+ * @param args.places |S| of `relative`, its support's length / 2.
+ */
+export function terms(args: { headDim: number; degree: number; rotaryDim?: number; places?: number }): number {
+  const { headDim, degree, rotaryDim = 0, places } = args;
+  if (places !== undefined) return rank(places, degree);
+  if (rotaryDim === 0) return rank(headDim, degree);
+  let conjugate = 0;
+  for (let m = 0; 2 * m <= degree; m++) conjugate += rank(rotaryDim / 2 - 1, m) * rank(headDim - rotaryDim, degree - 2 * m);
+  return (rank(headDim, degree) + conjugate) / 2;
+}
+
+/**
  * The error of attention's output when every weight exp(s_j) is replaced by exp(s_j) (1 + e_j) with |e_j| <= t < 1, at most:
  *
  *   |out^ - out| <= 2 (1 - sqrt(1 - t^2)) / t * max_j |v_j - c|,     c any centre, the midrange being the best one.

@@ -117,7 +117,8 @@ export type Layout = 'bhnd' | 'bnhd';
 
 /**
  * All compute the same function at different cost and error. `exact`: O(N^2 D). `polynomial`: O(N rank Dv), for scores of rotated
- * queries and keys alone, and when causal `alibi`, or a `bias` that is a sum of a few decays far away. `toeplitz`: the same features and Fourier transforms, O(N rank Dv log N), with any `bias` and any `window`.
+ * queries and keys alone, and when causal `alibi`, or a `bias` that is a sum of a few decays far away. `toeplitz`: the same features
+ * and Fourier transforms, O(N rank Dv log N), with any `bias`, any `window` and any relative map.
  */
 export type Method = 'auto' | 'exact' | 'polynomial' | 'toeplitz';
 
@@ -299,7 +300,7 @@ export interface Report {
   method: 'exact' | 'polynomial' | 'toeplitz';
   /** Degree of the polynomial; null for exact. */
   degree: number | null;
-  /** Features per row, C(D + degree, degree); null for exact. */
+  /** Features per row, C(D + degree, degree), or terms of a relative map (`theory.terms`); null for exact. */
   rank: number | null;
   /** Queries and keys of each key/value head that are done exactly beside the polynomial, all scores of theirs; null for exact. */
   outliers: { queries: number; keys: number } | null;
