@@ -207,12 +207,11 @@ export function cost(
   outliers = NO_OUTLIERS,
   features: Features = 'polynomial',
 ): number {
-  const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
-  const map = g.relativePositions ? 'rotation' : g.relative ? 'matrices' : 'bias';
+  const share = efficiencyOf(g);
+  const map = mapOf(g);
   if (degree === null) {
     const alike = map === 'bias' ? 0 : alikeShare(g);
-    const mapped = ((1 - alike) * exactFlops(g, pass)) / MAP_EFFICIENCY[map];
-    return (mapped + alike * products({ ...g, method: 'exact', pass })) / share.exact[pass];
+    return (1 - alike) * pairwiseCost(g, pass) + (alike * products({ ...g, method: 'exact', pass })) / share.exact[pass];
   }
   if (features === 'toeplitz') return toeplitzFlops(g, pass, degree) / TOEPLITZ_EFFICIENCY[map][pass];
   // The keys at the left edge of a window, and those that leave the state, are rotated once more and weighed in whole blocks.
@@ -220,6 +219,15 @@ export function cost(
   const ofOutliers = (flopsOfPair(g, pass) * outlierPairs(g, outliers)) / share.outliers[pass];
   return (polynomialFlops(g, pass, degree) + besides) / share.polynomial[pass] + ofOutliers;
 }
+
+/** The same for the exact engine if every pair had a matrix of its own. */
+export function pairwiseCost(g: Geometry, pass: Pass): number {
+  return exactFlops(g, pass) / (efficiencyOf(g).exact[pass] * MAP_EFFICIENCY[mapOf(g)]);
+}
+
+const efficiencyOf = (g: Geometry) => EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
+
+const mapOf = (g: Geometry) => (g.relativePositions ? 'rotation' : g.relative ? 'matrices' : 'bias');
 
 const alikeShares = new WeakMap<object, number>();
 

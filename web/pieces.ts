@@ -12,7 +12,7 @@
 //
 // Su. Rectified Rotary Position Embeddings (ReRoPE). 2023 (github.com/bojone/rerope)
 
-import type { Pass } from './cost.js';
+import { pairwiseCost, type Pass } from './cost.js';
 import type { Kernel, Session } from './kernel.js';
 import { mergeStates } from './merge.js';
 import { costOf, missing, roomOf } from './planner.js';
@@ -103,7 +103,8 @@ export function piecesOf(problem: Problem, passes: readonly Pass[]): Problem[] |
   const values = problem.batch * (problem.heads * queryLength + problem.kvHeads * keyLength) * (problem.headDim + problem.valueDim);
   const exactly = pieces.reduce((sum, piece) => sum + costOf(piece, passes, null), 0);
   const beside = (pieces.length + 1) * (MERGING * values + LOOKING * passes.length);
-  return exactly + beside < costOf(problem, passes, null) ? pieces : null;
+  const pairwise = passes.reduce((sum, pass) => sum + pairwiseCost(problem, pass), 0);
+  return exactly + beside < pairwise ? pieces : null;
 }
 
 /** Plain rotation at the distances of a line. Those of a band are causal, shifted so that its first distance is 0. */
