@@ -4,6 +4,7 @@
 
 import { spawnSync } from 'node:child_process';
 import { readFileSync } from 'node:fs';
+import { gunzipSync } from 'node:zlib';
 import { createServer, type Server } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { afterAll, beforeAll, describe, expect, jest, test } from '@jest/globals';
@@ -205,10 +206,22 @@ describe('the embedded binaries', () => {
 
   test.each(binaries)('$file is the one that is embedded', async ({ relaxed, file: name }) => {
     const generated = await import('../dist/generated/wasm-bytes.js');
-    const embedded = Buffer.from(relaxed ? generated.relaxed : generated.simd128, 'base64');
+    const embedded = gunzipSync(Buffer.from(relaxed ? generated.relaxed : generated.simd128, 'base64'));
     expect(embedded.equals(readFileSync(new URL(name, dist)))).toBe(true);
     expect(generated.compiler).toMatch(/^emcc \d/);
   });
+});
+
+test('an engine that cannot inflate is told so, and can be given a binary', () => {
+  const lines = inNode(`
+    delete globalThis.DecompressionStream;
+    const { createRopeAttention } = await import(index);
+    await createRopeAttention().catch((error) => console.log(error.message));
+    const attention = await createRopeAttention({ wasm: new URL('rope-attention.wasm', index) });
+    console.log(attention.simd);
+  `);
+  const missing = 'createRopeAttention: this JavaScript engine has no DecompressionStream, which the embedded binary needs; give the option wasm';
+  expect(lines).toEqual([missing, 'simd128']);
 });
 
 test('importing the package does nothing', () => {

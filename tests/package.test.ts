@@ -32,8 +32,8 @@ const UNPACKED_LIMIT = 1_400_000;
 /** What README says that a page has to allow. */
 const POLICY = "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'";
 
-/** Every WebAssembly binary starts with these bytes, which base64 turns into this. */
-const WASM_AS_TEXT = 'AGFzbQEAAAAB';
+/** Every gzipped binary starts with the same bytes, which base64 turns into this. */
+const WASM_AS_TEXT = 'H4sIAAAAAAAC';
 
 interface Packed {
   filename: string;
