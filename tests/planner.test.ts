@@ -6,7 +6,7 @@
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 
 import { createRopeAttention, reference, theory } from '../dist/index.js';
-import { allowedPairs, exactFlops, polynomialFlops } from '../dist/cost.js';
+import { allowedPairs, cost, exactFlops, polynomialFlops } from '../dist/cost.js';
 import type { ForwardArgs, Guarantee, Report, Rotary, RopeAttention } from '../dist/index.js';
 import { readCall, type Geometry } from '../dist/validate.js';
 import { instance } from './promise/instances.mjs';
@@ -113,6 +113,21 @@ describe('counts', () => {
         }
       }
     }
+  });
+
+  test('constant parts of relative maps cost what plain rotation costs', () => {
+    const shape = { heads: 1, queryLength: 8192, headDim: 16 };
+    const arrays = { q: new Float32Array(131072), k: new Float32Array(131072), v: new Float32Array(131072) };
+    const costBy = (f: (t: number) => number) => {
+      const relativePositions = positionsBy(shape, f);
+      return cost(readCall('forward', { ...arrays, shape, causal: true, relativePositions }).problem, 'forward', null);
+    };
+    const plain = cost(readCall('forward', { ...arrays, shape, causal: true }).problem, 'forward', null);
+    expect(costBy(() => 3) / plain).toBeCloseTo(1, 12);
+    const rough = costBy(Math.sin) / plain;
+    expect(rough).toBeGreaterThan(2);
+    // 1024 (8192 - 1024 / 2) of 8192^2 / 2 pairs differ
+    expect(costBy((t) => Math.min(t, 1024)) / plain).toBeCloseTo(1 + (rough - 1) * 2 * (1 / 8) * (1 - 1 / 16), 2);
   });
 
   test('of very long lengths stay numbers', () => {

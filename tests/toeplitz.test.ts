@@ -203,10 +203,6 @@ eachBinary((attention) => {
       expect(report.reason).toMatch(/^toeplitz of degree \d \(\d+ (complex )?terms?\): predicted .*x cheaper than exact, sampled error/);
       expect(maxDifference(output, exact.output)).toBeLessThan(1e-2 * Math.max(...args.v.map(Math.abs)));
     }
-    const few = positionsBy(large, (t) => Math.min(t, 50)); // constant far away: plain products
-    const args = forwardArgs(problem({ shape: large, relativePositions: few, causal: true }, 104, uniform(1.5)));
-    const planned = attention().plan(args);
-    expect(planned.method).toBe('exact');
   });
 
   test('a degree with more terms than can be counted is no candidate, and a RangeError where it is forced', () => {
