@@ -123,10 +123,11 @@ function lagFlops(g: Geometry): number {
 }
 
 /** The cost of states for so many decays beyond a distance, at a degree that is likely; only for comparisons. */
-export function costOfDecays(g: Geometry, pass: Pass): (count: number, near: number) => number {
+export function costOfDecays(g: Geometry): (count: number, near: number) => number {
   const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
-  const state = stateFlops({ ...g, decays: null }, pass, 2) / share.polynomial[pass];
-  const pair = (flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength) / share.outliers[pass];
+  const both = (of: (pass: Pass) => number) => of('forward') + of('backward');
+  const state = both((pass) => stateFlops({ ...g, decays: null }, pass, 2) / share.polynomial[pass]);
+  const pair = both((pass) => (flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength) / share.outliers[pass]);
   return (count, near) => count * state + near * pair;
 }
 

@@ -52,7 +52,7 @@ const FLOOR = 8;
 /** Rates between which those of `mayFit` and the first ones lie: 1/span, times this, and 1/near over it. */
 const WIDER = 4;
 /** Steps of least squares, then against large errors, these where the former came near, until there is some room. */
-const [STEPS, REWEIGHTS, WITHIN, ENOUGH] = [24, 20, 4, 0.8];
+const [STEPS, REWEIGHTS, WITHIN, ENOUGH] = [24, 40, 8, 0.9];
 
 /** One head's decays beyond one distance. */
 interface Fit {

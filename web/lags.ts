@@ -10,6 +10,9 @@ import type { Problem } from './validate.js';
 /** Distances that are looked at one by one; drawn ones of every octave beyond, where all are exact, and where they are not, at most. */
 const [FIRST, OF_NEAR, OF_FAR] = [8, 2, 12];
 
+/** Distances in all. */
+const MOST = Math.min(SAMPLE_LAGS, 52);
+
 /** Standard deviations of the squared error that the true one may be off: what a small sample hides. */
 const DEVIATIONS = 2.5;
 
@@ -43,7 +46,7 @@ export class LagSampler {
     const octaves = (from: number, to: number, most: number) => {
       const edges = [from];
       while (edges[edges.length - 1] < to) edges.push(Math.min(2 * edges[edges.length - 1], to));
-      const left = Math.floor((SAMPLE_LAGS - this.#distances.length) / Math.max(edges.length - 1, 1));
+      const left = Math.floor((MOST - this.#distances.length) / Math.max(edges.length - 1, 1));
       for (const [n, edge] of edges.entries()) if (n > 0) take(edges[n - 1], edge, Math.min(most, left, edge - edges[n - 1]));
     };
     const far = Math.min(Math.max(start, problem.decays!.near + CHUNK), end);

@@ -10,7 +10,7 @@ import { foreignTo } from './scores.js';
 import type { Problem } from './validate.js';
 
 /** Share of the tolerance that the error of the fit may take: it adds to that of the polynomial. */
-const SHARE = 1 / 6;
+const SHARE = 1 / 4;
 
 /** Share of the exact engine's cost that a fit may take which finds nothing. */
 const LOSS = 0.05;
@@ -24,6 +24,32 @@ const FORBIDDEN = -3.4e29;
 /** Positions behind the last key times the smallest rate: past that weights leave the range of float32. */
 const MOST_EXCESS = 40;
 
+/** What came of the last bias: backward comes after forward, and one step after another. Larger biases are not kept. */
+let last: { bias: Float32Array; rest: string; found: ReturnType<typeof fitDecays> } | null = null;
+const MOST_KEPT = 2 ** 21;
+
+/** As fitDecays, from memory where bias and all else are the same. The cost of both passes decides, so that both get the same. */
+function fitOnce(problem: Problem, target: number): ReturnType<typeof fitDecays> {
+  const bias = problem.bias!;
+  const inside = isInside(problem);
+  const rest = JSON.stringify([shapeOf(problem), inside, target]);
+  const same = last?.rest === rest && last.bias.length === bias.length;
+  if (same && last!.bias.every((value, n) => value === bias[n])) return last!.found;
+  const found = fitDecays(lagsOf(problem), target, costOfDecays(problem), inside);
+  last = bias.length <= MOST_KEPT ? { bias: bias.slice(), rest, found } : null;
+  return found;
+}
+
+/** All that a fit depends on beside the bias. */
+function shapeOf({ heads, kvHeads, batch, queryLength, keyLength, headDim, valueDim, queryOffset, window }: Problem): unknown[] {
+  return [heads, kvHeads, batch, queryLength, keyLength, headDim, valueDim, queryOffset, window[0]];
+}
+
+/** Whether whoever sees a key at one distance sees others at all smaller ones, and errors may be relative to these. */
+function isInside({ queryOffset, queryLength, keyLength, guarantee }: Problem): boolean {
+  return queryOffset + queryLength <= keyLength && guarantee === 'sampled';
+}
+
 /**
  * The decays for a call; null where its bias does not go through states, with the least error if that is why.
  *
@@ -31,13 +57,12 @@ const MOST_EXCESS = 40;
  */
 export function decaysOf(name: string, problem: Problem, pass: Pass): Pick<Problem, 'decays' | 'misfit'> {
   const none = { decays: null, misfit: null };
-  const { bias, causal, method, tolerance, queryOffset, queryLength, keyLength } = problem;
+  const { bias, causal, method, tolerance } = problem;
   if (!bias || !causal || (method !== 'auto' && method !== 'polynomial')) return none;
   if (foreignTo('polynomial', { ...problem, bias: null }).length > 0 || problem.segments.length > 1 || problem.alibi) return none;
   if (method === 'auto' && FIT_DECAYS > LOSS * exactCost(problem, pass)) return none;
   const target = SHARE * tolerance;
-  const inside = queryOffset + queryLength <= keyLength && problem.guarantee === 'sampled';
-  const { decays, error } = fitDecays(lagsOf(problem), target, costOfDecays(problem, pass), inside);
+  const { decays, error } = fitOnce(problem, target);
   const usable = decays && isUsable(problem, decays);
   if (!usable && method === 'polynomial') {
     const what = decays ? 'which takes weights out of the range of float32' : `the best of ${MAX_DECAYS} or fewer is off by ${error.toExponential(1)}, above ${target.toExponential(1)}`;
