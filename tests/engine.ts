@@ -27,6 +27,8 @@ export interface EngineResult {
   dBias: Float32Array | undefined;
   /** There when alibi is. */
   dAlibi: Float32Array | undefined;
+  /** There when relative is. */
+  dWeights: Float32Array | undefined;
   /** false when the weights of some row did not add up to a positive number, by either pass. */
   positive: boolean;
 }
@@ -53,7 +55,7 @@ export function runEngine(
   session.setWorkspace(backward);
   const second = session.run('backward', 0, session.units('backward'));
   const [output, lse, dq, dk, dv] = (['out', 'lse', 'dq', 'dk', 'dv'] as const).map((name) => session.result(name));
-  const [dBias, dAlibi] = [session.vector('dbias'), session.vector('dalibi')];
+  const [dBias, dAlibi, dWeights] = (['dbias', 'dalibi', 'dweights'] as const).map((name) => session.vector(name));
   session.close();
-  return { output, lse, dq, dk, dv, dBias, dAlibi, positive: first && second };
+  return { output, lse, dq, dk, dv, dBias, dAlibi, dWeights, positive: first && second };
 }
