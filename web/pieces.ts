@@ -325,10 +325,14 @@ export function rising<T>(steps: Generator<number, T>): Generator<number, T> {
 }
 
 function* mapped<T>(steps: Generator<number, T>, by: (fraction: number) => number): Generator<number, T> {
-  for (;;) {
-    const step = steps.next();
-    if (step.done) return step.value;
-    yield by(step.value);
+  try {
+    for (;;) {
+      const step = steps.next();
+      if (step.done) return step.value;
+      yield by(step.value);
+    }
+  } finally {
+    steps.return(undefined as T); // when this is left half done, so are they
   }
 }
 
