@@ -49,6 +49,9 @@ const EFFICIENCY = [
   { upTo: Infinity, exact: { forward: 0.88, backward: 0.9 }, polynomial: { forward: 0.8, backward: 0.8 }, outliers: { forward: 0.65, backward: 0.65 } },
 ] as const;
 
+/** The same for the states beside a first one, of the same features. */
+const WIDE_EFFICIENCY = { forward: 0.88, backward: 0.75 } as const;
+
 /** The same for the Toeplitz engine, two thirds of whose time are transforms: with one matrix, and with one for each term. */
 const TOEPLITZ_EFFICIENCY = {
   bias: { forward: 0.45, backward: 0.41 },
@@ -109,9 +112,14 @@ export function polynomialFlops(g: Geometry, pass: Pass, degree: number, outlier
 
 /** Of these the products with states; with decays one for each, and in the backward pass the gradient of the bias. */
 function stateFlops(g: Geometry, pass: Pass, degree: number): number {
-  const kvHeads = g.decays && hasOwnBiases(g) ? g.heads : g.kvHeads;
-  const one = products({ ...g, kvHeads, method: 'polynomial', degree, pass });
+  const one = flopsOfState(g, pass, degree);
   return one * (g.decays?.count ?? 1) + (g.decays && pass === 'backward' ? lagFlops(g) : 0);
+}
+
+/** Of one state; heads with a bias of their own, where decays stand for it, have a state of their own. */
+function flopsOfState(g: Geometry, pass: Pass, degree: number): number {
+  const kvHeads = g.decays && hasOwnBiases(g) ? g.heads : g.kvHeads;
+  return products({ ...g, kvHeads, method: 'polynomial', degree, pass });
 }
 
 /** Products for the gradient of a far bias by correlations (lags.c), of features of degree 1. */
@@ -126,7 +134,7 @@ function lagFlops(g: Geometry): number {
 export function costOfDecays(g: Geometry): (count: number, near: number) => number {
   const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
   const both = (of: (pass: Pass) => number) => of('forward') + of('backward');
-  const state = both((pass) => stateFlops({ ...g, decays: null }, pass, 2) / share.polynomial[pass]);
+  const state = both((pass) => flopsOfState(g, pass, 2) / WIDE_EFFICIENCY[pass]);
   const pair = both((pass) => (flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength) / share.outliers[pass]);
   return (count, near) => count * state + near * pair;
 }
@@ -218,7 +226,9 @@ export function cost(
   // The keys at the left edge of a window, and those that leave the state, are rotated once more and weighed in whole blocks.
   const besides = g.window[0] < 0 ? 0 : 1.5 * CHUNK * flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength;
   const ofOutliers = (flopsOfPair(g, pass) * outlierPairs(g, outliers)) / share.outliers[pass];
-  return (polynomialFlops(g, pass, degree) + besides) / share.polynomial[pass] + ofOutliers;
+  const more = ((g.decays?.count ?? 1) - 1) * flopsOfState(g, pass, degree);
+  const first = (polynomialFlops(g, pass, degree) - more + besides) / share.polynomial[pass];
+  return first + more / WIDE_EFFICIENCY[pass] + ofOutliers;
 }
 
 /** The same for the exact engine if every pair had a matrix of its own. */

@@ -42,7 +42,7 @@ export interface Lags {
 /** Most decays (RA_MAX_DECAYS). */
 export const MAX_DECAYS = 8;
 /** Distances that may be where the decays begin, the likely one first. */
-const NEARS = [128, 64, 256] as const;
+const NEARS = [128, 64, 192, 256] as const;
 
 const NODES = 128;
 /** Weights may cancel by this factor. */

@@ -10,7 +10,7 @@ import { foreignTo } from './scores.js';
 import type { Problem } from './validate.js';
 
 /** Share of the tolerance that the error of the fit may take: it adds to that of the polynomial. */
-const SHARE = 1 / 4;
+const SHARE = 1 / 3;
 
 /** Share of the exact engine's cost that a fit may take which finds nothing. */
 const LOSS = 0.05;

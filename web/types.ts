@@ -166,7 +166,7 @@ export interface Options {
   /**
    * Added to scores by distance: [queryLength + keyLength - 1], entry [i - j + keyLength - 1], the same for all heads, or
    * heads times that. Together with `mask`, below -3.4e29 forbids. With `causal` the polynomial engine takes a smooth one: where
-   * exp(bias), from distance 64, 128 or 256 on, is a sum of at most 8 decaying exponentials within a quarter of the tolerance.
+   * exp(bias), from distance 64, 128 or 256 on, is a sum of at most 8 decaying exponentials within a third of the tolerance.
    */
   bias?: Float32Array;
   /**
