@@ -416,8 +416,12 @@ static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, c
     l.position[n] = (int64_t)l.i[n] + e->p->query_offset;
     l.near[n] = distance_to(l.position[n], l.keys[n]);
     l.slope[n] = e->p->alibi ? e->p->alibi[l.head[n] % e->p->heads] : 0;
+  }
+  for (uint32_t n = 0, run; n < LANES; n += run) { // rows that follow one another turn together
+    run = 1;
+    while (n + run < LANES && l.head[n + run] == l.head[n] && l.i[n + run] == l.i[n] + run) run++;
     const float *q_n = x->q + ra_head(e->p, l.head[n], e->p->heads, e->Nq, e->D) + l.i[n] * e->q_row;
-    ra_rotary_rows(&e->state->q_rotary, q_n, e->D, e->rows + n * e->Dp, e->Dp, 1, l.i[n], RA_ROTATE, e->p->scale);
+    ra_rotary_rows(&e->state->q_rotary, q_n, e->q_row, e->rows + n * e->Dp, e->Dp, run, l.i[n], RA_ROTATE, e->p->scale);
   }
   ra_transpose(e->rows, e->Dp, LANES, e->D, e->strip, LANES);
   return l;
