@@ -22,7 +22,7 @@ import {
   costOf,
   flopsOf,
   missing,
-  portionsOfGiven,
+  rowsOfGiven,
   promising,
   refuseMiss,
   roomOf,
@@ -43,6 +43,8 @@ import { readCall, readCreate, readLoss, readRotate, type Call, type Problem } f
 
 /** Milliseconds of work between two yields, about. */
 const SLICE = 30;
+
+const GIVEN = 'the given output and lse';
 
 /** Operations below which a run says nothing about this machine's speed. */
 const MEASURABLE = 1e8;
@@ -255,10 +257,11 @@ export class Attention implements RopeAttention {
       const notes: string[] = [];
       const withForward = (attempt: Attempt): Attempt => ({ ...attempt, passes: ['forward', 'backward'] });
       let progress = 0;
+      let there = GIVEN; // what attempts without a forward pass go by
       for (let attempt = list.shift(); attempt; attempt = list.shift()) {
         if (goesByGiven(task, attempt)) {
           session.restoreOutput(inputs);
-          const { fits, note } = yield* this.#checkGiven(task, attempt);
+          const { fits, note } = yield* this.#checkGiven(task, attempt, there);
           if (note !== null) notes.push(note);
           if (!fits) {
             list.unshift(withForward(attempt));
@@ -278,7 +281,11 @@ export class Attention implements RopeAttention {
           }
           if (list.length === 0) refuseMiss(task, miss, !outcome.coefficients);
           notes.push(miss);
-          list.splice(0, list.length, ...(yield* promising(task, list, attempt, outcome.measured)));
+          const left = yield* promising(task, list, attempt, outcome.measured);
+          // A forward pass may serve others as well, if there is none that was given.
+          const serves = outcome.sound && !inputs.output && task.pass === 'backward' && problem.method === 'auto';
+          if (serves) there = `the output and lse of degree ${attempt.degree}`;
+          list.splice(0, list.length, ...(serves ? left.map((one): Attempt => ({ ...one, passes: ['backward'] })) : left));
           if (list.length > 0) continue;
         }
         const ran = { ...attempt, coefficients: outcome.coefficients };
@@ -305,27 +312,32 @@ export class Attention implements RopeAttention {
   }
 
   /**
-   * Whether the output and lse that were given serve an attempt: gradients are only as good as these are. With a tolerance to keep
-   * (`auto`) a few of their rows are compared with exact ones, or those of the polynomial. Not so where scores are modified, which
-   * the sampling of rows does not know; and a forced method finds out by the gradients.
+   * Whether the output and lse that are there, given or of an attempt before, serve an attempt: gradients are only as good as these
+   * are. With a tolerance to keep (`auto`) a few of their rows are compared with exact ones, or those of the polynomial. Not so where
+   * scores are modified, which the sampling of rows does not know; and a forced method finds out by the gradients.
    */
-  *#checkGiven(task: Task, { degree, split }: Attempt): Generator<number, { fits: boolean; note: string | null }> {
+  *#checkGiven(
+    task: Task,
+    { degree, split }: Attempt,
+    there: string,
+  ): Generator<number, { fits: boolean; note: string | null }> {
     const { problem } = task;
     if (problem.method !== 'auto') return { fits: true, note: null };
     const limit = problem.tolerance / 4;
     if (degree !== null) {
       const fits = yield* split.sampler.suits(degree, limit);
-      const note = `the given output and lse are not those of degree ${degree}: they were computed again`;
+      const note = `${there} are not those of degree ${degree}: they were computed again`;
       return { fits, note: fits ? null : note };
     }
     const unknown = unsampledOnly(problem);
     if (unknown.length > 0) {
-      const note = `the given output and lse were not checked, as sampled rows have no ${unknown.join(' or ')}`;
+      const note = `${there} were not checked, as sampled rows have no ${unknown.join(' or ')}`;
       return { fits: true, note };
     }
-    const difference = yield* split.sampler.given(portionsOfGiven(task));
-    if (difference <= limit) return { fits: true, note: null };
-    return { fits: false, note: `the given output and lse are off by ${short(difference)} and were computed again` };
+    const difference = yield* split.sampler.given(rowsOfGiven(task));
+    const own = there === GIVEN ? null : `gradients go by ${there}`;
+    if (difference <= limit) return { fits: true, note: own };
+    return { fits: false, note: `${there} are off by ${short(difference)} and were computed again` };
   }
 
   /** Runs one engine and, for a polynomial, checks it. */
@@ -335,7 +347,13 @@ export class Attention implements RopeAttention {
     const { sampler } = split;
     session.setOutliers(split.outliers);
     const coefficients = degree === null ? null : (attempt.coefficients ?? (yield* sampler.coefficients(degree)));
-    const missed = (miss: string | null, measured: Measured | null): Outcome => ({ coefficients, measured, miss });
+    let positive = true;
+    const missed = (miss: string | null, measured: Measured | null): Outcome => ({
+      coefficients,
+      measured,
+      miss,
+      sound: positive && measured !== null && passes.length > 1,
+    });
     if (degree !== null && !coefficients) return missed('has coefficients beyond float32', null);
     session.setWorkspace(workspaceOf(session, passes, degree));
     session.setEngine(degree, coefficients ?? undefined);
@@ -346,13 +364,12 @@ export class Attention implements RopeAttention {
     }
 
     const middle = passes.length > 1 ? from + 0.3 * (to - from) : from;
-    let positive = true;
     if (passes.length > 1) positive = yield* this.#run(session, task, attempt, ['forward'], from, middle);
     // Gradients of keys are foreseen once output and lse are there; what would miss is not run to its end.
     const room = roomOf(pass, 'check', split);
     const limit = room * problem.tolerance;
-    if (pass === 'backward' && problem.method === 'auto' && !task.part) {
-      const foreseen = yield* sampler.foresee(degree);
+    if (pass === 'backward' && problem.method === 'auto' && !task.part && !attempt.trial) {
+      const foreseen = yield* sampler.foresee(degree, limit);
       if (!(foreseen.upper <= limit)) {
         return missed(`has ${missing(foreseen, 'predicted', room, ' in the gradients of keys')}`, foreseen);
       }
@@ -410,6 +427,8 @@ interface Outcome {
   measured: Measured | null;
   /** What went wrong; null when the tolerance is met. */
   miss: string | null;
+  /** It has computed output and lse before gradients. */
+  sound: boolean;
 }
 
 function drain<T>(steps: Generator<number, T>): T {

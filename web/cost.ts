@@ -64,21 +64,28 @@ const MAP_EFFICIENCY = { bias: 1, rotation: 0.87, matrices: 0.45 } as const;
 /** Distances that have to be alike for a block of queries and keys to meet one matrix: about two blocks. */
 const ALIKE = 512;
 
-/** The same for the sampling functions. */
-const SAMPLING_EFFICIENCY = 0.5;
-/** Their operations of a relative map, which they multiply entry by entry, over useful ones; and of each cos and sin of its table. */
-const [MAP_SAMPLING, MAP_TABLE] = [6, 950];
 /**
- * What JavaScript adds, in operations at peak (5e4 a microsecond): the fit of one polynomial, a call that computes or compares
- * a portion of rows, and the rest of a plan. Measured with warm code.
+ * What sampling takes, in operations at peak speed (5e4 a microsecond), measured: for each pair of a sampled row or column, so many and
+ * so many for each entry; for each row of the arrays that is looked at, likewise.
  */
-const FIT = 1e6;
-const PORTION = 2.5e5;
-const PLAN = 1e6;
-/** Operations for each entry of q to find the rows that are likely to be worst. */
-const EXTREMES = 60;
-/** The same to begin with another head, for each entry of q and k. */
-const PREPARE = 30;
+const PAIR = {
+  rows: { forward: { each: 40, entry: 2 }, backward: { each: 40, entry: 4 } },
+  columns: { each: 130, entry: 4.5 },
+} as const;
+const ROW = {
+  /** To begin with another head, queries and keys. */
+  prepare: { each: 0, entry: 50 },
+  /** To find the rows that are likely to be worst. */
+  extremes: { each: 730, entry: 42 },
+  /** To rank queries, or keys, by norm. */
+  rank: { each: 800, entry: 15 },
+} as const;
+/** Operations of a relative map, which sampling multiplies entry by entry, over useful ones; and of each cos and sin of its table. */
+const [MAP_SAMPLING, MAP_TABLE] = [6, 950];
+/** What JavaScript adds: the fit of one polynomial, a call that computes or compares a portion of rows, and the rest of a plan. */
+export const FIT = 4e5;
+const PORTION = 2e5;
+const PLAN = 5e5;
 /** Portions that hold these, about: without a mask, and when causal (most of them short). */
 const HARD_PORTIONS = { full: 2, causal: 10 } as const;
 /** The same of rows at the beginning of chunks, half as long, where there are slopes: flat ones, and some that are steep. */
@@ -268,6 +275,41 @@ function alikeShare(g: Geometry): number {
   return alikeShares.get(g)!;
 }
 
+/** The same to make a head the one that is sampled. */
+export function prepareCost(g: Geometry): number {
+  return rowCost(ROW.prepare, g) * (queriesOfHead(g) + g.keyLength);
+}
+
+export function extremesCost(g: Geometry): number {
+  return rowCost(ROW.extremes, g) * queriesOfHead(g);
+}
+
+/** Of queries, or keys. */
+export function rankCost(g: Geometry, of: 'queries' | 'keys'): number {
+  return rowCost(ROW.rank, g) * (of === 'queries' ? queriesOfHead(g) : g.keyLength);
+}
+
+/** The same for a portion of rows. */
+export function rowsCost(g: Geometry, rows: ArrayLike<number>, pass: Pass): number {
+  const last = Array.from(rows).reduce((most, row) => Math.max(most, row % g.queryLength), 0);
+  const seen = g.causal ? Math.max(0, last + g.queryOffset + 1) : g.keyLength;
+  return portionCost(g, pass, Math.min(seen, keysOfPortion(g)));
+}
+
+/** The same for a portion of columns, ascending. */
+export function columnsCost(g: Geometry, keys: ArrayLike<number>): number {
+  const unseen = g.causal ? Math.max(0, Math.min(keys[0] - g.queryOffset, g.queryLength)) : 0;
+  const queries = ((g.queryLength - unseen) / g.queryLength) * queriesOfHead(g);
+  const { each, entry } = PAIR.columns;
+  return PORTION + SAMPLE_ROWS * queries * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, 'backward'));
+}
+
+/** The same for a portion of rows that see so many keys, by default as many as one may. */
+export function portionCost(g: Geometry, pass: Pass, keys = keysOfPortion(g)): number {
+  const { each, entry } = PAIR.rows[pass];
+  return PORTION + SAMPLE_ROWS * keys * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, pass));
+}
+
 /**
  * The same for what `auto` does before and after a polynomial, beyond the bounds that the exact engine is given too.
  *
@@ -276,25 +318,18 @@ function alikeShare(g: Geometry): number {
  */
 export function samplingCost(g: Geometry, pass: Pass, candidates: number): { refusal: number; all: number } {
   const heads = g.batch * g.kvHeads;
-  const queries = (g.heads / g.kvHeads) * g.queryLength;
-  const prepare = heads > 1 ? PREPARE * g.headDim * (queries + g.keyLength) : 0;
+  const prepare = heads > 1 ? prepareCost(g) : 0;
   const table = g.relativePositions ? (MAP_TABLE / 2) * g.rotaryDim * (g.queryLength + g.keyLength) : 0;
-  const look = prepare + table + EXTREMES * g.headDim * queries + SAMPLE_SCORES * g.headDim;
-  const portion = PORTION + (SAMPLE_ROWS * keysOfPortion(g) * sampledFlopsOfPair(g, pass)) / SAMPLING_EFFICIENCY;
+  const portion = portionCost(g, pass);
   // Long portions of a head, those of drawn rows and of large ones; when causal short ones as well.
   const drawn = Math.ceil(DRAWN_ROWS / SAMPLE_ROWS / heads) * (g.causal ? 1.5 : 1);
   const slopes = g.alibi ? SLOPE_PORTIONS[g.alibi.some((slope) => slope >= STEEP) ? 'steep' : 'flat'] : 0;
   const long = HARD_PORTIONS.full + drawn + slopes / 2;
   const short = g.causal ? HARD_PORTIONS.causal - HARD_PORTIONS.full : 0;
-  const columns = pass === 'backward' ? 3 * (queries / g.keyLength) * portion : 0;
-  const refusal = PLAN + look + FIT * candidates + 2 * portion;
-  const all = PLAN + heads * (look + FIT * candidates + 2 * (long * portion + 2 * short * PORTION) + columns);
-  return { refusal, all };
-}
-
-/** The same for one call that computes a portion of rows. */
-export function portionCost(g: Geometry): number {
-  return PORTION + (SAMPLE_ROWS * keysOfPortion(g) * sampledFlopsOfPair(g, 'forward')) / SAMPLING_EFFICIENCY;
+  const columns = pass === 'backward' ? 3 * columnsCost(g, [0]) : 0;
+  const refusal = PLAN + prepare + table + FIT * candidates + 2 * portion;
+  const rest = extremesCost(g) + 2 * (long * portion + 2 * short * PORTION) + columns;
+  return { refusal, all: refusal + heads * rest + (heads - 1) * (prepare + FIT * candidates) };
 }
 
 /** Keys that rows of a portion see between them, wherever they are. */
@@ -304,15 +339,23 @@ function keysOfPortion(g: Geometry): number {
 
 /** The same for a look at one choice of outliers. */
 export function trialCost(g: Geometry, pass: Pass): number {
-  const prepare = g.batch * g.headDim * (g.heads * g.queryLength + g.kvHeads * g.keyLength);
-  return PREPARE * prepare + samplingCost(g, pass, 2).refusal;
+  return g.batch * g.kvHeads * prepareCost(g) + samplingCost(g, pass, 2).refusal;
+}
+
+function queriesOfHead(g: Geometry): number {
+  return (g.heads / g.kvHeads) * g.queryLength;
+}
+
+function rowCost({ each, entry }: { each: number; entry: number }, { headDim }: Geometry): number {
+  return each + entry * headDim;
 }
 
 function flopsOfPair(g: Geometry, pass: Pass): number {
   return products({ method: 'exact', pass, heads: 1, queryLength: 1, headDim: g.headDim, valueDim: g.valueDim });
 }
 
-function sampledFlopsOfPair(g: Geometry, pass: Pass): number {
+/** What a relative map adds to each pair that is sampled. */
+function mapOfPair(g: Geometry, pass: Pass): number {
   const map = productsOfPair(g);
-  return flopsOfPair(g, pass) + (map ? (pass === 'forward' ? 2 : 4) * MAP_SAMPLING * map.score : 0);
+  return map ? (pass === 'forward' ? 4 : 8) * MAP_SAMPLING * map.score : 0;
 }

@@ -3,7 +3,16 @@
 // The C functions of rope_attention.h as methods on JavaScript arrays. A `Session` is one call: its arrays live in the
 // arena from `load` to `close`, each copied in once; results are copied out. Addresses stay in here.
 
-import { outlierLimit, SAMPLE_ROWS, type Pass } from './cost.js';
+import {
+  columnsCost,
+  extremesCost,
+  outlierLimit,
+  prepareCost,
+  rankCost,
+  rowsCost,
+  SAMPLE_ROWS,
+  type Pass,
+} from './cost.js';
 import { Arena, ARRAYS, BOUNDS, MEMORY_LIMIT, PROBLEM, sizeOf, type Values } from './memory.js';
 import type { Features, Mask } from './scores.js';
 import { sizesOf, type Geometry, type Inputs } from './validate.js';
@@ -324,6 +333,7 @@ export class Session {
   #prepared: { head: number; bounds: Bounds } | null = null;
   #outliers: Outliers | null = null;
   #overwritten = false;
+  #spent = 0;
   #open = true;
 
   constructor(name: string, g: Geometry, exports: Exports, arena: Arena, features: Features = 'polynomial') {
@@ -640,12 +650,26 @@ export class Session {
     return this.#arena.readFloats(this.#arrays[array] + 4 * width * at, width);
   }
 
+  /**
+   * Operations at peak speed that sampling has taken so far, as cost.ts counts them: the same for the same call, whatever the machine
+   * does at the time.
+   */
+  get spent(): number {
+    return this.#spent;
+  }
+
+  /** Counts what was taken elsewhere. */
+  spend(operations: number): void {
+    this.#spent += operations;
+  }
+
   /** Makes a key/value head the one that the sampling methods look at. */
   prepare(head: number): Bounds {
     this.#check();
     if (this.#prepared?.head !== head) {
       const { problem, arrays, bounds } = this.#at;
       this.#prepared = null;
+      this.#spent += prepareCost(this.geometry);
       this.#expect(this.#exports.ra_sample_prepare(problem, arrays, head, bounds, this.#sampling), 'ra_sample_prepare');
       this.#prepared = { head, bounds: this.#arena.readStruct(bounds, BOUNDS) };
     }
@@ -655,6 +679,7 @@ export class Session {
   /** The largest queries (numbered as outliers), or centred keys, of a head, as many as `outlierLimits` says. */
   largest(head: number, of: 'queries' | 'keys'): Largest {
     this.prepare(head);
+    this.#spent += rankCost(this.geometry, of);
     const { problem, arrays, largest } = this.#at;
     const count = this.outlierLimits[of];
     const norms = largest + 4 * count;
@@ -681,6 +706,7 @@ export class Session {
    */
   extremes(head: number): { large: number[]; aligned: number[]; opposed: number[]; keys: number[] } {
     this.prepare(head);
+    this.#spent += extremesCost(this.geometry);
     const { problem, arrays, extremes } = this.#at;
     const [large, aligned, opposed, keys] = [0, 1, 2, 3].map((n) => extremes + 4 * n * EXTREMES);
     const { ra_sample_extremes } = this.#exports;
@@ -707,6 +733,7 @@ export class Session {
     this.prepare(head);
     const at = this.#at;
     const { headDim, valueDim } = this.geometry;
+    this.#spent += rowsCost(this.geometry, rows, gradient ? 'backward' : 'forward');
     this.#arena.writeIntegers(at.rows, rows);
     if (coefficients) this.#arena.writeFloats(at.own, coefficients);
     const [own, degree] = coefficients ? [at.own, coefficients.length - 1] : [0, 0];
@@ -738,6 +765,7 @@ export class Session {
   columns(head: number, keys: ArrayLike<number>, coefficients: Float32Array | null): { dk: Float32Array; dv: Float32Array } {
     this.prepare(head);
     const at = this.#at;
+    this.#spent += columnsCost(this.geometry, keys);
     this.#arena.writeIntegers(at.rows, keys);
     if (coefficients) this.#arena.writeFloats(at.own, coefficients);
     const [own, degree] = coefficients ? [at.own, coefficients.length - 1] : [0, 0];

@@ -42,8 +42,11 @@ const WORTH = 0.85;
 /** Queries that are looked at of those that come next: behind outliers many are nearly as large. */
 const NEXT = 16;
 
-/** Keys that stand out by more than this from the least that is listed have moved the mean key: ranks are taken again without. */
-const STANDS_OUT = 8;
+/**
+ * Keys that stand out by more than this from the least that is listed, and together move the mean key by more than so much of that:
+ * ranks are taken again without.
+ */
+const [STANDS_OUT, MOVES] = [8, 0.1];
 
 /** Ranks rows by norm, keys around the mean of the ordinary ones. Yields 0 between heads. Leaves no outliers set. */
 export function* rank(session: Session): Generator<number, Ranking> {
@@ -54,7 +57,11 @@ export function* rank(session: Session): Generator<number, Ranking> {
     ranking.keys.push(session.largest(head, 'keys'));
     yield 0;
   }
-  const far = ({ norms }: Largest) => norms[0] > STANDS_OUT * norms[norms.length - 1];
+  const far = ({ norms }: Largest) => {
+    const least = norms[norms.length - 1];
+    const sum = norms.filter((norm) => norm > STANDS_OUT * least).reduce((a, b) => a + b, 0);
+    return sum > MOVES * least * session.geometry.keyLength;
+  };
   if (!ranking.keys.some(far) || session.outlierLimits.keys === session.geometry.keyLength) return ranking;
   session.setOutliers(outliersOf(session, ranking, { queries: 0, keys: session.outlierLimits.keys }));
   for (let head = 0; head < session.heads; head++) {

@@ -12,6 +12,8 @@ import {
   NO_OUTLIERS,
   polynomialFlops,
   portionCost,
+  rankCost,
+  SAMPLE_ROWS,
   samplingCost,
   toeplitzFlops,
   trialCost,
@@ -35,6 +37,8 @@ export interface Attempt {
   /** Proved bound of the output error; null when there is none or when it was not asked for. */
   bound: number | null;
   predicted: Measured | null;
+  /** So cheap that it may run without a closer look. */
+  trial: boolean;
   /** Rows that are exact beside the polynomial; all of them ordinary for exact. */
   split: Split;
 }
@@ -71,8 +75,14 @@ const BESIDE = 0.6;
 /** Of that, before the run of gradients: only dq is predicted, and with outliers the error of dk may be larger. */
 const ONLY_DQ = 1 / 3;
 
-/** Share of the exact engine's cost that may be lost to looking for a polynomial, or to one that misses. */
-const LOSS = 0.08;
+/**
+ * Shares of the exact engine's cost that may be lost: to looking for a polynomial, all in all; to one that runs and misses, without
+ * having been looked at closely; to a look at the output and lse that were given.
+ */
+const [LOSS, TRIAL_RUN, GIVEN] = [0.08, 0.03, 0.01];
+
+/** Rows of given output and lse that are looked at. */
+const GIVEN_ROWS = { least: 2, most: 4 * SAMPLE_ROWS };
 
 /** Polynomials with outliers are looked for where one would save a fifth, three times at most, as long as `LOSS` allows. */
 const [GAIN, TRIALS] = [0.8, 3];
@@ -90,9 +100,19 @@ export function workspaceOf(session: Session, passes: readonly Pass[], degree: n
   return Math.max(...passes.map((pass) => session.workspaceBytes(pass, degree)));
 }
 
+/** Costs without outliers that were asked for before: a short call should not count its pairs ten times. */
+const costs = new WeakMap<Problem, Map<string, number>>();
+
 export function costOf(problem: Problem, passes: readonly Pass[], degree: number | null, outliers = NO_OUTLIERS): number {
-  const features = featuresOf(problem);
-  return passes.reduce((sum, pass) => sum + cost(problem, pass, degree, outliers, features), 0);
+  const count = () =>
+    passes.reduce((sum, pass) => sum + cost(problem, pass, degree, outliers, featuresOf(problem)), 0);
+  if (outliers !== NO_OUTLIERS) return count();
+  let known = costs.get(problem);
+  if (!known) costs.set(problem, (known = new Map()));
+  const name = `${passes} ${degree}`;
+  let found = known.get(name);
+  if (found === undefined) known.set(name, (found = count()));
+  return found;
 }
 
 export function flopsOf(problem: Problem, passes: readonly Pass[], degree: number | null, outliers = NO_OUTLIERS): number {
@@ -148,7 +168,7 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
 
   // A forced degree is run and measured, and predicted only where nothing is going to run.
   if (problem.method !== 'auto' && problem.degree !== null) {
-    const known = task.predict ? yield* predict(task, split, degrees, 0) : null;
+    const known = task.predict ? yield* predict(task, split, degrees, 0, Infinity) : null;
     return { attempts: [attempt(task, problem.degree, split, { predicted: known?.get(problem.degree) ?? null })], because: 'as asked' };
   }
   const auto = problem.method === 'auto';
@@ -156,12 +176,13 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const room = roomOf(pass, 'pilot', split);
   // Rows are predicted with the bias itself: what decays make of it comes on top.
   const limit = Math.sqrt((room * problem.tolerance) ** 2 - (problem.decays?.error ?? 0) ** 2);
-  const predictions = yield* predict(task, split, degrees, limit);
+  const budget = auto ? session.spent + LOSS * costOf(problem, task.passes, null) : Infinity;
+  const predictions = yield* predict(task, split, degrees, limit, budget);
   const errorOf = (degree: number) => predictions.get(degree)?.error ?? Infinity;
   const upperOf = (degree: number) => predictions.get(degree)?.upper ?? Infinity;
   const attemptOf = (degree: number) => attempt(task, degree, split, { predicted: predictions.get(degree) ?? null });
   const first = degrees.find((degree) => upperOf(degree) <= limit) ?? null;
-  const cheaper = yield* tryOutliers(session, task, degrees, limit, errorOf, first);
+  const cheaper = yield* tryOutliers(session, task, degrees, limit, errorOf, first, budget);
   if (first !== null || cheaper.length > 0) {
     const others = first === null ? [] : degrees.filter((degree) => degree >= first);
     return {
@@ -182,11 +203,12 @@ function* predict(
   { sampler, outliers }: Split,
   degrees: readonly number[],
   limit: number,
+  budget: number,
 ): Generator<number, Map<number, Measured>> {
   if (!task.hasValues) return yield* sampler.worstValues(degrees);
-  const auto = task.problem.method === 'auto';
-  const short = auto ? degrees.filter((degree) => mayMiss(task, degree, outliers?.counts)) : [];
-  return yield* sampler.pilot(task.pass, degrees, limit, !auto, new Set(short));
+  const thorough = task.problem.method !== 'auto';
+  const short = new Set(degrees.filter((degree) => mayMiss(task, degree, outliers?.counts)));
+  return yield* sampler.pilot(task.pass, degrees, limit, { thorough, short, budget });
 }
 
 /** A degree beside some outliers. */
@@ -227,13 +249,18 @@ function* tryOutliers(
   limit: number,
   errorOf: (degree: number) => number,
   degree: number | null,
+  budget: number,
 ): Generator<number, Attempt[]> {
   const { problem, pass, passes } = task;
   // Transforms take all rows; and states that stand for a bias have no outliers beside them.
   if (featuresOf(problem) === 'toeplitz' || problem.decays) return [];
   const than = costToBeat(task, degree);
-  const trials = trialsFor(problem, pass, than);
-  if (trials <= 0 || !degrees.some((one) => costOf(problem, passes, one) < GAIN * than)) return [];
+  const ranks = session.heads * (rankCost(problem, 'queries') + rankCost(problem, 'keys'));
+  // Not more than what there is to gain allows, nor than what is left
+  const most = session.spent + LOSS * than;
+  const affordable = (cost: number) => session.spent + cost <= Math.min(budget, most);
+  if (!affordable(ranks + trialCost(problem, pass))) return [];
+  if (!degrees.some((one) => costOf(problem, passes, one) < GAIN * than)) return [];
   const ranking = yield* rank(session);
   let left = candidatesBeside(task, choicesOf(problem, session, ranking), degrees, than);
   const room = BESIDE * (pass === 'forward' ? 1 : ONLY_DQ) * limit;
@@ -244,14 +271,14 @@ function* tryOutliers(
     errorOf(degree) < FAILED
       ? errorOf(degree) * shrinks ** (pass === 'forward' ? degree + 1 : Math.max(degree, 1))
       : worstCase(degree, radius * shrinks) / TYPICAL;
-  for (let trial = 0; trial < trials; trial++) {
+  for (let trial = 0; trial < TRIALS && affordable(trialCost(problem, pass)); trial++) {
     const within = (share: number) => left.find((one) => worse * guess(one) <= share * room);
     const next = (best.length > 0 ? undefined : within(SAFE)) ?? within(SLACK);
     if (!next) break;
     const split = yield* splitOff(session, ranking, next.counts, problem.seed);
     const together = left.filter((one) => one.counts === next.counts).map((one) => one.degree);
     const fitting = together.filter((one) => workspaceOf(session, passes, one) <= session.free).sort((a, b) => a - b);
-    const predictions = yield* predict(task, split, fitting, room);
+    const predictions = yield* predict(task, split, fitting, room, budget);
     const found = fitting.find((one) => (predictions.get(one)?.upper ?? Infinity) <= room);
     if (found !== undefined) {
       best = fitting
@@ -264,12 +291,6 @@ function* tryOutliers(
     left = left.filter((one) => one.counts !== next.counts);
   }
   return best;
-}
-
-/** How many choices may be looked at without losing more than `LOSS` in all. */
-function trialsFor(problem: Problem, pass: Pass, than: number): number {
-  const left = LOSS * than - samplingCost(problem, pass, 1).refusal;
-  return Math.min(TRIALS, Math.floor(left / trialCost(problem, pass)));
 }
 
 /** About the least relative error of a polynomial on [-radius, radius], where that is small. */
@@ -318,7 +339,7 @@ function candidates(session: Session, { problem, pass, passes }: Task): number[]
 
 /** Little is lost if this degree runs and misses. */
 function mayMiss({ problem, passes }: Task, degree: number, outliers = NO_OUTLIERS): boolean {
-  return costOf(problem, passes, degree, outliers) < LOSS * costOf(problem, passes, null);
+  return problem.method === 'auto' && costOf(problem, passes, degree, outliers) < TRIAL_RUN * costOf(problem, passes, null);
 }
 
 /**
@@ -333,10 +354,11 @@ export function* promising(
 ): Generator<number, Attempt[]> {
   const factor = (measured?.upper ?? Infinity) / (missed.predicted?.error ?? 0);
   for (const [n, { degree, split }] of list.entries()) {
-    if (degree === null || n === list.length - 1) return list.slice(n);
+    const left = () => list.slice(n).map((one) => ({ ...one, trial: false })); // one is enough
+    if (degree === null || n === list.length - 1) return left();
     const limit = (problem.tolerance * roomOf(pass, 'pilot', split)) / Math.max(factor, 1);
-    const found = yield* split.sampler.pilot(pass, [degree], limit, false, new Set());
-    if (found.get(degree)!.upper <= limit) return list.slice(n);
+    const found = yield* split.sampler.pilot(pass, [degree], limit);
+    if (found.get(degree)!.upper <= limit) return left();
   }
   return [];
 }
@@ -349,13 +371,15 @@ export function roomOf(pass: Pass, when: 'pilot' | 'check', { outliers }: Pick<S
 /** An error that is above its room, a share of the tolerance; null: an error that nothing is known about. */
 export function missing(measured: Measured | null, kind: 'predicted' | 'sampled', room: number, where = ''): string {
   const { error, upper } = measured ?? { error: Infinity, upper: Infinity };
+  if (upper === Infinity && error < Infinity) return `a ${kind} error of ${short(error)}${where}, too near the tolerance for a closer look`;
   const hidden = upper > error ? ` (${short(upper)} with what chance may hide)` : '';
   return `a ${kind} error of ${short(error)}${where}${hidden}, more than ${Number(room.toFixed(2))} of the tolerance`;
 }
 
-/** Portions of rows on which `auto` compares an output and lse that were given with exact ones: at least one. */
-export function portionsOfGiven({ problem, passes }: Task): number {
-  return Math.max(1, Math.floor((LOSS / 2) * (costOf(problem, passes, null) / portionCost(problem))));
+/** Rows on which `auto` compares an output and lse that were given with exact ones. */
+export function rowsOfGiven({ problem, passes }: Task): number {
+  const affordable = (GIVEN * SAMPLE_ROWS * costOf(problem, passes, null)) / portionCost(problem, 'forward');
+  return Math.max(GIVEN_ROWS.least, Math.min(GIVEN_ROWS.most, Math.floor(affordable)));
 }
 
 /** Relative-minimax polynomials on the proved interval of every head; nothing is known about gradients. */
@@ -447,6 +471,7 @@ function leastBad({ problem, passes }: Task, degrees: readonly number[], errorOf
   return cheap.length === 0 ? degrees[0] : cheap.reduce((a, b) => (errorOf(b) < errorOf(a) ? b : a));
 }
 
-function attempt({ passes }: Task, degree: number | null, split: Split, known: Partial<Attempt> = {}): Attempt {
-  return { degree, passes, coefficients: null, bound: null, predicted: null, split, ...known };
+function attempt(task: Task, degree: number | null, split: Split, known: Partial<Attempt> = {}): Attempt {
+  const trial = degree !== null && mayMiss(task, degree, split.outliers?.counts);
+  return { degree, passes: task.passes, coefficients: null, bound: null, predicted: null, trial, split, ...known };
 }

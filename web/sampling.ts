@@ -10,7 +10,7 @@
 // Rows are drawn by a generator seeded with the call's seed and the head, so a call repeated gives the same choice, and
 // `backward` finds the polynomials of its `forward`. Only rows that may see a key are drawn.
 
-import { CHUNK, DRAWN_ROWS, LOOKED_SEGMENTS, SAMPLE_ROWS, SAMPLE_SCORES, STEEP, type Pass } from './cost.js';
+import { CHUNK, DRAWN_ROWS, FIT, LOOKED_SEGMENTS, SAMPLE_ROWS, SAMPLE_SCORES, STEEP, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
 import type { Bounds, Outliers, Rows, Session } from './kernel.js';
 import { condense, evaluate, fitToScores } from './polynomial.js';
@@ -33,7 +33,24 @@ export interface Measured {
 const ROUNDING = 2 ** -18;
 
 /** A degree is not tried where the one before and the fits make its error this many times too large. */
-const HOPELESS = 4;
+const HOPELESS = 3;
+
+/** Gradients whose error is too large by this share, or on n portions an nth of it, may yet turn out well. */
+const CHANCE = 0.8;
+
+/** Once looking has taken so many budgets, an error that is to stay within a limit must be seen to be within that share of it so far. */
+const WELL_WITHIN = [
+  { budgets: 2, share: 0.5 },
+  { budgets: 1, share: 0.8 },
+] as const;
+
+const NONE: ReadonlySet<number> = new Set();
+
+interface PilotOptions {
+  thorough?: boolean;
+  short?: ReadonlySet<number>;
+  budget?: number;
+}
 
 /** With slopes: first rows of chunks that are looked at in each key/value head, and keys between chunks. */
 const SLOPE_ROWS = 4 * SAMPLE_ROWS;
@@ -68,6 +85,8 @@ export class Sampler {
   readonly #fits = new Map<string, Float32Array | null>();
   readonly #drawn = new Map<number, { all: Drawn[]; first: Portion[] }>();
   readonly #rest = new Map<number, { hard: Portion[]; others: Portion[] }>();
+  readonly #extremes = new Map<number, ReturnType<Session['extremes']>>();
+  readonly #columns = new Map<number, ColumnPortion[]>();
 
   /**
    * @param outliers rows that are exact; `bounds` are those of the others.
@@ -109,48 +128,101 @@ export class Sampler {
    *
    * @param thorough measure every one of these; else one that is out of the question is left as soon as that is seen, or is not
    *   tried at all, and its error is where that was seen, or an estimate.
-   * @param short degrees for which most of the drawn rows may wait for the check.
+   * @param short degrees for which most of the drawn rows, of gradients all but the first ones where these leave no doubt, may wait for
+   *   the check.
+   * @param budget once sampling has taken so much in all, a degree is left unless it is well within `limit` so far; so are others then.
    */
   *pilot(
     pass: Pass,
     degrees: readonly number[],
     limit: number,
-    thorough: boolean,
-    short: ReadonlySet<number>,
+    { thorough = false, short = NONE, budget = Infinity }: PilotOptions = {},
   ): Generator<number, Map<number, Measured>> {
     this.#session.setOutliers(this.#outliers);
     const found = new Map<number, Measured>();
-    let failed: { error: number; residual: number } | null = null;
+    let failed: { error: number; residual: number; fell: number } | null = null;
+    const allowed = () => WELL_WITHIN.find(({ budgets }) => this.#session.spent > budgets * budget)?.share ?? Infinity;
     for (const degree of degrees) {
       const residual = thorough ? 0 : this.#residual(pass, degree);
-      const expected: number = failed && failed.residual > 0 ? (failed.error * residual) / failed.residual : 0;
-      if (expected > HOPELESS * limit) {
-        found.set(degree, { error: expected, upper: expected, relative: expected });
+      const least = residual * this.#leastError(pass);
+      // As fast as residuals fall, or not faster than errors did: a huge key shows in rows alone.
+      const fall: number = failed && failed.residual > 0 ? Math.max(residual / failed.residual, failed.fell) : Infinity;
+      const likely: number = failed ? failed.error * fall : Infinity;
+      const error = Math.max(least, failed ? likely : 0);
+      if (!thorough && (least > limit || error > HOPELESS * limit)) {
+        found.set(degree, { error, upper: error, relative: error });
         continue;
       }
-      const tally = new Tally(hiddenFactor(this.#session));
-      let portions = 0;
-      for (const known of this.#known(pass, short.has(degree))) {
-        this.#predict(pass, degree, known, tally);
-        yield 0;
-        // Gradients may still come down: the fewer rows, the more of it is chance.
-        portions++;
-        if (!thorough && tally.result().error > limit * (pass === 'forward' ? 1 : 1 + 0.8 / portions)) break;
+      if (likely > allowed() * limit) {
+        found.set(degree, { error, upper: Infinity, relative: error });
+        continue;
       }
-      const measured = tally.result();
+      const measured = yield* this.#pilotOne(pass, degree, limit, thorough, short.has(degree), allowed);
       found.set(degree, measured);
       if (measured.upper <= limit) break;
-      failed = { error: measured.error, residual };
+      failed = { error: measured.error, residual, fell: failed ? measured.error / failed.error : 0 };
     }
     return found;
+  }
+
+  /**
+   * Errors over residuals, at least, nearly always: relative errors of gradients are like those of the weights' derivatives (0.3 to 2
+   * times in nine of ten cases of all kinds); those of outputs average out over keys, but for first rows (0.7 to 4 times, causal 3 to 40).
+   */
+  #leastError(pass: Pass): number {
+    if (pass === 'backward') return 0.5;
+    return (this.#session.geometry.causal ? 2 : 0.7) / Math.sqrt(Math.max(1, seenKeys(this.#session.geometry)));
+  }
+
+  /** The same of one degree; not within `limit` when it was left, whatever was seen until then. */
+  *#pilotOne(
+    pass: Pass,
+    degree: number,
+    limit: number,
+    thorough: boolean,
+    short: boolean,
+    allowed: () => number,
+  ): Generator<number, Measured> {
+    if (short && pass === 'backward') {
+      const first = yield* this.#pilotFirst(degree);
+      if (first.upper <= limit || first.error > 2 * limit) return first;
+    }
+    const tally = new Tally(hiddenFactor(this.#session));
+    let portions = 0;
+    for (const known of this.#known(pass, short)) {
+      this.#predict(pass, degree, known, tally);
+      yield 0;
+      if (thorough) continue;
+      const { error, upper, relative } = tally.result();
+      // Gradients may still come down: the fewer rows, the more of it is chance.
+      if (error > limit * (pass === 'forward' ? 1 : 1 + CHANCE / ++portions)) return { error, upper, relative };
+      if (upper > allowed() * limit) return { error, upper: Infinity, relative };
+    }
+    return tally.result();
+  }
+
+  /** The same of gradients on the rows that each polynomial is fitted to. */
+  *#pilotFirst(degree: number): Generator<number, Measured> {
+    const tally = new Tally(hiddenFactor(this.#session));
+    for (const head of this.#heads()) {
+      for (const portion of this.#drawnRows(head).first) {
+        this.#predict('backward', degree, this.#withExact(portion, 'backward'), tally);
+        yield 0;
+      }
+    }
+    return tally.result();
+  }
+
+  #withExact(portion: Portion, pass: Pass): Known {
+    portion.exact ??= this.#session.rows(portion.head, portion.rows, null, pass === 'backward');
+    return portion as Known;
   }
 
   /** The sampled rows with their exact values, each computed when it is first asked for; `short`: without most of the drawn ones. */
   *#known(pass: Pass, short = false): Generator<Known, void> {
     for (const head of this.#heads()) {
       for (const portion of this.#rowPortions(head, pass, short)) {
-        portion.exact ??= this.#session.rows(head, portion.rows, null, pass === 'backward');
-        yield portion as Known;
+        yield this.#withExact(portion, pass);
       }
     }
   }
@@ -202,20 +274,25 @@ export class Sampler {
     return true;
   }
 
-  /** Errors to expect of dk and dv, on the columns of the check, given the output and lse that are there. */
-  *foresee(degree: number): Generator<number, Measured> {
+  /**
+   * Errors to expect of dk and dv, on the columns of the check, given the output and lse that are there; as soon as they are seen to
+   * be beyond `limit`, only that.
+   */
+  *foresee(degree: number, limit: number): Generator<number, Measured> {
     this.#session.setOutliers(this.#outliers);
+    this.#columns.clear(); // as they are with another output and lse
     const tally = new Tally(hiddenFactor(this.#session));
+    let portions = 0;
     for (const head of this.#heads()) {
       const own = this.#fit(head, degree);
-      for (const { rows: keys, weights } of this.#columnPortions(head)) {
-        const exact = this.#session.columns(head, keys, null);
+      for (const { rows: keys, weights, exact } of this.#exactColumns(head)) {
         const got = own && this.#session.columns(head, keys, own);
         if (got) {
           tally.gradient('dk', exact.dk, got.dk, this.#columnRounding(head), weights);
           tally.gradient('dv', exact.dv, got.dv, 0, weights);
         } else tally.fail();
         yield 0;
+        if (tally.result().error > limit * (1 + CHANCE / ++portions)) return tally.result();
       }
     }
     return tally.result();
@@ -235,25 +312,35 @@ export class Sampler {
       yield 0;
     }
     for (const head of pass === 'backward' ? this.#heads() : []) {
-      for (const { rows: keys, weights } of this.#columnPortions(head)) {
-        const { dk, dv } = this.#session.columns(head, keys, null);
-        tally.gradient('dk', dk, this.#gather('dk', head, keys), this.#columnRounding(head), weights);
-        tally.gradient('dv', dv, this.#gather('dv', head, keys), 0, weights);
+      for (const { rows: keys, weights, exact } of this.#exactColumns(head)) {
+        tally.gradient('dk', exact.dk, this.#gather('dk', head, keys), this.#columnRounding(head), weights);
+        tally.gradient('dv', exact.dv, this.#gather('dv', head, keys), 0, weights);
         yield 0;
       }
     }
+    this.#columns.clear();
     return tally.result();
   }
 
+  /** Sampled columns of a head with exact values by the output and lse that are there, each computed when it is first asked for. */
+  *#exactColumns(head: number): Generator<ColumnPortion & { exact: Columns }, void> {
+    let portions = this.#columns.get(head);
+    if (!portions) this.#columns.set(head, (portions = this.#columnPortions(head)));
+    for (const portion of portions) {
+      portion.exact ??= this.#session.columns(head, portion.rows, null);
+      yield portion as ColumnPortion & { exact: Columns };
+    }
+  }
+
   /**
-   * How far the output and lse that were given are from exact ones: the larger of the output's error and lse's, on so many
-   * portions of drawn rows of the head that is at hand.
+   * How far the output and lse that were given are from exact ones: the larger of the output's error and lse's, on so many drawn rows
+   * of the head that is at hand.
    */
-  *given(portions: number): Generator<number, number> {
+  *given(count: number): Generator<number, number> {
     this.#session.setOutliers(this.#outliers);
     const head = this.#session.heads - 1;
     const { total, place } = this.#seeing();
-    const rows = draw(portions * SAMPLE_ROWS, total, [], random(this.#seed, head, GIVEN)).map(place);
+    const rows = draw(count, total, [], random(this.#seed, head, GIVEN)).map(place);
     let largest = 0;
     for (let n = 0; n < rows.length; n += SAMPLE_ROWS) {
       const some = rows.slice(n, n + SAMPLE_ROWS);
@@ -269,7 +356,8 @@ export class Sampler {
     const there = this.#gather('lse', head, rows);
     lse.forEach((value, n) => {
       if (value === there[n]) return; // -Infinity where nothing is seen
-      largest = worse(largest, Math.abs(value - there[n]) / Math.max(1, Math.abs(value)));
+      // Weights are off by as much, but for float32 rounding.
+      largest = worse(largest, Math.abs(value - there[n]) - ROUNDING * Math.max(1, Math.abs(value)));
     });
     return largest;
   }
@@ -279,6 +367,7 @@ export class Sampler {
     let own = this.#fits.get(name);
     if (own === undefined) {
       const some = this.#scoresOf(head);
+      this.#session.spend(FIT);
       own = some && fitToScores(some.scores, degree, some.weights);
       if (!own?.every(Number.isFinite)) own = null;
       this.#fits.set(name, own);
@@ -300,16 +389,21 @@ export class Sampler {
   }
 
   /**
-   * How well a degree fits the scores of the head with the largest ones: the root of the sum of squares of what it leaves of
-   * exp, and for gradients of its derivative.
+   * How well a degree fits the scores of the head with the largest ones, or for gradients its derivative: the root of the sum of squares
+   * of what it leaves of exp, over that of exp.
    */
   #residual(pass: Pass, degree: number): number {
     const head = this.#heads()[0];
     const [own, some] = [this.#fit(head, degree), this.#scoresOf(head)];
     if (!own || !some) return Infinity;
     const of = pass === 'forward' ? own : own.map((_, m) => (m < degree ? (m + 1) * own[m + 1] : 0));
-    const sum = some.scores.reduce((total, s, n) => total + some.weights[n] * (evaluate(of, s) - Math.exp(s)) ** 2, 0);
-    return Math.sqrt(sum);
+    let [left, all] = [0, 0];
+    some.scores.forEach((s, n) => {
+      const weight = Math.exp(s);
+      left += some.weights[n] * (evaluate(of, s) - weight) ** 2;
+      all += some.weights[n] * weight ** 2;
+    });
+    return all > 0 ? Math.sqrt(left / all) : 0;
   }
 
   /** All heads, the one with the largest scores first. */
@@ -389,7 +483,12 @@ export class Sampler {
       const weight = (row: number) => (slope.rows.has(row) ? slope.weight : 1);
       const certain = Array.from(hard, (row) => ({ row, weight: weight(row) })).filter(({ row }) => !known.has(row));
       const others = all.slice(SAMPLE_ROWS).filter(({ row }) => !hard.has(row) && !slope.stands(row));
-      rest = { hard: inPortions(head, byPlace(certain)), others: inPortions(head, byPlace(others)) };
+      // What fails should fail soon: the first that see few keys, and the largest scores
+      const extreme = new Set(this.#extremeRows(head));
+      const [few, most] = [false, true].map((yes) =>
+        inPortions(head, byPlace(certain.filter(({ row }) => extreme.has(row) === yes))),
+      );
+      rest = { hard: [...few.slice(0, 1), ...most, ...few.slice(1)], others: inPortions(head, byPlace(others)) };
       this.#rest.set(head, rest);
     }
     if (pass === 'backward') yield* rest.others;
@@ -405,11 +504,7 @@ export class Sampler {
    */
   #hardRows(head: number): ReadonlySet<number> {
     const { causal, queryOffset, queryLength } = this.#session.geometry;
-    const { number } = this.#seeing();
-    const { large, aligned, opposed } = this.#session.extremes(head);
-    const next = (this.#next[head] ?? []).map((n) => this.#rowOf(n));
-    const extreme = [...large.slice(0, SAMPLE_ROWS / 2), ...aligned, ...opposed.slice(0, SAMPLE_ROWS / 2), ...next];
-    const rows = new Set(extreme.filter((row) => number(row) !== null));
+    const rows = new Set(this.#extremeRows(head));
     const start = Math.ceil(Math.max(1 - queryOffset, 0) / CHUNK) * CHUNK;
     if (causal && start + queryOffset <= 2 * CHUNK) {
       const heads = this.#session.rowsOfHead / queryLength;
@@ -422,6 +517,15 @@ export class Sampler {
     const slope = this.#slopeRows(head);
     for (const row of [...this.#windowRows(), ...slope.rows, ...slope.next, ...this.#segmentRows(head)]) rows.add(row);
     return rows;
+  }
+
+  /** Those of the largest queries, with the largest scores against the largest keys, and next to outliers. */
+  #extremeRows(head: number): number[] {
+    const { number } = this.#seeing();
+    const { large, aligned, opposed } = this.#extremesOf(head);
+    const next = (this.#next[head] ?? []).map((n) => this.#rowOf(n));
+    const extreme = [...large.slice(0, SAMPLE_ROWS / 2), ...aligned, ...opposed.slice(0, SAMPLE_ROWS / 2), ...next];
+    return extreme.filter((row) => number(row) !== null);
   }
 
   /**
@@ -456,7 +560,7 @@ export class Sampler {
     const { first, end } = this.#chunks();
     const count = Math.min(SLOPE_ROWS, end - first);
     const chunks = draw(count, end - first, [], random(this.#seed, head, SLOPES)).map((n) => first + n);
-    const behind = this.#session.extremes(head).keys.map((key) => Math.floor((key - queryOffset) / CHUNK) + 1);
+    const behind = this.#extremesOf(head).keys.map((key) => Math.floor((key - queryOffset) / CHUNK) + 1);
     const seen = behind.filter((chunk) => chunk >= first && chunk < end);
     const depths = Array.from({ length: STEEP_DEPTH }, (_, n) => n);
     const next = [...chunks.slice(0, STEEP_CHUNKS), ...seen].flatMap((chunk) => depths.map((n) => chunk * CHUNK + n));
@@ -513,10 +617,16 @@ export class Sampler {
     return chosen.flatMap((n) => rows(second[n].start, second[n].to));
   }
 
+  #extremesOf(head: number): ReturnType<Session['extremes']> {
+    let extremes = this.#extremes.get(head);
+    if (!extremes) this.#extremes.set(head, (extremes = this.#session.extremes(head)));
+    return extremes;
+  }
+
   /** The keys whose gradients are looked at: the largest ones, and drawn ones that count for the others; of outliers apart. */
-  #columnPortions(head: number): Portion[] {
+  #columnPortions(head: number): ColumnPortion[] {
     const { keyLength, causal } = this.#session.geometry;
-    const large = new Set(this.#session.extremes(head).keys);
+    const large = new Set(this.#extremesOf(head).keys);
     const outliers = this.#outliers;
     const own = outliers?.keys.subarray(head * outliers.counts.keys, (head + 1) * outliers.counts.keys) ?? [];
     const count = Math.max(SAMPLE_ROWS / 2, Math.ceil((2 * SAMPLE_ROWS) / this.#session.heads));
@@ -529,7 +639,7 @@ export class Sampler {
       weight: Math.max(1, own.length / (SAMPLE_ROWS / 2)),
     }));
     const all = [...Array.from(large, (row) => ({ row, weight: 1 })), ...drawn, ...between, ...some];
-    return inPortions(head, all.sort((a, b) => a.row - b.row));
+    return inPortions(head, all.sort((a, b) => a.row - b.row)).map(({ rows, weights }) => ({ rows, weights, exact: null }));
   }
 
   /** Rows of an array of the session, one after the other. */
@@ -572,6 +682,15 @@ interface Portion {
 /** A portion with what is exact. */
 interface Known extends Portion {
   exact: Rows;
+}
+
+type Columns = ReturnType<Session['columns']>;
+
+/** Up to SAMPLE_ROWS keys of a head, each standing for `weights` keys. */
+interface ColumnPortion {
+  rows: number[];
+  weights: number[];
+  exact: Columns | null;
 }
 
 interface Drawn {
@@ -629,11 +748,11 @@ class Tally {
 
   result(): Measured {
     let [error, upper] = [this.#largest, this.#hidden * this.#largest];
-    const total: Squares = { difference: 0, reference: 0, rounding: 0, variance: 0 };
+    const total = noSquares();
     for (const [name, squares] of this.#squares) {
       if (name !== 'out') {
         error = worse(error, ratio(squares));
-        upper = worse(upper, ratio({ ...squares, difference: squares.difference + 2 * Math.sqrt(squares.variance) }));
+        upper = worse(upper, ratio({ ...squares, difference: squares.difference + 2 * deviation(squares) }));
       }
       total.difference += squares.difference;
       total.reference += squares.reference;
@@ -643,7 +762,7 @@ class Tally {
   }
 
   #add(name: string, exact: Float32Array, got: Float32Array, rounding: number, weights: readonly number[]): void {
-    const squares = this.#squares.get(name) ?? { difference: 0, reference: 0, rounding: 0, variance: 0 };
+    const squares = this.#squares.get(name) ?? noSquares();
     const width = exact.length / weights.length;
     for (const [row, weight] of weights.entries()) {
       let [difference, reference] = [0, 0];
@@ -653,7 +772,10 @@ class Tally {
       }
       squares.difference += weight * difference;
       squares.reference += weight * reference;
-      squares.variance += weight * Math.max(weight - 1, 0) * difference ** 2;
+      const spread = weight * Math.max(weight - 1, 0);
+      squares.spread.difference += spread * difference ** 2;
+      squares.spread.both += spread * difference * reference;
+      squares.spread.reference += spread * reference ** 2;
       squares.rounding += (weight * rounding ** 2) / weights.length;
     }
     this.#squares.set(name, squares);
@@ -674,12 +796,26 @@ function outputError(exact: Float32Array, got: Float32Array, halfRange: number):
   return difference <= ROUNDING * largest ? 0 : Infinity;
 }
 
-/** Sums over rows, of squares; `variance` is that of `difference`, by the choice of rows. */
+/** Sums over rows, of squares; `spread`: sums of w (w - 1) times products of them, w being what a row stands for. */
 interface Squares {
   difference: number;
   reference: number;
   rounding: number;
-  variance: number;
+  spread: { difference: number; both: number; reference: number };
+}
+
+function noSquares(): Squares {
+  return { difference: 0, reference: 0, rounding: 0, spread: { difference: 0, both: 0, reference: 0 } };
+}
+
+/**
+ * Standard deviation of the difference, by the choice of rows, for a reference that is known: rows with larger gradients have larger
+ * errors, so that most of what chance does to one it does to the other. By the variance of a ratio of sums, sum w (w - 1) (d - r D / R)^2.
+ */
+function deviation({ difference, reference, spread }: Squares): number {
+  const ratio = reference > 0 ? difference / reference : 0;
+  const variance = spread.difference - 2 * ratio * spread.both + ratio ** 2 * spread.reference;
+  return Math.sqrt(Math.max(variance, 0));
 }
 
 /** Relative Frobenius error. */
