@@ -551,10 +551,10 @@ describe('when a prediction fails', () => {
   });
 
   test('a miss gives the output and lse that were given back: exact gradients go by these, without another forward pass', () => {
-    const shape = { heads: 1, queryLength: 4096, headDim: 16 };
-    const args = instance({ kind: 'aligned', bound: 0.7, seed: 1, shape, causal: true });
+    const shape = { heads: 1, queryLength: 4096, headDim: 8 };
+    const args = instance({ kind: 'aligned', bound: 1, seed: 1, shape, causal: true });
     const { output, lse } = attention.forward({ ...withoutGradient(args), method: 'exact' });
-    for (const tolerance of [0.038, 0.035]) {
+    for (const tolerance of [0.032, 0.03]) {
       // As far from exact as they may be, so that they are not those of the polynomial.
       const given = { ...args, output, lse: lse.map((x) => x + 0.24 * tolerance) };
       const { report, ...got } = attention.backward({ ...given, tolerance });

@@ -84,10 +84,10 @@ const ROW = {
 const [MAP_SAMPLING, MAP_TABLE] = [6, 950];
 /** What JavaScript adds: the fit of one polynomial, a call that computes or compares a portion of rows, and the rest of a plan. */
 export const FIT = 4e5;
-const PORTION = 2e5;
+const PORTION = 2.5e5;
 const PLAN = 5e5;
 /** Portions that hold these, about: without a mask, and when causal (most of them short). */
-const HARD_PORTIONS = { full: 2, causal: 10 } as const;
+const HARD_PORTIONS = { full: 2, causal: 18 } as const;
 /** The same of rows at the beginning of chunks, half as long, where there are slopes: flat ones, and some that are steep. */
 const SLOPE_PORTIONS = { flat: 4, steep: 11 } as const;
 /** From this slope on rows see few keys that count, so that more of them are looked at. */
@@ -328,7 +328,8 @@ export function samplingCost(g: Geometry, pass: Pass, candidates: number): { ref
   const short = g.causal ? HARD_PORTIONS.causal - HARD_PORTIONS.full : 0;
   const columns = pass === 'backward' ? 3 * columnsCost(g, [0]) : 0;
   const refusal = PLAN + prepare + table + FIT * candidates + 2 * portion;
-  const rest = extremesCost(g) + 2 * (long * portion + 2 * short * PORTION) + columns;
+  // Exact, by the polynomial, and compared with what the engine did
+  const rest = extremesCost(g) + 2 * long * portion + (long + 3 * short) * PORTION + columns;
   return { refusal, all: refusal + heads * rest + (heads - 1) * (prepare + FIT * candidates) };
 }
 
