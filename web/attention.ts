@@ -374,7 +374,7 @@ export class Attention implements RopeAttention {
         return missed(`has ${missing(foreseen, 'predicted', room, ' in the gradients of keys')}`, foreseen);
       }
     }
-    const lags = pass === 'backward' && problem.decays ? new LagSampler(session, problem) : null;
+    const lags = pass === 'backward' && problem.decays ? new LagSampler(session, problem, split.bounds) : null;
     if (lags) {
       const foreseen = yield* lags.choose(sampler, degree, limit);
       if (problem.method === 'auto' && !(foreseen.upper <= limit)) {

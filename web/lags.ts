@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: MIT
 //
 // The gradient of a bias at a few sampled distances, exactly: which polynomial will do for it at far distances (lags.c), and whether
-// it did. Distances are drawn by octaves, so that those that carry it are among them whatever the bias looks like.
+// it did. Distances are drawn by octaves, so that those that carry it are among them whatever the bias looks like; those between
+// the queries and the keys whose scores are the largest are looked at for their own sake.
 
-import { MAX_LAG_DEGREE, SAMPLE_LAGS, type Session } from './kernel.js';
+import { MAX_LAG_DEGREE, SAMPLE_LAGS, type Bounds, type Session } from './kernel.js';
 import { LAGS, random, type Measured, type Sampler } from './sampling.js';
 import type { Problem } from './validate.js';
 
 /** Distances that are looked at one by one; drawn ones of every octave beyond, where all are exact, and where they are not, at most. */
 const [FIRST, OF_NEAR, OF_FAR] = [8, 2, 12];
 
-/** Distances in all. */
-const MOST = Math.min(SAMPLE_LAGS, 52);
+/** Drawn distances in all. */
+const DRAWN = 40;
+
+/** Heads with the largest scores, whose most extreme queries and largest keys are looked at. */
+const [HEADS, QUERIES, KEYS] = [4, 4, 3];
 
 /** Standard deviations of the squared error that the true one may be off: what a small sample hides. */
 const DEVIATIONS = 2.5;
@@ -28,7 +32,8 @@ export class LagSampler {
   /** [heads with a bias of their own][distances]: exact gradients. */
   #exact: Float64Array[] = [];
 
-  constructor(session: Session, problem: Problem) {
+  /** @param bounds of all key/value heads. */
+  constructor(session: Session, problem: Problem, bounds: readonly Bounds[]) {
     this.#session = session;
     this.#problem = problem;
     const { queryOffset, queryLength, keyLength, window, seed } = problem;
@@ -46,7 +51,7 @@ export class LagSampler {
     const octaves = (from: number, to: number, most: number) => {
       const edges = [from];
       while (edges[edges.length - 1] < to) edges.push(Math.min(2 * edges[edges.length - 1], to));
-      const left = Math.floor((MOST - this.#distances.length) / Math.max(edges.length - 1, 1));
+      const left = Math.floor((DRAWN - this.#distances.length) / Math.max(edges.length - 1, 1));
       for (const [n, edge] of edges.entries()) if (n > 0) take(edges[n - 1], edge, Math.min(most, left, edge - edges[n - 1]));
     };
     const far = Math.min(Math.max(start, problem.decays!.near + CHUNK), end);
@@ -54,6 +59,25 @@ export class LagSampler {
     take(start, first, first - start);
     octaves(first, far, OF_NEAR);
     octaves(far, end, OF_FAR);
+    for (const t of this.#extremes(bounds)) {
+      if (this.#distances.length === SAMPLE_LAGS) break;
+      if (t < far || t >= end || this.#distances.includes(t)) continue;
+      this.#distances.push(t);
+      this.#weights.push(1);
+    }
+  }
+
+  /** Distances from the queries with extreme scores to the largest keys, of the heads in turn. */
+  #extremes(bounds: readonly Bounds[]): number[] {
+    const { queryLength, queryOffset } = this.#problem;
+    const radius = ({ q_plain_norm, k_centred_norm }: Bounds) => q_plain_norm * k_centred_norm;
+    const heads = [...bounds.keys()].sort((a, b) => radius(bounds[b]) - radius(bounds[a])).slice(0, HEADS);
+    const all = heads.map((head) => {
+      const { aligned, opposed, keys } = this.#session.extremes(head);
+      const places = aligned.slice(0, QUERIES).flatMap((row, n) => [row, opposed[n] ?? row].map((one) => one % queryLength));
+      return keys.slice(0, KEYS).flatMap((j) => places.map((i) => i + queryOffset - j));
+    });
+    return all[0].flatMap((_, n) => all.flatMap((own) => own[n] ?? []));
   }
 
   /**

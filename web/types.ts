@@ -319,8 +319,8 @@ export interface Report {
    */
   errorEstimate: number | null;
   /**
-   * The largest of the relative Frobenius errors of dq, dk and dv, each on its sampled rows (`plan`: that of dq, predicted); null
-   * in `forward` and when nothing was sampled.
+   * The largest of the relative Frobenius errors of dq, dk and dv, each on its sampled rows (`plan`: that of dq, predicted), and
+   * where decaying states stand for a bias that of dBias at sampled distances; null in `forward` and when nothing was sampled.
    */
   gradientErrorEstimate: number | null;
   /** Relative Frobenius error of the output (backward: of dq, dk, dv together) on the same rows; null when nothing was sampled. */
