@@ -9,7 +9,7 @@ import { eachBinary } from './support.js';
 import { KINDS, instance } from './promise/instances.mjs';
 import { TOLERANCES, expectedOf, numbered, promised, type Expected, type Kept, type Promise } from './promise/promise.mjs';
 
-const COUNT = 260;
+const COUNT = 320;
 const references = new Map<number, Expected>();
 
 /** Three tolerances of an instance: others for each, all of the 41 in turn. */

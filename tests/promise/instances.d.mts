@@ -1,6 +1,6 @@
 import type { BackwardArgs } from '../../dist/index.js';
 
-export type Instance = Pick<BackwardArgs, 'q' | 'k' | 'v' | 'dOutput' | 'shape' | 'causal' | 'queryOffset' | 'segments' | 'rotary' | 'alibi' | 'bias' | 'window'>;
+export type Instance = Pick<BackwardArgs, 'q' | 'k' | 'v' | 'dOutput' | 'shape' | 'causal' | 'queryOffset' | 'segments' | 'rotary' | 'alibi' | 'bias' | 'window' | 'relativePositions' | 'relative'>;
 
 export interface Random {
   uniform(): number;

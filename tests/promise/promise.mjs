@@ -66,10 +66,25 @@ export const SETTINGS = {
     const shape = { ...small(length, headDim), heads: 4, kvHeads: 2, valueDim: 3 };
     return { shape, bias: rough(shape, 0.5, 4), window: [Math.ceil(length / 3), 7], queryOffset: 5 };
   },
+  'rough positions': (length, headDim) => {
+    const shape = { ...small(length, headDim), heads: 2, kvHeads: 1, valueDim: 3 };
+    return { shape, relativePositions: rough(shape, 100), rotary: { dim: 2 } };
+  },
+  'clipped positions': (length, headDim) => {
+    const shape = small(length, headDim);
+    const distances = Array.from({ length: 2 * shape.queryLength - 1 }, (_, n) => n - shape.queryLength + 1);
+    return { shape, causal: true, relativePositions: Float32Array.from(distances, (t) => Math.min(t, 20)), bias: rough(shape, 0.3) };
+  },
+  matrices: (length, headDim) => {
+    const shape = { ...small(length, headDim), queryLength: Math.min(Math.ceil(length / 2), 100), keyLength: Math.min(length, 200) };
+    const places = [0, 0, 0, 1, 1, 1, 1, 0, 0, 1].map((place) => Math.min(place, shape.headDim - 1));
+    return { shape, relative: { support: Uint32Array.from(places), weights: rough(shape, 0.7, 5) } };
+  },
 };
 
 /** The engine that an instance is for. */
-export const methodOf = ({ bias }) => (bias ? 'toeplitz' : 'polynomial');
+export const methodOf = ({ bias, relativePositions, relative }) =>
+  bias || relativePositions || relative ? 'toeplitz' : 'polynomial';
 
 const LENGTHS = [33, 64, 100, 200, 333];
 const HEAD_DIMS = [2, 4, 8];
