@@ -8,7 +8,7 @@
 // so that A u = sum_r Re(diag(w_r conj(phi_r(x))) T_r diag(phi_r(y)) u), T_r Toeplitz matrices. What the terms r are, and how many, is
 // said in terms.c. Where rotations factorise all have one T = E: x_i = scale R q_i, y_j = R k_j - mean, and the engine is exact
 // in the bias whatever it looks like, which no state of constant size can be. With a relative map, scores q_i W_{i-j} k_j or rotations
-// by any f(i-j), each term has its own. u_j = [1, v_j - mean]. O(N terms (Dv + 1) (log S + N/S)) time with blocks of S up to
+// by any f(i-j), each term has its own. u_j = [1, v_j - mean], 1 times a power of two that values are of. O(N terms (Dv + 1) (log S + N/S)) time with blocks of S up to
 // 2^14 (convolution.h); O(N (D + Dv)) workspace.
 //
 // Backward is the derivative of exactly this function. With h_i = [-delta_i, dout_i] / denominator_i, X_r = w_r phi_r(x):
@@ -285,15 +285,25 @@ RA_KERNEL void load_tokens(const ra_toeplitz *e, const ra_side *z, const float *
   }
 }
 
+// The power of two above max |x|; 1 when all are 0.
+RA_KERNEL float size_of(const float *x, size_t count) {
+  float largest = 0;
+  int exponent = 0;
+  for (size_t n = 0; n < count; n++) largest = fabsf(x[n]) > largest ? fabsf(x[n]) : largest;
+  if (largest > 0) frexpf(largest, &exponent);
+  return ldexpf(1, exponent < -60 ? -60 : exponent > 60 ? 60 : exponent);
+}
+
 static void load_keys(const ra_toeplitz *e, const float *k, const float *v) {
   const ra_side *z = &e->keys;
   load_tokens(e, z, k);
   // with a relative map what the mean key gives is no constant of the row
   for (uint32_t d = 0; d < e->D; d++) e->k_mean[d] = e->own ? 0 : centre(z->z_t + d * z->length, e->Nk);
   ra_fill(z->w_t, e->columns * z->length, 0);
-  ra_fill(z->w_t, e->Nk, 1);
   ra_transpose(v, e->v_row, e->Nk, e->Dv, z->w_t + z->length, z->length);
   for (uint32_t d = 0; d < e->Dv; d++) e->v_mean[d] = centre(z->w_t + (d + 1) * z->length, e->Nk);
+  e->state->one = size_of(z->w_t + z->length, e->Dv * z->length);
+  ra_fill(z->w_t, e->Nk, e->state->one);
 }
 
 // The row constant that centring keys took off the scores of query i.
@@ -315,7 +325,7 @@ RA_KERNEL void load_gradients(const ra_toeplitz *e, const ra_side *x, const floa
       delta += (double)dout[i * e->out_row + d] * (out[i * e->out_row + d] - e->v_mean[d]);
       x->w_t[(d + 1) * x->length + i] *= inverse;
     }
-    x->w_t[i] = seen ? (float)-delta * inverse : 0;
+    x->w_t[i] = seen ? (float)(-delta / e->state->one) * inverse : 0;
   }
 }
 
@@ -420,7 +430,7 @@ RA_KERNEL void settle_queries(const ra_toeplitz *e, uint32_t pass, const ra_side
     uint32_t rows = pass == RA_FORWARD ? e->columns : e->D;
     float *at = (pass == RA_FORWARD ? x->w_t : x->dz_t) + i;
     for (uint32_t r = 0; far.count == 0 && r < rows; r++) at[r * x->length] = 0;
-    if (pass == RA_FORWARD && far.count > 0) at[0] += e->weights[0] * (float)far.sum;
+    if (pass == RA_FORWARD && far.count > 0) at[0] += e->state->one * e->weights[0] * (float)far.sum;
     slide(e, i, i + 1, -1, &far); // the last key
   }
 }
@@ -446,7 +456,7 @@ RA_KERNEL void settle_lags(const ra_toeplitz *e) {
       if (n < e->Nq) sum += own[n];
       if (n >= e->Nk) sum -= own[n - e->Nk];
     }
-    e->dlags[n] += e->weights[0] * (float)sum;
+    e->dlags[n] += e->state->one * e->weights[0] * (float)sum;
   }
 }
 
@@ -456,7 +466,7 @@ RA_KERNEL void finish_queries(const ra_toeplitz *e, const ra_side *x, float *out
   size_t seen = count_seen(e, 0, e->Nk - 1);
   for (size_t i = 0; i < e->Nq; i++) {
     seen += count_seen(e, i + e->Nk - 1, i + e->Nk); // key 0
-    float sum = denominator[i];
+    float sum = denominator[i] / e->state->one;
     int good = seen > 0 && sum > 0 && sum <= 3.4e38f;
     if (seen > 0 && !good) e->state->not_positive++;
     lse[i] = good ? (float)(log((double)sum) + shift_of(e, x, i) + e->state->top) : -INFINITY;

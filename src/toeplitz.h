@@ -22,6 +22,7 @@ typedef struct ra_toeplitz_state {
   ra_rotary q_rotary, k_rotary;
   ra_convolution convolution;
   float top;             // largest bias that counts; -infinity when none does
+  float one;             // what u has for 1: of the size of the values, as the rounding of transforms is that of both
   int64_t ahead;         // how far keys may be ahead of a query; RA_NEAR or more: no pairs are near
   uint32_t not_positive; // rows whose denominator was not positive and finite
 } ra_toeplitz_state;

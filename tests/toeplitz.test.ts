@@ -240,7 +240,7 @@ eachBinary((attention) => {
     const { args, exact } = make();
     const { output, report } = attention().forward({ ...forwardArgs(args), method: 'toeplitz', tolerance });
     expect(maxDifference(output, exact.output)).toBeLessThan(tolerance * Math.max(...args.v.map(Math.abs)));
-    expect(report).toMatchObject({ method: 'toeplitz', rank: theory.rank(8, report.degree!), errorBound: null });
+    expect(report).toMatchObject({ method: 'toeplitz', rank: theory.rank(8, report.degree!) });
     expect(report.errorEstimate).toBeLessThanOrEqual(tolerance);
     expect(report.reason).toMatch(/^toeplitz of degree \d \(rank \d+\): as asked, predicted .* than exact, sampled error/);
     const { report: gradients, ...got } = attention().backward({ ...args, method: 'toeplitz', tolerance });
@@ -264,6 +264,49 @@ eachBinary((attention) => {
     }
     const planned = attention().plan({ ...args, method: 'toeplitz', degree: 2, onMiss: 'report' });
     expect(planned).toMatchObject({ method: 'toeplitz', degree: 2, rank: terms });
+  });
+
+  describe('the certificate', () => {
+    const small = { heads: 2, kvHeads: 1, queryLength: 900, keyLength: 800, headDim: 6 };
+    const settings: [string, Setting][] = [
+      ['a bias of each head', { shape: small, bias: roughBias({ shape: small, ofHeads: true }) }],
+      ['causal', { shape: small, causal: true, queryOffset: -100 }],
+      ['a window', { shape: small, window: [200, 300], bias: roughBias({ shape: small, size: 2 }) }],
+      ['positions', { shape: small, relativePositions: positionsBy(small, (t) => 99 * Math.sin(t)), rotary: { dim: 4 } }],
+      ['matrices', { shape: small, relative: relativeMap(small, 6, 9), scale: 0.2 }],
+    ];
+    // So high a degree that what is left is rounding.
+    test.each(settings)('bounds the rounding: %s', (_, setting) => {
+      for (const size of [1e-3, 1, 1e3]) {
+        const made = problem(setting, 106, uniform(0.05));
+        const args = { ...forwardArgs(made), v: made.v.map((x) => size * (x + 1)) };
+        const exact = reference.forward(args).output;
+        const { output, report } = attention().forward({ ...args, method: 'toeplitz', degree: 4, tolerance: 0.5, guarantee: 'certified' });
+        const worst = maxDifference(output, exact) / size;
+        expect(report.errorBound).toBeGreaterThan(worst / 2); // L is 2 to 5
+        expect(report.errorBound).toBeLessThan(0.02);
+        expect(worst).toBeLessThan(1e-5);
+      }
+    });
+
+    test.each([4096, 65536])('1e-3 can be certified at N = %d, entries up to 0.3', (length) => {
+      for (const headDim of [8, 16]) {
+        const shape = { heads: 1, queryLength: length, headDim };
+        for (const map of [{ bias: roughBias({ shape }) }, { relativePositions: positionsBy(shape, (t) => 99 * Math.sin(t)) }]) {
+          const args = forwardArgs(problem({ shape, ...map }, 107, uniform(0.3)));
+          const { errorBound, degree } = attention().plan({ ...args, method: 'toeplitz', guarantee: 'certified' });
+          expect(errorBound).toBeLessThanOrEqual(1e-3);
+          expect(degree).toBe(2);
+        }
+      }
+    });
+
+    test('there is none where a row sees next to nothing of what its block is about', () => {
+      const bias = new Float32Array(1699).map((_, n) => (n < 500 ? 0 : -30));
+      const args = forwardArgs(problem({ shape: small, bias }, 108, uniform(0.05)));
+      expect(() => attention().forward({ ...args, method: 'toeplitz', guarantee: 'certified' })).toThrow('is certified to');
+      expect(attention().plan({ ...args, method: 'toeplitz', degree: 2, onMiss: 'report' }).errorBound).toBeNull();
+    });
   });
 
   test('`auto` takes relative maps to where they are cheaper, and says how many terms they have', () => {
@@ -315,7 +358,8 @@ eachBinary((attention) => {
     const planned = attention().plan({ ...args, tolerance: 1e-2 });
     expect(planned).toMatchObject({ method: 'toeplitz', degree: report.degree });
     const certified = attention().plan({ ...args, tolerance: 1e-2, guarantee: 'certified' });
-    expect(certified.reason).toBe('exact: the rounding of Fourier transforms has no certificate');
+    expect(certified.errorBound).toBeLessThanOrEqual(1e-2);
+    expect(certified.reason).toMatch(/^toeplitz of degree \d .*certified error .* within 0.01/);
   });
 
   test('biases too far apart for float32 transforms are seen', () => {

@@ -7,7 +7,7 @@ import { describe, expect, test } from '@jest/globals';
 
 import { eachBinary } from './support.js';
 import { KINDS, instance } from './promise/instances.mjs';
-import { TOLERANCES, expectedOf, numbered, promised, type Expected, type Kept, type Promise } from './promise/promise.mjs';
+import { SETTINGS, TOLERANCES, expectedOf, numbered, promised, type Expected, type Kept, type Promise } from './promise/promise.mjs';
 
 const COUNT = 320;
 const references = new Map<number, Expected>();
@@ -40,14 +40,13 @@ describe('instances of every kind, mask and size', () => {
 
 describe('steep slopes: errors gather where chunks begin, in a few rows and in a few keys', () => {
   eachBinary((attention) => {
-    test.each<[number, Promise, number]>([
-      [1659, 'backward', 1e-3],
-      [1659, 'backward', 10 ** -4.625],
-      [6336, 'forward', 10 ** -2.375],
-      [7893, 'forward', 1e-2],
-    ])('instance %d, %s, tolerance %d', (n, how, tolerance) => {
-      const { args } = numbered(n);
-      expect(args.alibi).toEqual(Float32Array.of(2));
+    test.each<[string, number, number, number, Promise, number]>([
+      ['few values', 2, 2, 1659, 'backward', 1e-3],
+      ['few values', 2, 2, 1659, 'backward', 10 ** -4.625],
+      ['one huge key', 8, 1, 6336, 'forward', 10 ** -2.375],
+      ['aligned', 8, 2, 7893, 'forward', 1e-2],
+    ])('%s, D = %d, entries to %d, seed %d, %s, tolerance %d', (kind, headDim, bound, seed, how, tolerance) => {
+      const args = instance({ kind, bound, seed, ...SETTINGS['steep alibi'](333, headDim) });
       for (const { ratio } of promised(attention(), args, how, [tolerance], expectedOf(args))) {
         expect(ratio ?? 0).toBeLessThanOrEqual(1);
       }

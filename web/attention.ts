@@ -470,8 +470,9 @@ function boundOf(
   { problem, pass }: Task,
   { degree, coefficients, bound, split }: Attempt,
 ): number | null {
-  if (degree === null || pass === 'backward' || featuresOf(problem) === 'toeplitz') return null;
-  return bound ?? (coefficients && certify(problem, coefficients, degree, split.bounds, split.outliers?.counts));
+  if (degree === null || pass === 'backward') return null;
+  if (bound !== null || !coefficients) return bound;
+  return certify(problem, coefficients, degree, split.bounds, split.outliers?.counts, featuresOf(problem));
 }
 
 /** The report's sentence. */

@@ -5,13 +5,16 @@
 // By Cauchy-Schwarz every score of a key/value head, centred, lies in [-R, R], R = |scale| max|q_i| max|Rk_j - mean Rk|. If
 // |p(s) exp(-s) - 1| <= t < 1 there, the engine's weights are w_j (1 + e_j), |e_j| <= t, w the true ones, and the output
 // moves by at most `certifiedBound(t)` of theory.ts, 2 (1 - sqrt(1 - t^2)) / t, about t: a sharp bound, derived there.
-// float32 adds the term of `roundingBound`. Not counted is what no float32 result can avoid: the rounding of v and of the
+// float32 adds the term of `roundingBound`, or of transforms.ts. Not counted is what no float32 result can avoid: the rounding of v and of the
 // output themselves, one part in 2^24 of |v|.
 
 import { NO_OUTLIERS } from './cost.js';
 import type { Bounds } from './kernel.js';
 import { relativeError, TURNOVER } from './polynomial.js';
+import { entriesGain } from './relative.js';
+import type { Features } from './scores.js';
 import { certifiedBound, rank } from './theory.js';
+import { transformBound } from './transforms.js';
 import type { Geometry } from './validate.js';
 
 /** Unit roundoff of float32. */
@@ -64,8 +67,7 @@ export function scoreBound(g: Geometry, bounds: readonly Bounds[]): number {
  * magnitudes. Numerator and denominator are sums over keys and features of c_m (multinomial) q^a k^a [v, 1], whose
  * magnitudes add up to at most S = sum |c_m| R^m for each key, against weights of at least min p: the quotient moves by at
  * most 2 gamma_n S / min p times the largest |v| that is summed. A window's sum may hold the rounding of up to TURNOVER keys
- * for each that is in it, which came and went. The scores themselves are off by the rounding of rotated
- * q and k, `delta`, which changes weights by the factor exp(+-delta).
+ * for each that is in it, which came and went. The scores themselves are off (scoreRounding).
  *
  * @param t relative error of the polynomial on [-radius, radius], so that min p >= (1 - t) exp(-radius).
  * @param valueRatio largest |v| that the engine sums over half the range of v.
@@ -94,11 +96,21 @@ export function roundingBound(
   const products = 2 * degree + 6 + (g.decays ? 6 + g.decays.count : 0);
   const chain = (overKeys + overFeatures + beside + products) * UNIT;
   const gamma = chain < 1 ? chain / (1 - chain) : Infinity;
-  let magnitude = 0;
-  for (let m = degree; m >= 0; m--) magnitude = magnitude * radius + Math.abs(coefficients[m]);
+  const magnitude = magnitudeOf(coefficients, radius);
   const sums = (2 * gamma * terms * (g.decays?.gain ?? 1) * magnitude * valueRatio) / ((1 - t) * Math.exp(-radius));
-  const delta = 8 * UNIT * largestScore(g, bounds);
-  return sums + certifiedBound(Math.expm1(2 * delta));
+  return sums + scoreRounding(g, bounds);
+}
+
+/** sum of |c_m| radius^m */
+function magnitudeOf(coefficients: ArrayLike<number>, radius: number): number {
+  let magnitude = 0;
+  for (let m = coefficients.length - 1; m >= 0; m--) magnitude = magnitude * radius + Math.abs(coefficients[m]);
+  return magnitude;
+}
+
+/** What the rounding of rotated q and k, `delta` in a score, does to the output: weights change by the factor exp(+-delta). */
+function scoreRounding(g: Geometry, bounds: Norms): number {
+  return certifiedBound(Math.expm1(16 * UNIT * largestScore(g, bounds)));
 }
 
 /**
@@ -107,6 +119,7 @@ export function roundingBound(
  *
  * @param coefficients [heads][degree + 1], as the engine takes them.
  * @param outliers rows that are exact; `heads` are bounds of the others. Outlier queries have the rounding only.
+ * @param features the engine, whose rounding it is.
  */
 export function certify(
   g: Geometry,
@@ -114,15 +127,21 @@ export function certify(
   degree: number,
   heads: readonly Bounds[],
   outliers = NO_OUTLIERS,
+  features: Features = 'polynomial',
 ): number | null {
   let largest = 0;
+  const gains = features === 'toeplitz' && g.relative ? entriesGain(g.relative, g.headDim) / g.relative.gain : 1;
   for (const [n, bounds] of heads.entries()) {
     const own = coefficients.subarray(n * (degree + 1), (n + 1) * (degree + 1));
     const radius = scoreRadius(g, bounds);
     // Decays that stand for a bias are off by a factor of their own.
     const fit = g.decays ? (g.decays.floored ? Infinity : g.decays.error) : 0;
     const t = (1 + relativeError(own, -radius, radius)) * (1 + fit) - 1;
-    const bound = t < 1 ? certifiedBound(t) + roundingBound(g, own, radius, t, bounds, 2, outliers.keys) : Infinity;
+    const rounding = () =>
+      features === 'toeplitz'
+        ? transformBound(g, degree, magnitudeOf(own, radius * gains), (1 - t) * Math.exp(-radius)) + scoreRounding(g, bounds)
+        : roundingBound(g, own, radius, t, bounds, 2, outliers.keys);
+    const bound = t < 1 ? certifiedBound(t) + rounding() : Infinity;
     if (!(bound <= largest)) largest = bound;
   }
   return Number.isFinite(largest) ? largest : null;

@@ -202,12 +202,13 @@ export function toeplitzFlops(g: Geometry, pass: Pass, degree: number): number {
 }
 
 /** Blocks of queries and of keys, and their size, by the rule of ra_convolution_block. */
-function blocksOf(g: Geometry): { rows: number; columns: number; block: number } {
-  let best = { rows: 0, columns: 0, block: 0, time: Infinity };
+export function blocksOf(g: Pick<Geometry, 'queryLength' | 'keyLength'>): { rows: number; columns: number; block: number } {
+  let best = { rows: 1, columns: 1, block: 32, time: Infinity }; // where no length is above 16
   for (let power = 32; power <= 2 ** 14 && power / 2 < Math.max(g.queryLength, g.keyLength); power *= 2) {
-    for (const block of [power, (power / 4) * 5, (power / 4) * 6]) {
+    for (const odd of [4, 5, 6]) {
+      const block = (power / 4) * odd;
       const [rows, columns] = [Math.ceil(g.queryLength / block), Math.ceil(g.keyLength / block)];
-      const transforms = (rows + columns) * 10 * block * Math.log2(block) * (block > 4096 ? 1.15 : 1);
+      const transforms = (rows + columns) * 10 * block * (Math.log2(power) + 0.3 * (odd - 4)) * (block > 4096 ? 1.15 : 1);
       const time = transforms + rows * columns * 8 * block;
       if (block % 32 === 0 && block <= 2 ** 14 && time < best.time) best = { rows, columns, block, time };
     }

@@ -398,11 +398,6 @@ function* chooseCertified(
     return { attempts: [attempt(task, null, split)], because: 'there is no certificate for gradients of a polynomial' };
   }
   if (pass === 'backward') refuseMiss(task, "guarantee 'certified' has no certificate for gradients");
-  if (featuresOf(problem) === 'toeplitz') {
-    const what = 'the rounding of Fourier transforms has no certificate';
-    if (auto) return { attempts: [attempt(task, null, split)], because: what };
-    if (pass === 'forward') refuseMiss(task, what);
-  }
 
   const exact = attempt(task, null, split);
   const kept = (one: Attempt) => one.bound !== null && one.bound <= problem.tolerance;
@@ -438,7 +433,7 @@ function* certified(session: Session, task: Task, split: Split, degree: number):
     coefficients.set(own.coefficients, head * (degree + 1));
     yield 0;
   }
-  const bound = certify(problem, coefficients, degree, split.bounds, split.outliers?.counts);
+  const bound = certify(problem, coefficients, degree, split.bounds, split.outliers?.counts, featuresOf(problem));
   return attempt(task, degree, split, { coefficients, bound });
 }
 

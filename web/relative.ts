@@ -93,6 +93,15 @@ function readMatrices(name: string, value: unknown, sizes: Sizes): NonNullable<R
   return { support, weights, gain: largestNorm(support, weights, sizes.headDim) };
 }
 
+/** The same gain of the matrix whose entries are the largest of |W_t|, over all t: of sums of products with their signs left out. */
+export function entriesGain({ support, weights }: NonNullable<Relative['relative']>, headDim: number): number {
+  const [entries, diagonals] = [support.length / 2, (2 * weights.length) / support.length];
+  const largest = Float32Array.from({ length: entries }, (_, n) =>
+    weights.subarray(n * diagonals, (n + 1) * diagonals).reduce((most, x) => Math.max(most, Math.abs(x)), 0),
+  );
+  return largestNorm(support, largest, headDim);
+}
+
 /** max over t of (largest row sum of |W_t|)^(1/2) (largest column sum)^(1/2), which bounds the largest singular value. */
 function largestNorm(support: Uint32Array, weights: Float32Array, headDim: number): number {
   const entries = support.length / 2;

@@ -8,16 +8,34 @@
 
 #define PI 3.14159265358979323846
 
-// Signal over error, in decibels, of four lanes of other numbers.
+// What MATH.md section 7 proves of the roundings of a transform: of each result over the sum of magnitudes that go in, of all of them in
+// Euclidean norms; web/transforms.ts has the same numbers.
+static void roundings_of(uint32_t length, double *each, double *norm) {
+  static const uint32_t factors[] = {4, 2, 3, 5};
+  static const double stages[] = {6, 5, 9, 13};
+  *each = *norm = 0;
+  for (int n = 0; n < 4; n++)
+    for (; length % factors[n] == 0; length /= factors[n]) *each += stages[n], *norm += stages[n] * sqrt(factors[n]);
+}
+
+// Signal over error, in decibels, of four lanes of other numbers; those of the last two lanes are 0 but for a few.
 static void transforms_are_accurate(uint32_t length) {
   void *plan = aligned_alloc(16, ra_fft_bytes(length));
   guarded x = guarded_new((size_t)length * 8 + 4, length, 1), y = guarded_new((size_t)length * 8 + 4, 1, 1);
   float *from = (float *)(((uintptr_t)x.data + 15) & ~(uintptr_t)15),
         *to = (float *)(((uintptr_t)y.data + 15) & ~(uintptr_t)15);
+  double each, norm;
+  roundings_of(length, &each, &norm);
   ra_fft_init(plan, length);
+  for (uint32_t n = 0; n < length; n++)
+    if (n % 13 != 7) from[8 * n + 2] = from[8 * n + 6] = from[8 * n + 3] = 0, from[8 * n + 7] *= n == 5;
   ra_fft(plan, from, to);
   for (uint32_t lane = 0; lane < 4; lane++) {
-    double signal = 0, noise = 0;
+    double signal = 0, noise = 0, magnitudes = 0, squares = 0, largest = 0, u = ldexp(1, -24);
+    for (uint32_t n = 0; n < length; n++) {
+      double x_n = hypot(from[8 * n + lane], from[8 * n + 4 + lane]);
+      magnitudes += x_n, squares += x_n * x_n;
+    }
     for (uint32_t k = 0; k < length; k++) {
       double re = 0, im = 0;
       for (uint32_t n = 0; n < length; n++) {
@@ -26,8 +44,11 @@ static void transforms_are_accurate(uint32_t length) {
         im += from[8 * n + lane] * s + from[8 * n + 4 + lane] * c;
       }
       signal += re * re + im * im;
-      noise += pow(to[8 * k + lane] - re, 2) + pow(to[8 * k + 4 + lane] - im, 2);
+      double error = hypot(to[8 * k + lane] - re, to[8 * k + 4 + lane] - im);
+      noise += error * error, largest = fmax(largest, error);
     }
+    CHECK(largest <= each * u * magnitudes, "length %u: %g of a sum", length, largest / magnitudes / u);
+    CHECK(noise <= length * squares * pow(norm * u, 2), "length %u: %g", length, sqrt(noise / length / squares) / u);
     // float32 has 150 dB; each of the log2 n stages adds an error of a rounding or less: measured 136 at least
     CHECK(10 * log10(signal / noise) > 132, "length %u: %g dB", length, 10 * log10(signal / noise));
   }

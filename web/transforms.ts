@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: MIT
+//
+// What float32 Fourier transforms may add to the output of the Toeplitz engine, proved; MATH.md section 7 has the derivation.
+//
+// A transform is a product of sparse matrices, one for each factor of its length: so each of its results is off by at most a multiple of
+// the sum of magnitudes that go in, and all together by a multiple of their Euclidean norm (Higham, Accuracy and Stability of
+// Numerical Algorithms, 2002, chapter 24). In the product of a block E of the Toeplitz matrix with a block x of keys every rounding
+// ends as at most eta |E|_2 |x|_2 in each row, |E|_2 being the norm of the lags of the block. Beside a row's sum of weights that is small where the
+// bias is moderate and the row sees as much as others do; where it is not there is no certificate.
+
+import { blocksOf, termsOf } from './cost.js';
+import type { Geometry } from './validate.js';
+
+/** Unit roundoff of float32. */
+const UNIT = 2 ** -24;
+
+/** Of one factor of the length: roundings of each result, over the sum of magnitudes that go in, products with roots of unity included. */
+const STAGES = { 2: 5, 3: 9, 4: 6, 5: 13 } as const;
+
+/** Keys that are done exactly beside a row, and the distance below which they are (near.c). */
+const [NEAR_KEYS, NEAR] = [168, 64];
+
+/** Biases below it forbid. */
+const FORBIDDEN = -3.4e29;
+
+/** Roundings of a transform of so many numbers: `each` over the sum of magnitudes that go in, `norm` in Euclidean norms. */
+export function roundingsOf(length: number): { each: number; norm: number } {
+  let [each, norm, rest] = [0, 0, length];
+  for (const factor of [4, 2, 3, 5] as const) {
+    for (; rest % factor === 0; rest /= factor) {
+      each += STAGES[factor];
+      norm += STAGES[factor] * Math.sqrt(factor);
+    }
+  }
+  return { each, norm };
+}
+
+/**
+ * Worst case of what float32 adds to the output of a key/value head, in units of half the range of its values, beside the rounding of
+ * scores.
+ *
+ * @param magnitude sum of |c_m| R^m, which bounds the terms of a pair with their signs left out.
+ * @param least of the polynomial's weights, exp(bias) apart.
+ */
+export function transformBound(g: Geometry, degree: number, magnitude: number, least: number): number {
+  const { rows, columns, block } = blocksOf(g);
+  const { each, norm } = roundingsOf(block);
+  const own = g.relative || g.relativePositions ? 4 * (degree + 1) : 0; // matrices are products of some
+  // the transform of keys and their turn, that of the matrix, products and their sum, the transform back
+  const eta = (norm + 4 + norm + 6 + own + 3 * Math.max(rows, columns) + 5 + each + 6) * UNIT;
+  // the sums over terms and over near keys, features of both sides, weights, the constant term
+  const chain = ((g.relativePositions ? 2 : 1) * termsOf(g, degree) + NEAR_KEYS + 8 * (degree + 1) + 24) * UNIT;
+  if (!(eta < 0.01 && chain < 0.5)) return Infinity;
+  const rho = (magnitude * (1.02 * eta * worstShare(g) + chain / (1 - chain))) / least;
+  // values and the column of ones, of the same size within a factor of two, are transformed in pairs
+  const [numerator, denominator] = [Math.sqrt(5), Math.SQRT2];
+  return denominator * rho < 1 ? (2 * (numerator + denominator) * rho) / (1 - denominator * rho) : Infinity;
+}
+
+const shares = new WeakMap<Geometry, number>();
+
+/** The largest |E|_2 |x|_2, summed over the blocks of a row, over the row's sum of exp(bias); rows without far keys have no rounding. */
+function worstShare(g: Geometry): number {
+  const known = shares.get(g);
+  if (known !== undefined) return known;
+  const diagonals = g.queryLength + g.keyLength - 1;
+  let worst = 0;
+  for (let first = 0; first < (g.bias?.length ?? diagonals); first += diagonals) {
+    worst = Math.max(worst, shareOf(g, g.bias ? g.bias.subarray(first, first + diagonals) : null));
+  }
+  shares.set(g, worst);
+  return worst;
+}
+
+function shareOf(g: Geometry, bias: Float32Array | null): number {
+  const { queryLength, keyLength, queryOffset } = g;
+  const diagonals = queryLength + keyLength - 1;
+  const [behind, ahead] = [g.window[0] < 0 ? Infinity : g.window[0], g.causal ? 0 : g.window[1] < 0 ? Infinity : g.window[1]];
+  const distanceOf = (n: number) => n - (keyLength - 1) + queryOffset;
+  const counts = (n: number) =>
+    distanceOf(n) <= behind && -distanceOf(n) <= ahead && (bias === null || bias[n] > FORBIDDEN);
+  let [top, nearest] = [-Infinity, Infinity];
+  for (let n = diagonals - 1; n >= 0; n--) {
+    if (!counts(n)) continue;
+    top = Math.max(top, bias ? bias[n] : 0);
+    nearest = distanceOf(n);
+  }
+  const apart = -nearest < NEAR; // near pairs are done exactly
+  // sums up to entry n: of exp(bias), of far ones how many, and of their squares
+  const [sums, far, squares] = [0, 1, 2].map(() => new Float64Array(diagonals + 1));
+  for (let n = 0; n < diagonals; n++) {
+    const weight = counts(n) ? Math.exp((bias ? bias[n] : 0) - top) : 0;
+    const isFar = weight > 0 && !(apart && distanceOf(n) < NEAR);
+    sums[n + 1] = sums[n] + weight;
+    far[n + 1] = far[n] + Number(isFar);
+    squares[n + 1] = squares[n] + (isFar ? weight ** 2 : 0);
+  }
+  const { rows, columns, block } = blocksOf(g);
+  const clip = (n: number) => Math.min(Math.max(n, 0), diagonals);
+  const norms = Array.from({ length: rows + columns - 1 }, (_, n) => {
+    const lag = (n - columns) * block + keyLength; // entry of the least lag of the block d = n - columns + 1
+    return Math.sqrt(Math.max(squares[clip(lag + 2 * block - 1)] - squares[clip(lag)], 0));
+  });
+  const sizes = Array.from({ length: columns }, (_, J) => Math.sqrt(Math.min(block, keyLength - J * block)));
+  let worst = 0;
+  for (let I = 0; I < rows; I++) {
+    const rounding = sizes.reduce((sum, size, J) => sum + norms[I - J + columns - 1] * size, 0);
+    for (let i = I * block; i < Math.min((I + 1) * block, queryLength); i++) {
+      if (far[i + keyLength] > far[i]) worst = Math.max(worst, rounding / (sums[i + keyLength] - sums[i]));
+    }
+  }
+  return Number.isNaN(worst) ? Infinity : worst;
+}
