@@ -45,34 +45,43 @@ export function roundingsOf(length: number): { each: number; norm: number } {
 export function transformBound(g: Geometry, degree: number, magnitude: number, least: number): number {
   const { rows, columns, block } = blocksOf(g);
   const { each, norm } = roundingsOf(block);
+  const { worst, near } = shareOf(g);
   const own = g.relative || g.relativePositions ? 4 * (degree + 1) : 0; // matrices are products of some
   // the transform of keys and their turn, that of the matrix, products and their sum, the transform back
   const eta = (norm + 4 + norm + 6 + own + 3 * Math.max(rows, columns) + 5 + each + 6) * UNIT;
   // the sums over terms and over near keys, features of both sides, weights, the constant term
-  const chain = ((g.relativePositions ? 2 : 1) * termsOf(g, degree) + NEAR_KEYS + 8 * (degree + 1) + 24) * UNIT;
+  const chain = ((g.relativePositions ? 2 : 1) * termsOf(g, degree) + (near ? NEAR_KEYS : 0) + 8 * (degree + 1) + 24) * UNIT;
   if (!(eta < 0.01 && chain < 0.5)) return Infinity;
-  const rho = (magnitude * (1.02 * eta * worstShare(g) + chain / (1 - chain))) / least;
+  const rho = (magnitude * (1.02 * eta * worst + chain / (1 - chain))) / least;
   // values and the column of ones, of the same size within a factor of two, are transformed in pairs
   const [numerator, denominator] = [Math.sqrt(5), Math.SQRT2];
   return denominator * rho < 1 ? (2 * (numerator + denominator) * rho) / (1 - denominator * rho) : Infinity;
 }
 
-const shares = new WeakMap<Geometry, number>();
+/** `worst`: of all rows; `near`: some pairs are done exactly. */
+interface Share {
+  worst: number;
+  near: boolean;
+}
+
+const shares = new WeakMap<Geometry, Share>();
 
 /** The largest |E|_2 |x|_2, summed over the blocks of a row, over the row's sum of exp(bias); rows without far keys have no rounding. */
-function worstShare(g: Geometry): number {
+function shareOf(g: Geometry): Share {
   const known = shares.get(g);
   if (known !== undefined) return known;
   const diagonals = g.queryLength + g.keyLength - 1;
-  let worst = 0;
+  const share = { worst: 0, near: false };
   for (let first = 0; first < (g.bias?.length ?? diagonals); first += diagonals) {
-    worst = Math.max(worst, shareOf(g, g.bias ? g.bias.subarray(first, first + diagonals) : null));
+    const own = shareOfBias(g, g.bias ? g.bias.subarray(first, first + diagonals) : null);
+    share.worst = Math.max(share.worst, own.worst);
+    share.near ||= own.near;
   }
-  shares.set(g, worst);
-  return worst;
+  shares.set(g, share);
+  return share;
 }
 
-function shareOf(g: Geometry, bias: Float32Array | null): number {
+function shareOfBias(g: Geometry, bias: Float32Array | null): Share {
   const { queryLength, keyLength, queryOffset } = g;
   const diagonals = queryLength + keyLength - 1;
   const [behind, ahead] = [g.window[0] < 0 ? Infinity : g.window[0], g.causal ? 0 : g.window[1] < 0 ? Infinity : g.window[1]];
@@ -109,5 +118,5 @@ function shareOf(g: Geometry, bias: Float32Array | null): number {
       if (far[i + keyLength] > far[i]) worst = Math.max(worst, rounding / (sums[i + keyLength] - sums[i]));
     }
   }
-  return Number.isNaN(worst) ? Infinity : worst;
+  return { worst: Number.isNaN(worst) ? Infinity : worst, near: apart };
 }
