@@ -29,7 +29,7 @@ export function roundingsOf(length: number): { each: number; norm: number } {
   for (const factor of [4, 2, 3, 5] as const) {
     for (; rest % factor === 0; rest /= factor) {
       each += STAGES[factor];
-      norm += STAGES[factor] * Math.sqrt(factor);
+      norm += STAGES[factor] * (factor % 2 === 0 ? 1 : Math.sqrt(factor)); // sums of two keep norms but for sqrt 2
     }
   }
   return { each, norm };

@@ -15,7 +15,8 @@ static void roundings_of(uint32_t length, double *each, double *norm) {
   static const double stages[] = {6, 5, 9, 13};
   *each = *norm = 0;
   for (int n = 0; n < 4; n++)
-    for (; length % factors[n] == 0; length /= factors[n]) *each += stages[n], *norm += stages[n] * sqrt(factors[n]);
+    for (; length % factors[n] == 0; length /= factors[n])
+      *each += stages[n], *norm += stages[n] * (n < 2 ? 1 : sqrt(factors[n]));
 }
 
 // Signal over error, in decibels, of four lanes of other numbers; those of the last two lanes are 0 but for a few.
