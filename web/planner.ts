@@ -79,7 +79,7 @@ const ONLY_DQ = 1 / 3;
  * Shares of the exact engine's cost that may be lost: to looking for a polynomial, all in all; to one that runs and misses, without
  * having been looked at closely; to a look at the output and lse that were given.
  */
-const [LOSS, TRIAL_RUN, GIVEN] = [0.08, 0.03, 0.01];
+const [LOSS, TRIAL_RUN, GIVEN] = [0.08, 0.03, 0.004];
 
 /** Rows of given output and lse that are looked at. */
 const GIVEN_ROWS = { least: 2, most: 4 * SAMPLE_ROWS };
@@ -337,7 +337,10 @@ function candidates(session: Session, { problem, pass, passes }: Task): number[]
   const exact = costOf(problem, passes, null);
   const { refusal, all: sampling } = samplingCost(problem, pass, 1);
   if (refusal > LOSS * exact) return [];
-  return fitting(all.filter((degree) => costOf(problem, passes, degree) + SAMPLING_ROOM * sampling < exact));
+  const most = exact - SAMPLING_ROOM * sampling;
+  // A constant has no gradient by q and k.
+  const least = pass === 'backward' && problem.tolerance < 1 ? 1 : 0;
+  return fitting(all.filter((degree) => degree >= least && costOf(problem, passes, degree) < most));
 }
 
 /** Little is lost if this degree runs and misses. */
