@@ -166,6 +166,9 @@ const EXPORTS = [
 ]);
 const OK = 0;
 const NOT_POSITIVE = -3;
+
+/** Rows of a gradient that was not asked for. */
+const NOTHING = new Float32Array(0);
 const [EXACT, POLYNOMIAL, TOEPLITZ] = [1, 2, 3];
 const SIZE_OVERFLOW = 2 ** 32 - 1;
 const MAX_COEFFICIENTS = 9;
@@ -757,7 +760,7 @@ export class Session {
       positive: code === OK,
       out: this.#arena.readFloats(at.out, rows.length * valueDim),
       lse: this.#arena.readFloats(at.lse, rows.length),
-      dq: this.#arena.readFloats(at.dq, gradient ? rows.length * headDim : 0),
+      dq: gradient ? this.#arena.readFloats(at.dq, rows.length * headDim) : NOTHING,
     };
   }
 

@@ -75,33 +75,34 @@ export function featuresOf(problem: Scores & Relative & { method: string; causal
 
 /** Names of the options in use that an engine does not have. */
 export function foreignTo(features: Features, options: Scores & Relative & { causal: boolean }): string[] {
-  const { softcap, alibi, bias, decays, segments, causal, relativePositions, relative } = options;
-  const maps = { relativePositions: relativePositions !== null, relative: relative !== null };
-  const tooMany = (relative?.support.length ?? 0) > 2 * MOST_PLACES;
-  const by: Record<string, boolean> =
-    features === 'toeplitz'
-      ? { segments: segments.length > 1, alibi: alibi !== null, [`relative.support of more than ${MOST_PLACES} pairs`]: tooMany }
-      : {
-          'alibi without causal': alibi !== null && !causal,
-          'bias without causal': bias !== null && !causal,
-          'bias beside alibi': bias !== null && alibi !== null,
-          'bias beside segments': bias !== null && segments.length > 1,
-          bias: bias !== null && causal && decays === null,
-        };
-  return namesOf({ softcap: softcap > 0, ...by, ...unsampled(options), ...(features === 'polynomial' && maps) });
+  const { alibi, bias, decays, segments, causal, relativePositions, relative } = options;
+  const [packed, tooMany] = [segments.length > 1, (relative?.support.length ?? 0) > 2 * MOST_PLACES];
+  const names = options.softcap > 0 ? ['softcap'] : [];
+  const add = (inUse: boolean, name: string) => inUse && names.push(name);
+  if (features === 'toeplitz') {
+    add(packed, 'segments');
+    add(alibi !== null, 'alibi');
+    add(tooMany, `relative.support of more than ${MOST_PLACES} pairs`);
+  } else {
+    add(alibi !== null && !causal, 'alibi without causal');
+    add(bias !== null && !causal, 'bias without causal');
+    add(bias !== null && alibi !== null, 'bias beside alibi');
+    add(bias !== null && packed, 'bias beside segments');
+    add(bias !== null && causal && decays === null, 'bias');
+  }
+  add(options.mask !== null, 'mask');
+  add(options.sinks !== null, 'sinks');
+  if (features === 'polynomial') {
+    add(relativePositions !== null, 'relativePositions');
+    add(relative !== null, 'relative');
+  }
+  return names;
 }
 
 /** Names of those that sampled rows do not know. */
-export function unsampledOnly(options: Scores): string[] {
-  return namesOf(unsampled(options));
-}
-
-function unsampled({ softcap, mask, sinks }: Scores): Record<string, boolean> {
-  return { softcap: softcap > 0, mask: mask !== null, sinks: sinks !== null };
-}
-
-function namesOf(used: Record<string, boolean>): string[] {
-  return Object.entries(used).flatMap(([option, inUse]) => (inUse ? [option] : []));
+export function unsampledOnly({ softcap, mask, sinks }: Scores): string[] {
+  const used = [softcap > 0, mask !== null, sinks !== null];
+  return ['softcap', 'mask', 'sinks'].filter((_, n) => used[n]);
 }
 
 /**
