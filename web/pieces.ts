@@ -27,7 +27,7 @@ const MOST_PIECES = 4;
 const SLACK = 1.5 * 2 ** -24;
 
 /** Operations at peak (5e4 a microsecond) for each value that JavaScript merges, or adds; for looking at a piece, and at the whole. */
-const [MERGING, LOOKING] = [800, 1.5e8];
+const [MERGING, LOOKING] = [800, 2e8];
 
 /**
  * Shares of the tolerance that a piece may take, one after another until the whole keeps it: merging outputs weighs their errors, and adds

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Times attention with relative maps, forward and backward, by Fourier transforms and exactly: ReRoPE (rotation by min(i - j, 1024),
-// which `auto` would do in pieces), rotation by rough positions, and the papers' general form with 2 D places (with dWeights).
+// Times attention with relative maps, forward and backward, by Fourier transforms, exactly, and as `auto` does it: ReRoPE (rotation by
+// min(i - j, 1024), which `auto` does in pieces), rotation by rough positions, and the papers' general form with 2 D places (with dWeights).
 // Calls in turns; medians of the calls and of the ratios of neighbouring calls. Arguments by ARGS="...":
 //
 //   --cases ReRoPE:16:causal,rough:16:full,matrices:8:full   (map, D, mask)
@@ -80,17 +80,18 @@ function crossover(rows) {
 
 const attention = await createRopeAttention();
 console.log(`${attention.simd}, entries in [-${bound}, ${bound}], tolerance ${tolerance}; milliseconds`);
-const header = ['N', 'degree', 'terms', 'forward', 'backward', 'slope', 'MB', 'exact forward', 'backward', 'exact / toeplitz', 'worst gradient'];
+const header = ['N', 'degree', 'terms', 'forward', 'backward', 'slope', 'MB', 'exact forward', 'backward', 'exact / toeplitz', 'worst gradient', 'auto', 'exact / auto', 'which is'];
 for (const [map, headDim, mask] of given.cases.split(',').map((one) => one.split(':'))) {
   console.log(`\n${map}, D = ${headDim}, ${mask}\n\n| ${header.join(' | ')} |\n|${' --- |'.repeat(header.length)}`);
   const rows = [];
   for (const length of numbers(given.lengths)) {
     const args = problem(length, Number(headDim), mask, map);
-    const [fast, exact] = [[], []];
+    const [fast, exact, chosen] = [[], [], []];
     const forced = { ...args, method: 'toeplitz', degree, onMiss: 'report' };
     if (rows.length === 0) step(attention, forced); // warm
     for (let n = 0; n < calls; n++) {
       fast.push(step(attention, forced));
+      chosen.push(step(attention, args));
       if (length <= exactUpTo && (n === 0 || length < exactUpTo)) exact.push(step(attention, { ...args, method: 'exact' }));
     }
     const of = (runs, pass) => median(runs.map((run) => run[pass]));
@@ -110,6 +111,8 @@ for (const [map, headDim, mask] of given.cases.split(',').map((one) => one.split
     const star = known ? '' : '*';
     const cells = [length, degree, fast[0].report.rank, figures(of(fast, 'forward')), figures(of(fast, 'backward')), slope?.toFixed(2) ?? '', megabytes];
     cells.push(figures(times.forward) + star, figures(times.backward) + star, `${figures(ratio)}x${star}`, worst);
+    const auto = of(chosen, 'both');
+    cells.push(figures(auto), `${figures((times.forward + times.backward) / auto)}x${star}`, chosen[0].gradients.report.method);
     console.log(`| ${cells.join(' | ')} |`);
     rows.push({ both, length, ratio, exact: times });
   }
