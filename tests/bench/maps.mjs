@@ -16,6 +16,7 @@ import { parseArgs } from 'node:util';
 
 import { createRopeAttention } from '../../dist/index.js';
 import { uniform } from './peers/problem.mjs';
+import { figures, median, relativeError, step } from './tools/step.mjs';
 
 const { values: given } = parseArgs({
   options: {
@@ -30,8 +31,6 @@ const { values: given } = parseArgs({
 });
 const numbers = (text) => text.split(',').map(Number);
 const [degree, tolerance, bound, calls, exactUpTo] = ['degree', 'tolerance', 'bound', 'calls', 'exact-up-to'].map((name) => Number(given[name]));
-const median = (values) => values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)];
-const figures = (x) => (x >= 100 ? x.toFixed(0) : x.toPrecision(2));
 
 /** What depends on i - j, by name. */
 const MAPS = {
@@ -49,22 +48,6 @@ function problem(length, headDim, mask, map) {
   const [q, k, v, dOutput] = [1, 2, 3, 4].map((stream) => uniform(length * headDim, stream, bound));
   const shape = { heads: 1, queryLength: length, headDim };
   return { q, k, v, dOutput, shape, causal: mask === 'causal', tolerance, ...MAPS[map](length, headDim) };
-}
-
-/** Forward, then backward by the same engine; milliseconds of each. */
-function step(attention, { dOutput, ...args }) {
-  const t0 = performance.now();
-  const { output, lse, report } = attention.forward(args);
-  const t1 = performance.now();
-  const gradients = attention.backward({ ...args, dOutput, output, lse });
-  const t2 = performance.now();
-  return { forward: t1 - t0, backward: t2 - t1, both: t2 - t0, output, gradients, report };
-}
-
-function relativeError(got, exact) {
-  let [above, below] = [0, 0];
-  exact.forEach((x, n) => ((above += (got[n] - x) ** 2), (below += x * x)));
-  return Math.sqrt(above / below);
 }
 
 /** From which length on the ratio is above 1: on a line of its logarithm against that of the length. */

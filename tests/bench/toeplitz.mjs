@@ -15,6 +15,7 @@ import { parseArgs } from 'node:util';
 
 import { createRopeAttention } from '../../dist/index.js';
 import { uniform } from './peers/problem.mjs';
+import { figures, median, relativeError, step } from './tools/step.mjs';
 
 const { values: given } = parseArgs({
   options: {
@@ -31,8 +32,6 @@ const { values: given } = parseArgs({
 });
 const numbers = (text) => text.split(',').map(Number);
 const [degree, tolerance, bound, calls, exactUpTo] = ['degree', 'tolerance', 'bound', 'calls', 'exact-up-to'].map((name) => Number(given[name]));
-const median = (values) => values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)];
-const figures = (x) => (x >= 100 ? x.toFixed(0) : x.toPrecision(2));
 
 const swish = (x) => x / (1 + Math.exp(-1.7 * x));
 const bucket = (t) => (t < 16 ? t : Math.min(31, 16 + Math.floor((Math.log(t / 16) / Math.log(8)) * 16)));
@@ -52,22 +51,6 @@ function problem(length, headDim, mask, kind) {
   const bias = uniform(2 * length - 1, 5, 1);
   if (kind !== 'rough') bias.forEach((_, n) => (bias[n] = n < length - 1 ? 0 : SMOOTH[kind](n - length + 1, length)));
   return { q, k, v, dOutput, bias, shape: { heads: 1, queryLength: length, headDim }, causal: mask === 'causal', tolerance };
-}
-
-/** Forward, then backward by the same engine; milliseconds of each. */
-function step(attention, { dOutput, ...args }) {
-  const t0 = performance.now();
-  const { output, lse, report } = attention.forward(args);
-  const t1 = performance.now();
-  const gradients = attention.backward({ ...args, dOutput, output, lse });
-  const t2 = performance.now();
-  return { forward: t1 - t0, backward: t2 - t1, both: t2 - t0, output, gradients, report };
-}
-
-function relativeError(got, exact) {
-  let [above, below] = [0, 0];
-  exact.forEach((x, n) => ((above += (got[n] - x) ** 2), (below += x * x)));
-  return Math.sqrt(above / below);
 }
 
 const attention = await createRopeAttention();
