@@ -56,6 +56,36 @@ describe('terms', () => {
   });
 });
 
+describe('transforms', () => {
+  // A native build of src/ with every call of its transform counted: queries, keys, D, Dv, degree, forward, backward
+  const cases: [map: { rotaryDim?: number; places?: number }, bias: boolean, counted: number[][]][] = [
+    [{}, false, [[300, 300, 4, 4, 2, 984, 1944], [1000, 70, 4, 3, 3, 5112, 10152], [5000, 9000, 2, 2, 2, 480, 928]]],
+    [{}, true, [[300, 300, 4, 4, 2, 984, 1968], [1000, 70, 4, 3, 3, 5112, 10224], [5000, 9000, 2, 2, 2, 480, 960]]],
+    [{ rotaryDim: 4 }, false, [[300, 300, 4, 4, 2, 1416, 2616], [1000, 70, 4, 3, 3, 6960, 12560]]],
+    [{ rotaryDim: 4 }, true, [[300, 300, 4, 4, 2, 1416, 2832], [1000, 70, 4, 3, 3, 6960, 13920]]],
+    [{ rotaryDim: 2 }, false, [[5000, 9000, 2, 2, 2, 440, 776]]],
+    [{ places: 8 }, false, [[300, 300, 4, 4, 2, 3744, 7488], [1000, 70, 4, 3, 3, 34944, 69888]]],
+    [{ places: 4 }, true, [[5000, 9000, 2, 2, 2, 1312, 2624]]],
+  ];
+
+  test('are those that the engine runs', () => {
+    for (const [map, bias, counted] of cases) {
+      for (const [queryLength, keyLength, headDim, valueDim, degree, ...counts] of counted) {
+        const sizes = { queryLength: queryLength!, keyLength: keyLength!, headDim: headDim!, valueDim: valueDim!, degree: degree! };
+        const found = (['forward', 'backward'] as const).map((pass) => theory.transforms({ ...sizes, ...map, bias, pass }).count);
+        expect(found).toEqual(counts);
+      }
+    }
+  });
+
+  test('are of a block, and by default of as many keys and value columns', () => {
+    const some = theory.transforms({ queryLength: 4096, headDim: 8, degree: 2, pass: 'forward' });
+    expect(some).toEqual(theory.transforms({ queryLength: 4096, keyLength: 4096, headDim: 8, valueDim: 8, degree: 2, pass: 'forward' }));
+    expect(some.length).toBeGreaterThanOrEqual(32);
+    expect(some.length).toBeLessThanOrEqual(2 ** 14);
+  });
+});
+
 describe('certifiedBound', () => {
   /** out^ - out for softmax weights w, values v and relative errors e of the weights. */
   const change = (w: number[], v: number[], e: number[]) => {

@@ -3,9 +3,10 @@
 // What a pass costs: useful floating-point operations, counted in closed form, over the share of the machine's peak that
 // each engine reaches. Only ratios of costs decide, so the peak itself is not needed. Counts are numbers, exact to 2^53.
 
+import { batchesOf, blocksOf } from './blocks.js';
 import { productsOfPair } from './relative.js';
 import { seenKeys, type Features } from './scores.js';
-import { cost as products, pairs, rank, terms } from './theory.js';
+import { cost as products, pairs, rank, terms, transforms } from './theory.js';
 import type { Geometry } from './validate.js';
 
 export type Pass = 'forward' | 'backward';
@@ -169,51 +170,32 @@ export function termsOf(g: Geometry, degree: number): number {
   return terms({ headDim, degree, rotaryDim: relativePositions ? rotaryDim : 0 });
 }
 
-/** Groups of four terms, batches of each (four complex columns, or eight real ones), and how often all of them are run. */
-function batchesOf(g: Geometry, degree: number): { groups: number; steps: number; jobs: number } {
-  const columns = g.valueDim + 1;
-  const jobs = g.batch * (hasOwnBiases(g) ? g.heads : g.kvHeads);
-  return { groups: Math.ceil(termsOf(g, degree) / 4), steps: g.relativePositions ? columns : Math.ceil(columns / 2), jobs };
+/** How often all batches of the Toeplitz engine are run: for each key/value head, or each head with a bias of its own. */
+function jobsOf(g: Geometry): number {
+  return g.batch * (hasOwnBiases(g) ? g.heads : g.kvHeads);
 }
 
 /** Whether the engine can count its terms and its units of work (ra_toeplitz_fits). */
 export function countable(g: Geometry, degree: number): boolean {
-  const { groups, steps, jobs } = batchesOf(g, degree);
+  const { groups, steps } = batchesOf(termsOf(g, degree), g.valueDim, g.relativePositions !== null);
   const monomials = rank(g.relative ? g.relative.support.length / 2 : g.headDim, degree);
-  return monomials < 2 ** 32 - 1 && jobs * (groups * steps + 2) < 2 ** 32;
+  return monomials < 2 ** 32 - 1 && jobsOf(g) * (groups * steps + 2) < 2 ** 32;
 }
 
 /**
- * Useful operations of the Toeplitz engine: the transforms and products of convolution.c, of four complex columns (term, value) at
- * a time, and with a relative map, where each term has a matrix of its own, the transforms of these and of their derivatives.
- * Query heads that share a key/value head and a bias share all of it.
+ * Useful operations of the Toeplitz engine: the transforms (5 S log2 S each) and, block by block, the products of spectra, of four
+ * complex columns at a time. Query heads that share a key/value head and a bias share all of it.
  */
 export function toeplitzFlops(g: Geometry, pass: Pass, degree: number): number {
-  const { groups, steps, jobs } = batchesOf(g, degree);
+  const { relative, relativePositions, bias } = g;
+  const { groups, steps } = batchesOf(termsOf(g, degree), g.valueDim, relativePositions !== null);
   const { rows, columns, block } = blocksOf(g);
-  const transform = 40 * block * Math.log2(block);
-  const products = rows * columns * 64 * block * (g.causal ? 0.5 : 1);
-  const each = (rows + columns) * transform + products;
-  const change = Boolean(g.bias ?? g.relative);
-  const matrices = g.relative || g.relativePositions ? (rows + columns - 1) * transform : 0;
-  const [batch, group] =
-    pass === 'forward' ? [each, matrices] : [2 * each + (change ? products : 0), (change ? 2 : 1) * matrices];
-  return jobs * groups * (steps * batch + group);
-}
-
-/** Blocks of queries and of keys, and their size, by the rule of ra_convolution_block. */
-export function blocksOf(g: Pick<Geometry, 'queryLength' | 'keyLength'>): { rows: number; columns: number; block: number } {
-  let best = { rows: 1, columns: 1, block: 32, time: Infinity }; // where no length is above 16
-  for (let power = 32; power <= 2 ** 14 && power / 2 < Math.max(g.queryLength, g.keyLength); power *= 2) {
-    for (const odd of [4, 5, 6]) {
-      const block = (power / 4) * odd;
-      const [rows, columns] = [Math.ceil(g.queryLength / block), Math.ceil(g.keyLength / block)];
-      const transforms = (rows + columns) * 10 * block * (Math.log2(power) + 0.3 * (odd - 4)) * (block > 4096 ? 1.15 : 1);
-      const time = transforms + rows * columns * 8 * block;
-      if (block % 32 === 0 && block <= 2 ** 14 && time < best.time) best = { rows, columns, block, time };
-    }
-  }
-  return best;
+  const rotaryDim = relativePositions ? g.rotaryDim : 0;
+  const places = relative ? relative.support.length / 2 : undefined;
+  const { count } = transforms({ ...g, degree, rotaryDim, places, bias: bias !== null, pass });
+  const times = pass === 'forward' ? 1 : bias || relative ? 3 : 2;
+  const products = groups * steps * times * rows * columns * 64 * block * (g.causal ? 0.5 : 1);
+  return jobsOf(g) * (count * 5 * block * Math.log2(block) + products);
 }
 
 /** Operations at peak speed that take as long as the pass: `degree` null for the exact engine. */

@@ -11,6 +11,7 @@
 // with head size O(log n) and entries below o(sqrt(log n)) attention takes n^(1+o(1)) operations, and with entries above
 // order sqrt(log n) it cannot be done in n^(2-e) for any e > 0 unless SETH fails. `frontier` puts numbers to it.
 
+import { batchesOf, blocksOf } from './blocks.js';
 import { MAX_DEGREE, minimax, TURNOVER } from './polynomial.js';
 import type { Options, Shape } from './types.js';
 
@@ -44,6 +45,44 @@ export function terms(args: { headDim: number; degree: number; rotaryDim?: numbe
   let conjugate = 0;
   for (let m = 0; 2 * m <= degree; m++) conjugate += rank(rotaryDim / 2 - 1, m) * rank(headDim - rotaryDim, degree - 2 * m);
   return (rank(headDim, degree) + conjugate) / 2;
+}
+
+/**
+ * Complex Fourier transforms of the Toeplitz engine, for each key/value head (each query head where heads have a bias of their own):
+ * how many, and of how many numbers, S. Sequences are cut into blocks of S, each filled up to 2 S, which is two transforms of S
+ * (src/convolution.h):
+ *
+ *   columns     two for each block of queries and of keys, each term and each column of values, with one of ones; two real
+ *               columns are one complex one, four terms go together. Backward as many again, of the gradients
+ *   matrices    two for each diagonal of blocks: of the one matrix that all terms share, four diagonals together, or of each term's own;
+ *               backward as many again where there is a gradient by the matrices
+ *
+ * Those that fill up four are counted. Masks leave some of the matrices out, and where no pair is 64 or more apart all are done exactly,
+ * without any.
+ *
+ * @param args.rotaryDim, args.places as for `terms`: the map that gives each term a matrix of its own, if any.
+ * @param args.bias whether there is one; its gradient is made with the others.
+ */
+export function transforms(args: {
+  queryLength: number;
+  keyLength?: number;
+  headDim: number;
+  valueDim?: number;
+  degree: number;
+  rotaryDim?: number;
+  places?: number;
+  bias?: boolean;
+  pass: 'forward' | 'backward';
+}): { count: number; length: number } {
+  const { queryLength, keyLength = queryLength, headDim, valueDim = headDim, rotaryDim = 0, places, bias = false } = args;
+  const { rows, columns, block } = blocksOf({ queryLength, keyLength });
+  const { groups, steps } = batchesOf(terms(args), valueDim, rotaryDim > 0);
+  const backward = args.pass === 'backward';
+  const diagonals = rows + columns - 1;
+  const matrices = rotaryDim > 0 || places !== undefined ? groups * diagonals : Math.ceil(diagonals / 4);
+  const ofColumns = groups * steps * (rows + columns) * (backward ? 2 : 1);
+  const ofMatrices = matrices * (backward && (bias || places !== undefined) ? 2 : 1);
+  return { count: 2 * 4 * (ofColumns + ofMatrices), length: block };
 }
 
 /**

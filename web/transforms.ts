@@ -8,7 +8,8 @@
 // ends as at most eta |E|_2 |x|_2 in each row, |E|_2 being the norm of the lags of the block. Beside a row's sum of weights that is small where the
 // bias is moderate and the row sees as much as others do; where it is not there is no certificate.
 
-import { blocksOf, termsOf } from './cost.js';
+import { blocksOf } from './blocks.js';
+import { termsOf } from './cost.js';
 import type { Geometry } from './validate.js';
 
 /** Unit roundoff of float32. */
