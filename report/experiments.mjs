@@ -7,6 +7,7 @@ import * as entries from './entries.mjs';
 import * as forward from './forward.mjs';
 import * as frontier from './frontier.mjs';
 import * as rank from './rank.mjs';
+import * as routes from './routes.mjs';
 import * as stability from './stability.mjs';
 
-export const EXPERIMENTS = { forward, rank, backward, entries, stability, frontier };
+export const EXPERIMENTS = { forward, rank, backward, entries, stability, frontier, routes };

@@ -40,7 +40,20 @@ const quotesOf = ({ quotes }) =>
 <tbody>${quotes.map(({ label, text: said }) => `<tr><th scope="row">${text(label)}</th><td>${text(said)}</td></tr>`).join('\n')}</tbody>
 </table></div>`;
 
-const figureOf = (figure) => `<figure id="${figure.id}">
+const scrolling = (figure) => `<div class="scroll" tabindex="0" role="region" aria-label="${plain(`Numbers: ${figure.title}`)}">
+${tableOf(figure)}
+</div>`;
+
+/** A figure that is a table shows its numbers; others keep them folded up below the drawing. */
+const figureOf = (figure) =>
+  figure.kind === 'table'
+    ? `<figure id="${figure.id}">
+<figcaption><h3>${text(figure.title)}</h3>
+<p>${text(figure.sentence)}</p></figcaption>
+${scrolling(figure)}
+<p class="note">${text(figure.note)}</p>
+</figure>`
+    : `<figure id="${figure.id}">
 <figcaption><h3>${text(figure.title)}</h3>
 <p>${text(figure.sentence)}</p></figcaption>
 <div class="key" aria-hidden="true"></div>
@@ -48,9 +61,7 @@ const figureOf = (figure) => `<figure id="${figure.id}">
 <p class="note">${text(figure.note)}</p>
 ${quotesOf(figure)}
 <details><summary>The numbers (${integer(figure.rows.length)} rows)</summary>
-<div class="scroll" tabindex="0" role="region" aria-label="${plain(`Numbers: ${figure.title}`)}">
-${tableOf(figure)}
-</div></details>
+${scrolling(figure)}</details>
 </figure>`;
 
 /**
@@ -67,7 +78,7 @@ export function buildPage({ report, script, style }) {
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta name="description" content="Fast RoPE attention, forward and backward: time, error, rank, scores, stability and the frontier, measured.">
+<meta name="description" content="Fast RoPE attention, forward and backward: time, error, rank, scores, stability, the frontier and the papers’ route, measured.">
 <title>${text(title)}</title>
 <link rel="icon" href="data:,">
 <style>${style}</style>

@@ -10,7 +10,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 
-import { createRopeAttention, type RopeAttention } from '../dist/index.js';
+import { createRopeAttention, theory, type RopeAttention } from '../dist/index.js';
 import { openBrowser, openTab } from './support-page.js';
 
 type Row = Record<string, string | number | boolean | null | undefined>;
@@ -148,6 +148,48 @@ describe.each(Object.entries(EXPERIMENTS))('experiment %s', (_, { title, about, 
   });
 });
 
+describe('the routes of the same polynomial', () => {
+  const { run, sizes } = EXPERIMENTS['routes']!;
+  const tiny = sizes.tiny as { dims: number[]; lengths: number[]; degree: number } & Sizes;
+  let rows: Row[];
+  const find = (headDim: number, length: number, route: string) =>
+    rows.find((row) => row['headDim'] === headDim && row['length'] === length && row['route'] === route)!;
+  const places = tiny.dims.flatMap((headDim) => tiny.lengths.map((length) => [headDim, length] as const));
+
+  beforeAll(async () => {
+    const attention = await createRopeAttention();
+    rows = run({ attention, sizes: tiny, seed: 1, progress: () => undefined })[0]!.rows;
+    attention.dispose();
+  });
+
+  test('have the terms and transforms of the theory', () => {
+    for (const [headDim, length] of places) {
+      const maps = { W_t: { places: 2 * headDim }, 'complex pairs': { rotaryDim: headDim }, 'one matrix': {} };
+      for (const [route, map] of Object.entries(maps)) {
+        const { terms, transforms } = find(headDim, length, route);
+        const args = { queryLength: length, headDim, degree: tiny.degree, ...map };
+        expect(terms).toBe(theory.terms(args));
+        expect(transforms).toBe(theory.transforms({ ...args, pass: 'forward' }).count + theory.transforms({ ...args, pass: 'backward' }).count);
+      }
+      expect(find(headDim, length, 'states')).toMatchObject({ terms: theory.rank(headDim, tiny.degree), transforms: 0 });
+    }
+  });
+
+  test('have the same errors', () => {
+    for (const [headDim, length] of places) {
+      for (const error of ['output', 'gradient']) {
+        const [literal, pairs, one, states] = ['W_t', 'complex pairs', 'one matrix', 'states'].map(
+          (route) => find(headDim, length, route)[error] as number,
+        );
+        // up to rounding with and without the mean key, and these two up to what it changes
+        expect(Math.abs(literal! / pairs! - 1)).toBeLessThan(0.01);
+        expect(Math.abs(one! / states! - 1)).toBeLessThan(0.01);
+        expect(Math.abs(literal! / states! - 1)).toBeLessThan(0.5);
+      }
+    }
+  });
+});
+
 describe('page', () => {
   const figure = {
     ...{ id: 'a-b', kind: 'lines', title: 'T < U', sentence: 'Half of </script><b> is 0.5 & `code`.', note: 'N.' },
@@ -169,6 +211,14 @@ describe('page', () => {
     expect(html).toContain('let s = "<\\/script><\\!--";');
   });
 
+  test('shows the numbers of a figure that is a table, and has no place for a drawing', () => {
+    const table = { ...figure, kind: 'table' };
+    const page = buildPage({ report: { ...report, experiments: [{ ...report.experiments[0], figures: [table] }] }, script: '', style: '' });
+    expect(page).toContain('<td>4,096</td>');
+    expect(page).not.toMatch(/<details|class="panels"/);
+    expect(html).toMatch(/class="panels"[^]*<details/);
+  });
+
   test('has its sentences and tables without the script, escaped', () => {
     expect(html).toContain('<title>A &amp; B</title>');
     expect(html).toContain('<p>Half of &lt;/script&gt;&lt;b&gt; is 0.5 &amp; <code>code</code>.</p>');
@@ -183,7 +233,7 @@ test('the driver writes a page that opens from disk, draws every figure and asks
   try {
     const driver = fileURLToPath(new URL('../report/report.mjs', import.meta.url));
     const flags = process.execArgv.filter((flag) => flag.includes('relaxed-simd'));
-    const args = [...flags, driver, '--quick', '--only', 'rank,frontier', '--out', folder];
+    const args = [...flags, driver, '--quick', '--only', 'rank,frontier,routes', '--out', folder];
     const { status, stdout, stderr } = spawnSync(process.execPath, args, { encoding: 'utf8' });
     expect([status, stderr]).toEqual([0, '']);
     expect(stdout).toMatch(/ 0 %.*\n[^]*written: .*report\.json/);
@@ -196,7 +246,12 @@ test('the driver writes a page that opens from disk, draws every figure and asks
       const address = pathToFileURL(join(folder, 'index.html')).href;
       await page.goto(address);
       await page.waitForSelector('html[data-drawn]');
-      for (const { id, sentence } of figures) {
+      expect(figures.map(({ kind }) => kind)).toContain('table');
+      for (const { id, kind, sentence } of figures) {
+        if (kind === 'table') {
+          expect(await page.locator(`#${id} td`).first().isVisible()).toBe(true);
+          continue;
+        }
         expect(await page.locator(`#${id} svg`).count()).toBeGreaterThan(0);
         expect(await page.locator(`#${id} .panels`).getAttribute('aria-label')).toContain(sentence.slice(0, 20));
       }

@@ -5,6 +5,7 @@
 //
 //   lines    one frame for each value of `panel`, one curve for each value of `series`
 //   cells    the plane of lengths and bounds: colour by degree, stronger with the gain; curves through it
+//   table    nothing to draw: the page has its numbers
 
 import * as Plot from '@observablehq/plot';
 import { integer, powerOfTen, ratio, write } from '../words.mjs';
@@ -266,7 +267,7 @@ function keyOf(figure) {
 }
 
 const report = JSON.parse(document.getElementById('report-data').textContent);
-for (const figure of report.experiments.flatMap((experiment) => experiment.figures)) {
+for (const figure of report.experiments.flatMap((experiment) => experiment.figures).filter(({ kind }) => kind !== 'table')) {
   const place = document.getElementById(figure.id);
   const panels = place.querySelector('.panels');
   place.querySelector('.key').replaceChildren(...keyOf(figure));
