@@ -296,6 +296,12 @@ int RA_API(ra_sample_columns)(const ra_problem *p, const ra_arrays *x, uint32_t 
                               uint32_t count, const float *coefficients, uint32_t degree, float *dk, float *dv,
                               void *workspace);
 
+// What such rows of dk and dv, with exp, gain when the lse and out of some rows (flat, as above) are not x->lse and x->out but
+// lse [count] and out [count][Dv], each counted shares[count] times. O(count (D + Dv)).
+int RA_API(ra_sample_changes)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
+                              uint32_t count, const float *lse, const float *out, const float *shares,
+                              const uint32_t *keys, uint32_t key_count, float *dk, float *dv, void *workspace);
+
 // The gradient of the bias of a query head (flat, of a key/value head that was prepared) at some entries, of this head alone, with
 // lse and out taken from x->lse and x->out: with exp, and with three polynomials of degree 2, coefficients [3][3]. entries [count],
 // at most RA_SAMPLE_LAGS; sums [count][4]. O(count Nq (D + Dv)).

@@ -287,6 +287,12 @@ export function columnsCost(g: Geometry, keys: ArrayLike<number>): number {
   return PORTION + SAMPLE_ROWS * queries * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, 'backward'));
 }
 
+/** What so many known rows change in a portion of columns. */
+export function changesCost(g: Geometry, rows: number): number {
+  const { each, entry } = PAIR.columns;
+  return PORTION + SAMPLE_ROWS * rows * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, 'backward'));
+}
+
 /** The same for a portion of rows that see so many keys, by default as many as one may. */
 export function portionCost(g: Geometry, pass: Pass, keys = keysOfPortion(g)): number {
   const { each, entry } = PAIR.rows[pass];

@@ -4,6 +4,7 @@
 // arena from `load` to `close`, each copied in once; results are copied out. Addresses stay in here.
 
 import {
+  changesCost,
   columnsCost,
   extremesCost,
   outlierLimit,
@@ -41,6 +42,14 @@ export type ArrayName = 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv';
 
 /** Gradients of what has no rows. */
 export type VectorName = 'dbias' | 'dalibi' | 'dsinks' | 'dweights';
+
+/** A row of a head, as `resultRow` numbers them, with an output and lse in place of those that are there. */
+export interface Change {
+  row: number;
+  share: number;
+  out: Float32Array;
+  lse: number;
+}
 
 /** Sampled rows: out [rows][Dv], lse [rows], dq [rows][D] (empty unless asked for). */
 export interface Rows {
@@ -116,6 +125,21 @@ interface Exports {
     dv: number,
     workspace: number,
   ): number;
+  ra_sample_changes(
+    p: number,
+    x: number,
+    head: number,
+    rows: number,
+    count: number,
+    lse: number,
+    out: number,
+    shares: number,
+    keys: number,
+    keyCount: number,
+    dk: number,
+    dv: number,
+    workspace: number,
+  ): number;
   ra_sample_lags(
     p: number,
     x: number,
@@ -153,6 +177,7 @@ const EXPORTS = [
   'ra_sample_scores',
   'ra_sample_rows',
   'ra_sample_columns',
+  'ra_sample_changes',
   'ra_sample_lags',
   'ra_state_bytes',
   'ra_state_workspace',
@@ -176,6 +201,8 @@ const MAX_COEFFICIENTS = 9;
 export const MAX_LAG_DEGREE = 2;
 /** Distances that are looked at together (RA_SAMPLE_LAGS). */
 export const SAMPLE_LAGS = 64;
+/** Rows whose exact output and lse are taken together in columns. */
+export const SAMPLE_CHANGES = 64;
 const EXTREMES = 8;
 const WARM_UP_CALLS = 20_000;
 
@@ -303,6 +330,7 @@ interface Places {
   coefficients: number;
   own: number;
   rows: number;
+  changes: number;
   extremes: number;
   outlierQueries: number;
   outlierKeys: number;
@@ -378,6 +406,7 @@ export class Session {
       coefficients: floats(this.heads * MAX_COEFFICIENTS),
       own: floats(MAX_COEFFICIENTS),
       rows: floats(SAMPLE_ROWS),
+      changes: floats(SAMPLE_CHANGES * (3 + g.valueDim)),
       extremes: floats(4 * EXTREMES),
       outlierQueries: floats(this.heads * this.outlierLimits.queries),
       outlierKeys: floats(this.heads * this.outlierLimits.keys),
@@ -653,6 +682,12 @@ export class Session {
     return this.#arena.readFloats(this.#arrays[array] + 4 * width * at, width);
   }
 
+  /** A copy of the lse of all rows of a key/value head. */
+  lseOfHead(head: number): Float32Array {
+    this.#check();
+    return this.#arena.readFloats(this.#arrays.lse + 4 * this.rowsOfHead * head, this.rowsOfHead);
+  }
+
   /**
    * Operations at peak speed that sampling has taken so far, as cost.ts counts them: the same for the same call, whatever the machine
    * does at the time.
@@ -778,10 +813,52 @@ export class Session {
       ra_sample_columns(problem, arrays, head, rows, keys.length, own, degree, dk, dv, this.#sampling),
       'ra_sample_columns',
     );
+    return this.#columnsThere(keys.length);
+  }
+
+  /**
+   * What rows `keys` of dk and dv with exp gain when the lse and out of up to SAMPLE_CHANGES rows are not those that are there but
+   * others, each counted `share` times.
+   */
+  changes(head: number, rows: readonly Change[], keys: readonly number[]): { dk: Float32Array; dv: Float32Array } {
+    this.prepare(head);
+    const at = this.#at;
+    this.#spent += changesCost(this.geometry, rows.length);
+    const [lse, shares, out] = [1, 2, 3].map((n) => at.changes + 4 * n * SAMPLE_CHANGES);
+    const { valueDim } = this.geometry;
+    const outs = new Float32Array(rows.length * valueDim);
+    rows.forEach((one, n) => outs.set(one.out, n * valueDim));
+    this.#arena.writeIntegers(at.rows, keys);
+    this.#arena.writeIntegers(at.changes, rows.map(({ row }) => row));
+    this.#arena.writeFloats(lse, Float32Array.from(rows, (one) => one.lse));
+    this.#arena.writeFloats(shares, Float32Array.from(rows, ({ share }) => share));
+    this.#arena.writeFloats(out, outs);
+    const { ra_sample_changes } = this.#exports;
+    const code = ra_sample_changes(
+      at.problem,
+      at.arrays,
+      head,
+      at.changes,
+      rows.length,
+      lse,
+      out,
+      shares,
+      at.rows,
+      keys.length,
+      at.dk,
+      at.dv,
+      this.#sampling,
+    );
+    this.#expect(code, 'ra_sample_changes');
+    return this.#columnsThere(keys.length);
+  }
+
+  /** Rows of dk and dv that sampling has left. */
+  #columnsThere(count: number): { dk: Float32Array; dv: Float32Array } {
     const { headDim, valueDim } = this.geometry;
     return {
-      dk: this.#arena.readFloats(at.dk, keys.length * headDim),
-      dv: this.#arena.readFloats(at.dv, keys.length * valueDim),
+      dk: this.#arena.readFloats(this.#at.dk, count * headDim),
+      dv: this.#arena.readFloats(this.#at.dv, count * valueDim),
     };
   }
 

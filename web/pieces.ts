@@ -228,7 +228,7 @@ export function shared(
 function* givenState(name: string, call: Call, kernel: Kernel): Generator<number, State | null> {
   const { output, lse } = call.inputs;
   if (!output || !lse) return null;
-  const { relative } = yield* sampled(name, call, kernel, 'backward', (sampler) => sampler.check('forward'));
+  const { relative } = yield* sampled(name, call, kernel, 'backward', (sampler) => sampler.check('forward', call.problem.tolerance));
   return relative <= OF_STATE * call.problem.tolerance ? { output, lse } : null;
 }
 
@@ -244,7 +244,7 @@ function* checkWhole(
   const pass = gradients ? 'backward' : 'forward';
   return yield* sampled(name, call, kernel, pass, (sampler, session) => {
     if (gradients) for (const array of GRADIENTS) session.place(array, gradients[array]);
-    return sampler.check(pass);
+    return sampler.check(pass, call.problem.tolerance);
   });
 }
 

@@ -12,7 +12,7 @@
 
 import { CHUNK, DRAWN_ROWS, FIT, LOOKED_SEGMENTS, SAMPLE_ROWS, SAMPLE_SCORES, STEEP, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
-import type { Bounds, Outliers, Rows, Session } from './kernel.js';
+import { SAMPLE_CHANGES, type Bounds, type Change, type Outliers, type Rows, type Session } from './kernel.js';
 import { condense, evaluate, fitToScores } from './polynomial.js';
 import { seeingQueries, seenKeys, segmentsOf } from './scores.js';
 
@@ -31,6 +31,9 @@ export interface Measured {
 
 /** Differences this small, relative to what was summed, are float32 rounding and count as none (see `outputError`). */
 const ROUNDING = 2 ** -18;
+
+/** Errors of lse below this share of a limit are left alone in columns: those of rows would have to agree to make up a tolerance. */
+const HARMLESS = 1 / 32;
 
 /** A degree is not tried where the one before and the fits make its error this many times too large. */
 const HOPELESS = 3;
@@ -285,7 +288,7 @@ export class Sampler {
     let portions = 0;
     for (const head of this.#heads()) {
       const own = this.#fit(head, degree);
-      for (const { rows: keys, weights, exact } of this.#exactColumns(head)) {
+      for (const { rows: keys, weights, exact } of this.#exactColumns(head, limit)) {
         const got = own && this.#session.columns(head, keys, own);
         if (got) {
           tally.gradient('dk', exact.dk, got.dk, this.#columnRounding(head), weights);
@@ -298,8 +301,8 @@ export class Sampler {
     return tally.result();
   }
 
-  /** The error of a finished pass on the sampled rows; of gradients also on columns. */
-  *check(pass: Pass): Generator<number, Measured> {
+  /** The error of a finished pass on the sampled rows; of gradients also on columns, as far as it matters to `limit`. */
+  *check(pass: Pass, limit: number): Generator<number, Measured> {
     this.#session.setOutliers(this.#outliers);
     const tally = new Tally(hiddenFactor(this.#session));
     for (const { head, rows, weights, exact } of this.#known(pass)) {
@@ -312,7 +315,7 @@ export class Sampler {
       yield 0;
     }
     for (const head of pass === 'backward' ? this.#heads() : []) {
-      for (const { rows: keys, weights, exact } of this.#exactColumns(head)) {
+      for (const { rows: keys, weights, exact } of this.#exactColumns(head, limit)) {
         tally.gradient('dk', exact.dk, this.#gather('dk', head, keys), this.#columnRounding(head), weights);
         tally.gradient('dv', exact.dv, this.#gather('dv', head, keys), 0, weights);
         yield 0;
@@ -322,14 +325,55 @@ export class Sampler {
     return tally.result();
   }
 
-  /** Sampled columns of a head with exact values by the output and lse that are there, each computed when it is first asked for. */
-  *#exactColumns(head: number): Generator<ColumnPortion & { exact: Columns }, void> {
+  /**
+   * Sampled columns of a head with exact values: by the output and lse that are there, each computed when it is first asked for, but by
+   * the exact ones in those known rows where that matters to a limit.
+   */
+  *#exactColumns(head: number, limit: number): Generator<ColumnPortion & { exact: Columns }, void> {
     let portions = this.#columns.get(head);
     if (!portions) this.#columns.set(head, (portions = this.#columnPortions(head)));
+    const changed = this.#changedRows(head, limit);
     for (const portion of portions) {
-      portion.exact ??= this.#session.columns(head, portion.rows, null);
+      portion.byThere ??= this.#session.columns(head, portion.rows, null);
+      // more rows are known later, never fewer
+      if (!portion.exact || portion.changes !== changed.length) {
+        portion.exact = this.#withChanges(head, portion.rows, portion.byThere, changed);
+        portion.changes = changed.length;
+      }
       yield portion as ColumnPortion & { exact: Columns };
     }
+  }
+
+  /** Columns by the output and lse that are there, but for some rows. */
+  #withChanges(head: number, keys: readonly number[], { dk, dv }: Columns, changed: readonly Change[]): Columns {
+    const sum = { dk: dk.slice(), dv: dv.slice() };
+    for (let n = 0; n < changed.length; n += SAMPLE_CHANGES) {
+      const more = this.#session.changes(head, changed.slice(n, n + SAMPLE_CHANGES), keys);
+      more.dk.forEach((x, at) => (sum.dk[at] += x));
+      more.dv.forEach((x, at) => (sum.dv[at] += x));
+    }
+    return sum;
+  }
+
+  /**
+   * Known rows of a head whose lse is off by a share of the limit that counts: all weights of the row are off by as much, in the engine
+   * and in what columns take for exact. One that stands for w rows counts sqrt(w) times: their errors are like its own but for
+   * their signs, so that squares are what adds up.
+   */
+  #changedRows(head: number, limit: number): Change[] {
+    const { first } = this.#drawnRows(head);
+    const { hard, others } = this.#rest.get(head) ?? { hard: [], others: [] };
+    const { valueDim } = this.#session.geometry;
+    const there = this.#session.lseOfHead(head);
+    return [...first, ...hard, ...others].flatMap(({ rows, weights, exact }) =>
+      rows.flatMap((row, n): Change[] => {
+        const lse = exact?.lse[n] ?? -Infinity; // nothing is seen
+        if (lse === -Infinity) return [];
+        const off = Math.abs(lse - there[row]);
+        if (off <= Math.max(HARMLESS * limit, ROUNDING * Math.max(1, Math.abs(lse)))) return [];
+        return [{ row, share: Math.sqrt(weights[n]), lse, out: exact!.out.subarray(n * valueDim, (n + 1) * valueDim) }];
+      }),
+    );
   }
 
   /**
@@ -639,7 +683,13 @@ export class Sampler {
       weight: Math.max(1, own.length / (SAMPLE_ROWS / 2)),
     }));
     const all = [...Array.from(large, (row) => ({ row, weight: 1 })), ...drawn, ...between, ...some];
-    return inPortions(head, all.sort((a, b) => a.row - b.row)).map(({ rows, weights }) => ({ rows, weights, exact: null }));
+    return inPortions(head, all.sort((a, b) => a.row - b.row)).map(({ rows, weights }) => ({
+      rows,
+      weights,
+      byThere: null,
+      exact: null,
+      changes: 0,
+    }));
   }
 
   /** Rows of an array of the session, one after the other. */
@@ -690,7 +740,11 @@ type Columns = ReturnType<Session['columns']>;
 interface ColumnPortion {
   rows: number[];
   weights: number[];
+  /** By the output and lse that are there. */
+  byThere: Columns | null;
+  /** With what is known of so many rows. */
   exact: Columns | null;
+  changes: number;
 }
 
 interface Drawn {

@@ -639,6 +639,74 @@ static void largest_are_largest(const shape *s, const run *r, uint32_t kv, const
 // What sampled rows know.
 static int is_sampled(const shape *s) { return !s->softcap && !s->mask && !s->sinks; }
 
+// Columns by an lse and out that are wrong in some rows, and what changes when these are put right: the columns of the oracle.
+static void changes_undo_errors(const shape *s, run *oracle, uint32_t kv, const uint32_t *all, uint32_t all_count,
+                                const uint32_t *keys, uint32_t key_count, void *workspace) {
+  uint32_t group = s->heads / s->kv_heads, past = group * s->Nq, rows[8], count = 0;
+  for (uint32_t n = 0; n < all_count; n++) { // each once
+    uint32_t m = 0;
+    while (m < count && rows[m] != all[n]) m++;
+    if (m == count) rows[count++] = all[n];
+  }
+  size_t k_count = (size_t)key_count * s->D, v_count = (size_t)key_count * s->Dv;
+  guarded out = guarded_new((size_t)count * s->Dv, 1, 1), lse = guarded_new(count, 1, 1),
+          shares = guarded_new(count, 1, 1);
+  guarded dk[4], dv[4]; // by what is right, by what is wrong, changes, changes by halves
+  for (int n = 0; n < 4; n++) dk[n] = guarded_new(k_count, 1, 1), dv[n] = guarded_new(v_count, 1, 1);
+  CHECK(ra_sample_columns(&oracle->p, &oracle->x, kv, keys, key_count, NULL, 0, dk[0].data, dv[0].data, workspace) ==
+            RA_OK,
+        "right columns");
+  const ra_problem *p = &oracle->p;
+  const ra_arrays *x = &oracle->x;
+  float *own_lse[8], *own_out[8];
+  for (uint32_t n = 0; n < count; n++) {
+    size_t head = (size_t)kv * group + rows[n] / s->Nq, i = rows[n] % s->Nq;
+    own_lse[n] = oracle->lse.data + head * s->Nq + i;
+    own_out[n] = oracle->out.data + place(s, head, s->heads, s->Nq, i, s->Dv);
+    lse.data[n] = *own_lse[n];
+    memcpy(out.data + n * s->Dv, own_out[n], s->Dv * sizeof(float));
+    *own_lse[n] += 0.25f - 0.1f * (float)n;
+    for (uint32_t d = 0; d < s->Dv; d++) own_out[n][d] = 0.5f * own_out[n][d] + 0.1f;
+  }
+  CHECK(ra_sample_columns(p, x, kv, keys, key_count, NULL, 0, dk[1].data, dv[1].data, workspace) == RA_OK,
+        "wrong columns");
+  for (int halves = 0; halves < 2; halves++) {
+    for (uint32_t n = 0; n < count; n++) shares.data[n] = halves ? 0.5f : 1;
+    CHECK(ra_sample_changes(p, x, kv, rows, count, lse.data, out.data, shares.data, keys, key_count,
+                            dk[2 + halves].data, dv[2 + halves].data, workspace) == RA_OK,
+          "changes");
+  }
+  CHECK(ra_sample_changes(p, x, kv, &past, 1, lse.data, out.data, shares.data, keys, key_count, dk[1].data, dv[1].data,
+                          workspace) == RA_ERROR_PROBLEM,
+        "row past the end");
+  CHECK(ra_sample_changes(p, x, kv, rows, count, lse.data, out.data, shares.data, keys, 0, dk[1].data, dv[1].data,
+                          workspace) == RA_ERROR_PROBLEM,
+        "no keys");
+  for (uint32_t n = 0; n < count; n++) {
+    *own_lse[n] = lse.data[n];
+    memcpy(own_out[n], out.data + n * s->Dv, s->Dv * sizeof(float));
+  }
+  double top_k = 0.2 * fabs((double)s->scale) * s->bound, top_v = 1e-3;
+  for (size_t n = 0; n < k_count; n++)
+    top_k = fmax(top_k, fmax(fabs((double)dk[0].data[n]), fabs((double)dk[1].data[n])));
+  for (size_t n = 0; n < v_count; n++)
+    top_v = fmax(top_v, fmax(fabs((double)dv[0].data[n]), fabs((double)dv[1].data[n])));
+  for (int k = 0; k < 2; k++) {
+    const guarded *found = k ? dk : dv;
+    for (size_t n = 0; n < (k ? k_count : v_count); n++) {
+      double sum = (double)found[1].data[n] + found[2].data[n], half = 2.0 * found[3].data[n];
+      CHECK(fabs(sum - found[0].data[n]) < 1e-5 * (k ? top_k : top_v), "%s put right: %g, not %g", k ? "dk" : "dv", sum,
+            found[0].data[n]);
+      CHECK(fabs(half - found[2].data[n]) < 1e-5 * (k ? top_k : top_v), "shares of %s", k ? "dk" : "dv");
+    }
+  }
+  for (int n = 0; n < 4; n++) {
+    CHECK(guarded_intact(dk + n) && guarded_intact(dv + n), "canary");
+    guarded_free(dk + n), guarded_free(dv + n);
+  }
+  guarded_free(&out), guarded_free(&lse), guarded_free(&shares);
+}
+
 static void samples_match_the_oracle(const shape *s) {
   uint32_t engines = s->relative || s->bias_heads || (s->alibi && !s->causal) ? 1 : 2; // oracle; polynomial
   run oracle = start(s, RA_NAIVE, 0), polynomial = start(s, engines == 2 ? RA_POLYNOMIAL : RA_NAIVE, 2);
@@ -742,6 +810,7 @@ static void samples_match_the_oracle(const shape *s) {
       CHECK(guarded_intact(&dk) && guarded_intact(&dv), "canary");
       guarded_free(&dk), guarded_free(&dv);
     }
+    changes_undo_errors(s, &oracle, kv, rows, count, keys, key_count, workspace);
     free(workspace);
   }
   finish(&oracle), finish(&polynomial);
