@@ -157,8 +157,8 @@ static void store_window(const ra_toeplitz *e, int64_t key) {
   }
 }
 
-// y [32] += factor a b, or a b
-RA_INLINE void add_products(float factor, const float *a, const float *b, float *y) {
+// y [32] += factor a b
+RA_INLINE void add_scaled(float factor, const float *a, const float *b, float *y) {
   f32x4 f = f32x4_splat(factor);
   for (uint32_t n = 0; n < STRIP; n += 4)
     f32x4_store(y + n, f32x4_madd(f32x4_mul(f, f32x4_load(a + n)), f32x4_load(b + n), f32x4_load(y + n)));
@@ -173,7 +173,7 @@ RA_KERNEL void mapped_weights(const ra_toeplitz *e, const ra_side *x, uint32_t i
   for (uint32_t n = 0; n < entries; n++) {
     uint32_t q, k;
     places_of(e->p, n, &q, &k);
-    add_products(e->map[n], x->z_t + q * x->length + i, window + k * KEYS, a);
+    add_scaled(e->map[n], x->z_t + q * x->length + i, window + k * KEYS, a);
   }
   for (uint32_t n = 0; n < STRIP; n += 4) f32x4_store(a + n, weigh(f32x4_splat(E), f32x4_load(a + n), constants));
 }
@@ -189,7 +189,7 @@ RA_KERNEL void mapped_forward(const ra_toeplitz *e, const ra_side *x, uint32_t i
     load_map(e, lag);
     mapped_weights(e, x, i, E, window, e->a);
     for (uint32_t c = 0; c < e->columns; c++)
-      add_products(1, e->a, window + (e->D + c) * KEYS, x->w_t + c * x->length + i);
+      ra_add_products(e->a, window + (e->D + c) * KEYS, x->w_t + c * x->length + i);
   }
 }
 
@@ -198,23 +198,22 @@ RA_KERNEL void mapped_gradients(const ra_toeplitz *e, const ra_side *x, uint32_t
                                 float *dwindow, float *dweights) {
   uint32_t entries = ra_near_entries(e->p);
   const float *a = e->a;
-  float *ds = e->ds, product[STRIP];
+  float *ds = e->ds;
   ra_fill(ds, STRIP, 0);
-  for (uint32_t c = 0; c < e->columns; c++) add_products(1, x->w_t + c * x->length + i, window + (e->D + c) * KEYS, ds);
+  for (uint32_t c = 0; c < e->columns; c++) ra_add_products(x->w_t + c * x->length + i, window + (e->D + c) * KEYS, ds);
   for (uint32_t n = 0; n < STRIP; n += 4) f32x4_store(ds + n, f32x4_mul(f32x4_load(a + n), f32x4_load(ds + n)));
   for (uint32_t c = 1; c < e->columns; c++)
-    add_products(1, a, x->w_t + c * x->length + i, dwindow + (e->D + c - 1) * KEYS);
+    ra_add_products(a, x->w_t + c * x->length + i, dwindow + (e->D + c - 1) * KEYS);
   for (uint32_t n = 0; n < entries; n++) {
     uint32_t q, k;
     places_of(e->p, n, &q, &k);
     const float *x_q = x->z_t + q * x->length + i, *y_k = window + k * KEYS;
-    add_products(e->map[n], ds, y_k, x->dz_t + q * x->length + i);
-    add_products(e->map[n], ds, x_q, dwindow + k * KEYS);
+    add_scaled(e->map[n], ds, y_k, x->dz_t + q * x->length + i);
+    add_scaled(e->map[n], ds, x_q, dwindow + k * KEYS);
     if (!dweights) continue;
     f32x4 sum = f32x4_splat(0);
-    ra_fill(product, STRIP, 0);
-    add_products(1, x_q, y_k, product);
-    for (uint32_t c = 0; c < STRIP; c += 4) sum = f32x4_madd(f32x4_load(product + c), f32x4_load(ds + c), sum);
+    for (uint32_t c = 0; c < STRIP; c += 4)
+      sum = f32x4_madd(f32x4_mul(f32x4_load(x_q + c), f32x4_load(y_k + c)), f32x4_load(ds + c), sum);
     dweights[n * e->lags + lag] += f32x4_sum(sum);
   }
 }

@@ -143,18 +143,12 @@ static uint32_t column_of(const ra_toeplitz *e, batch b, uint32_t n) {
   return b.group == 0 && n % RA_LANES == 0 && column == 0 ? UINT32_MAX : column;
 }
 
-// y += a b, for 32 tokens
-RA_INLINE void add_products(const float *a, const float *b, float *y) {
-  for (uint32_t i = 0; i < STRIP; i += 4)
-    f32x4_store(y + i, f32x4_madd(f32x4_load(a + i), f32x4_load(b + i), f32x4_load(y + i)));
-}
-
 // lanes [8][32] += phi times column.
 RA_KERNEL void pack_strip(const ra_toeplitz *e, const ra_side *z, batch b, size_t at, float *lanes) {
   for (uint32_t n = 0; n < RA_COLUMNS; n++, lanes += STRIP) {
     uint32_t column = column_of(e, b, n);
     if (column < e->columns)
-      add_products(z->phi + part_of(e, n) * z->length + at, z->w_t + column * z->length + at, lanes);
+      ra_add_products(z->phi + part_of(e, n) * z->length + at, z->w_t + column * z->length + at, lanes);
   }
 }
 
@@ -165,8 +159,8 @@ RA_KERNEL void unpack_strip(const ra_toeplitz *e, const ra_side *z, batch b, siz
     uint32_t column = column_of(e, b, n);
     if (column >= e->columns) continue;
     size_t part = part_of(e, n) * z->length + at;
-    if (sums && column >= first) add_products(z->phi + part, lanes, sums + (column - first) * z->length + at);
-    if (gradient) add_products(z->w_t + column * z->length + at, lanes, z->dphi + part);
+    if (sums && column >= first) ra_add_products(z->phi + part, lanes, sums + (column - first) * z->length + at);
+    if (gradient) ra_add_products(z->w_t + column * z->length + at, lanes, z->dphi + part);
   }
 }
 
@@ -206,18 +200,24 @@ static void give(const ra_toeplitz *e, int queries, uint32_t pass, batch b, cons
   }
 }
 
+// All pairs that count are near: there is nothing to transform.
+static int nothing_is_far(const ra_toeplitz *e) { return e->state->convolution.least > e->state->convolution.most; }
+
 static void begin_group(const ra_toeplitz *e, uint32_t pass, uint32_t group) {
+  if (e->own) {
+    ra_terms_kernels(e, group);
+    ra_convolution_kernel(&e->state->convolution, e->kernels);
+  }
+  if (nothing_is_far(e)) return;
   for (uint32_t h = 0; h <= e->together; h++) {
     ra_side z = h < e->together ? queries_of(e, h) : e->keys;
     ra_terms_features(e, &z, group);
     if (pass == RA_BACKWARD) ra_fill(z.dphi, e->parts * z.length, 0);
   }
-  if (!e->own) return;
-  ra_terms_kernels(e, group);
-  ra_convolution_kernel(&e->state->convolution, e->kernels);
 }
 
 static void end_group(const ra_toeplitz *e, uint32_t group, float *dbias, float *dweights) {
+  if (nothing_is_far(e)) return;
   for (uint32_t h = 0; h <= e->together; h++) {
     ra_side z = h < e->together ? queries_of(e, h) : e->keys;
     ra_terms_jacobian(e, &z, group);
@@ -229,7 +229,7 @@ static void end_group(const ra_toeplitz *e, uint32_t group, float *dbias, float 
 
 static void run_batch(const ra_toeplitz *e, uint32_t pass, batch b) {
   const ra_convolution *c = &e->state->convolution;
-  if (c->least > c->most) return; // all pairs that count are near
+  if (nothing_is_far(e)) return;
   transform(e, 0, b, e->spectra);
   if (pass == RA_BACKWARD) {
     transform(e, 1, b, e->spectra2);

@@ -10,6 +10,7 @@
 #include "engines.h"
 #include "monomials.h"
 #include "rotary.h"
+#include "simd.h"
 
 enum {
   RA_NEAR = 64,                    // distances below it are done exactly where the first rows need it
@@ -72,6 +73,12 @@ typedef struct ra_toeplitz {
   size_t queries_step;       // floats to the next
   float *spectra, *spectra2; // of a batch of keys, of queries (backward)
 } ra_toeplitz;
+
+// y += a b, for 32 tokens
+RA_INLINE void ra_add_products(const float *a, const float *b, float *y) {
+  for (uint32_t i = 0; i < RA_STRIP; i += 4)
+    f32x4_store(y + i, f32x4_madd(f32x4_load(a + i), f32x4_load(b + i), f32x4_load(y + i)));
+}
 
 // --- Terms (terms.c) ------------------------------------------------------------------------------------------------------
 

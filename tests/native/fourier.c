@@ -100,16 +100,21 @@ static columns columns_of(const ra_convolution *c, const float *spectra, uint32_
   return y;
 }
 
+// A convolution with room for its derivative, in a workspace of exactly its size, which is to be freed.
+static char *lay_out(ra_convolution *c, uint32_t Nq, uint32_t Nk, uint32_t S, int own) {
+  ra_workspace_cursor w = {NULL, 0, 0};
+  ra_convolution_layout(c, Nq, Nk, S, own, 1, &w);
+  char *space = aligned_alloc(16, w.used);
+  memset(space, 0xa5, w.used);
+  w = (ra_workspace_cursor){space, 0, 0};
+  ra_convolution_layout(c, Nq, Nk, S, own, 1, &w);
+  return space;
+}
+
 // least .. most: the lags that are not zero.
 static void products_match_sums(uint32_t Nq, uint32_t Nk, uint32_t S, int64_t least, int64_t most) {
   ra_convolution c;
-  ra_workspace_cursor w = {NULL, 0, 0};
-  ra_convolution_layout(&c, Nq, Nk, S, 0, 1, &w);
-  size_t bytes = w.used;
-  w = (ra_workspace_cursor){aligned_alloc(16, bytes), 0, 0};
-  char *space = w.base;
-  memset(space, 0xa5, bytes);
-  ra_convolution_layout(&c, Nq, Nk, S, 0, 1, &w);
+  char *space = lay_out(&c, Nq, Nk, S, 0);
 
   uint32_t count = Nq + Nk - 1;
   guarded lags = guarded_new(count, 3, 1), change = guarded_new(count, 4, 1);
@@ -170,12 +175,7 @@ static void products_match_sums(uint32_t Nq, uint32_t Nk, uint32_t S, int64_t le
 // Four sequences, each with a complex kernel of its own: T x, conj(T)^T y and the derivative.
 static void own_products_match_sums(uint32_t Nq, uint32_t Nk, uint32_t S, int64_t least, int64_t most) {
   ra_convolution c;
-  ra_workspace_cursor w = {NULL, 0, 0};
-  ra_convolution_layout(&c, Nq, Nk, S, 1, 1, &w);
-  char *space = aligned_alloc(16, w.used);
-  memset(space, 0xa5, w.used);
-  w = (ra_workspace_cursor){space, 0, 0};
-  ra_convolution_layout(&c, Nq, Nk, S, 1, 1, &w);
+  char *space = lay_out(&c, Nq, Nk, S, 1);
 
   uint32_t count = Nq + Nk - 1;
   guarded lags = guarded_new(8 * count, 3, 1), change = guarded_new(8 * count, 4, 1);
