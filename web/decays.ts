@@ -12,6 +12,8 @@
 // 1973; Braess, Hackbusch. Approximation of 1/x by Exponential Sums in [1, infinity). 2005 (the error falls exponentially with
 // the number of terms).
 
+import { CHUNK } from './cost.js';
+
 /** Decays of one or of all heads of a bias, as the engine takes them. */
 export interface Decays {
   /** Distances from here on are decays. */
@@ -408,9 +410,7 @@ function largest(values: Float64Array): number {
 /** Exponentials are taken anew after so many steps. */
 const AFRESH = 64;
 
-/** Tokens of a chunk, after which the engine's states decay: by a float32 factor, so that rates are such that this is exact. */
-const CHUNK = 32;
-
+/** After a chunk the engine's states decay by a float32 factor, so that rates are such that this is exact. */
 function roundRate(rate: number): number {
   const factor = Math.fround(Math.exp(-CHUNK * rate));
   return factor > 1e-30 ? -Math.log(factor) / CHUNK : rate;

@@ -4,6 +4,7 @@
 // it did. Distances are drawn by octaves, so that those that carry it are among them whatever the bias looks like; those between
 // the queries and the keys whose scores are the largest are looked at for their own sake.
 
+import { CHUNK } from './cost.js';
 import { MAX_LAG_DEGREE, SAMPLE_LAGS, type Bounds, type Session } from './kernel.js';
 import { LAGS, random, type Measured, type Sampler } from './sampling.js';
 import type { Problem } from './validate.js';
@@ -19,9 +20,6 @@ const [HEADS, QUERIES, KEYS] = [4, 4, 3];
 
 /** Standard deviations of the squared error that the true one may be off: what a small sample hides. */
 const DEVIATIONS = 2.5;
-
-/** Chunks do so many distances more exactly. */
-const CHUNK = 32;
 
 export class LagSampler {
   readonly #session: Session;
@@ -54,6 +52,7 @@ export class LagSampler {
       const left = Math.floor((DRAWN - this.#distances.length) / Math.max(edges.length - 1, 1));
       for (const [n, edge] of edges.entries()) if (n > 0) take(edges[n - 1], edge, Math.min(most, left, edge - edges[n - 1]));
     };
+    // chunks do so many distances more exactly
     const far = Math.min(Math.max(start, problem.decays!.near + CHUNK), end);
     const first = Math.min(start + FIRST, far);
     take(start, first, first - start);

@@ -15,6 +15,8 @@ const INT32_MAX = 2 ** 31 - 1;
 const [LEAST_CAP, MOST_CAP] = [1e-30, 1e30];
 /** Of a relative map that the Toeplitz engine takes (RA_MAX_HEAD_DIM). */
 const MOST_PLACES = 1024;
+/** Biases and masks below it forbid (rope_attention.h). */
+export const FORBIDDEN = -3.4e29;
 /** Times a distance below 2^32 it stays above what counts as forbidden. */
 const MOST_SLOPE = Math.fround(1e19);
 

@@ -4,9 +4,9 @@
 // share of the tolerance. Under `auto` the fit is tried where it takes little of the exact engine's time; a bias that has none goes
 // to Fourier transforms.
 
-import { costOfDecays, exactCost, FIT_DECAYS, type Pass } from './cost.js';
+import { CHUNK, costOfDecays, exactCost, FIT_DECAYS, type Pass } from './cost.js';
 import { fitDecays, MAX_DECAYS, type Decays, type Lags } from './decays.js';
-import { foreignTo } from './scores.js';
+import { FORBIDDEN, foreignTo } from './scores.js';
 import type { Problem } from './validate.js';
 
 /** Share of the tolerance that the error of the fit may take: it adds to that of the polynomial. */
@@ -14,12 +14,6 @@ const SHARE = 1 / 3;
 
 /** Share of the exact engine's cost that a fit may take which finds nothing. */
 const LOSS = 0.05;
-
-/** Chunks of queries do so many keys more exactly. */
-const CHUNK = 32;
-
-/** What counts as forbidden, natural units. */
-const FORBIDDEN = -3.4e29;
 
 /** Positions behind the last key times the smallest rate: past that weights leave the range of float32. */
 const MOST_EXCESS = 40;

@@ -10,6 +10,7 @@
 
 import { blocksOf } from './blocks.js';
 import { termsOf } from './cost.js';
+import { FORBIDDEN } from './scores.js';
 import type { Geometry } from './validate.js';
 
 /** Unit roundoff of float32. */
@@ -21,11 +22,8 @@ const STAGES = { 2: 5, 3: 9, 4: 6, 5: 13 } as const;
 /** Keys that are done exactly beside a row, and the distance below which they are (near.c). */
 const [NEAR_KEYS, NEAR] = [168, 64];
 
-/** Biases below it forbid. */
-const FORBIDDEN = -3.4e29;
-
 /** Roundings of a transform of so many numbers: `each` over the sum of magnitudes that go in, `norm` in Euclidean norms. */
-export function roundingsOf(length: number): { each: number; norm: number } {
+function roundingsOf(length: number): { each: number; norm: number } {
   let [each, norm, rest] = [0, 0, length];
   for (const factor of [4, 2, 3, 5] as const) {
     for (; rest % factor === 0; rest /= factor) {
