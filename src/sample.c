@@ -419,12 +419,13 @@ static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, c
     l.near[n] = distance_to(l.position[n], l.keys[n]);
     l.slope[n] = e->p->alibi ? e->p->alibi[l.head[n] % e->p->heads] : 0;
   }
-  for (uint32_t n = 0, run; n < LANES; n += run) { // rows that follow one another turn together
+  for (uint32_t n = 0, run; n < count; n += run) { // rows that follow one another turn together
     run = 1;
-    while (n + run < LANES && l.head[n + run] == l.head[n] && l.i[n + run] == l.i[n] + run) run++;
+    while (n + run < count && l.head[n + run] == l.head[n] && l.i[n + run] == l.i[n] + run) run++;
     const float *q_n = x->q + ra_head(e->p, l.head[n], e->p->heads, e->Nq, e->D) + l.i[n] * e->q_row;
     ra_rotary_rows(&e->state->q_rotary, q_n, e->q_row, e->rows + n * e->Dp, e->Dp, run, l.i[n], RA_ROTATE, e->p->scale);
   }
+  for (uint32_t n = count; n < LANES; n++) memcpy(e->rows + n * e->Dp, e->rows + (n - 1) * e->Dp, e->D * sizeof(float));
   ra_transpose(e->rows, e->Dp, LANES, e->D, e->strip, LANES);
   return l;
 }
@@ -526,88 +527,91 @@ RA_INLINE f32x4 polynomial_of(const weigher *w, int derivative, f32x4 s) {
 
 enum { MIXED, BY_EXP, BY_POLYNOMIAL };
 
-// How keys j0 .. j0 + count - 1 are weighed: all by exp or all by the polynomial in the lanes that see them, which are those with a 1 in
-// live[8], while others see none of them; or in no such simple way.
-static int weighed_how(const lanes *l, const weigher *w, uint32_t j0, uint32_t count, float *live) {
-  uint32_t end = j0 + count;
-  int by_exp = 0, by_polynomial = 0, outliers = w->polynomial && ra_outliers_within(w->outliers, j0, end).count > 0;
-  if (l->bias[0] || l->sloped) return MIXED;
+// Of a tile the keys that each lane sees, first .. end - 1, and among these those of its state, from .. to - 1.
+typedef struct spans {
+  float first[LANES], end[LANES], from[LANES], to[LANES];
+} spans;
+
+// Those of keys j0 .. j0 + count - 1, and how these are weighed by all lanes that see any: by exp, by the polynomial, or as it comes.
+static int weighed_how(const lanes *l, const weigher *w, uint32_t j0, uint32_t count, spans *t) {
+  int by_exp = 0, by_polynomial = 0, mixed = l->bias[0] || l->sloped;
+  int outliers = w->polynomial && ra_outliers_within(w->outliers, j0, j0 + count).count > 0;
   for (int i = 0; i < LANES; i++) {
-    ra_range keys = l->keys[i], state = l->state[i];
-    live[i] = keys.first <= j0 && end <= keys.end ? 1.0f : 0.0f;
-    if (keys.end <= j0 || end <= keys.first) continue;
-    int none = !w->polynomial || state.end <= j0 || end <= state.first;
-    if (live[i] == 0 || (!none && (outliers || j0 < state.first || state.end < end))) return MIXED;
-    if (none) by_exp = 1;
+    t->first[i] = (float)ra_place(l->keys[i].first, j0, count), t->end[i] = (float)ra_place(l->keys[i].end, j0, count);
+    t->from[i] = (float)ra_place(l->state[i].first, j0, count), t->to[i] = (float)ra_place(l->state[i].end, j0, count);
+    if (!(t->first[i] < t->end[i])) continue;
+    if (!w->polynomial || !(t->from[i] < t->to[i])) by_exp = 1;
+    else if (t->from[i] > t->first[i] || t->to[i] < t->end[i] || outliers) mixed = 1;
     else by_polynomial = 1;
   }
-  return by_exp && by_polynomial ? MIXED : by_exp ? BY_EXP : BY_POLYNOMIAL;
+  return mixed || (by_exp && by_polynomial) ? MIXED : by_exp ? BY_EXP : BY_POLYNOMIAL;
 }
 
-RA_KERNEL void weigh_by_exp(const weigher *w, const float *live, const float *s, uint32_t count, float *weight) {
+// x for the lanes that see key n of a tile, else y.
+RA_INLINE f32x4 where_seen(f32x4 n, const float *first, const float *end, f32x4 x, f32x4 y) {
+  return f32x4_where_less(n, f32x4_load(first), y, f32x4_where_less(n, f32x4_load(end), x, y));
+}
+
+RA_KERNEL void weigh_by_exp(const lanes *l, const weigher *w, const spans *t, const float *s, uint32_t count,
+                            float *weight) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0), most = f32x4_splat(128);
-  f32x4 l0 = f32x4_load(live), l1 = f32x4_load(live + 4);
-  f32x4 r0 = f32x4_load(w->reference), r1 = f32x4_load(w->reference + 4);
-  RA_ROLLED
-  for (uint32_t n = 0; n < count; n++, s += LANES, weight += LANES) {
-    f32x4 x0 = f32x4_mul(f32x4_sub(f32x4_load(s), r0), to_log2);
-    f32x4 x1 = f32x4_mul(f32x4_sub(f32x4_load(s + 4), r1), to_log2);
-    x0 = ra_exp2(f32x4_min(most, x0), constants), x1 = ra_exp2(f32x4_min(most, x1), constants);
-    f32x4_store(weight, f32x4_where_less(zero, l0, x0, zero));
-    f32x4_store(weight + 4, f32x4_where_less(zero, l1, x1, zero));
+  for (int h = 0; h < (int)l->count; h += 4) {
+    f32x4 reference = f32x4_load(w->reference + h), key = zero;
+    RA_ROLLED
+    for (uint32_t n = 0; n < count; n++, key = f32x4_add(key, f32x4_splat(1))) {
+      f32x4 x = f32x4_mul(f32x4_sub(f32x4_load(s + n * LANES + h), reference), to_log2);
+      x = ra_exp2(f32x4_min(most, x), constants); // from 2^128 on: infinity
+      f32x4_store(weight + n * LANES + h, where_seen(key, t->first + h, t->end + h, x, zero));
+    }
   }
 }
 
 // divided: exp(-reference).
-RA_KERNEL void weigh_by_polynomial(const weigher *w, const float *live, const f32x4 *divided, const float *s,
-                                   uint32_t count, int derivative, float *weight) {
-  f32x4 zero = f32x4_splat(0), l0 = f32x4_load(live), l1 = f32x4_load(live + 4);
-  for (uint32_t n = 0; n < count; n++, s += LANES, weight += LANES) {
-    f32x4 x0 = f32x4_mul(polynomial_of(w, derivative, f32x4_load(s)), divided[0]);
-    f32x4 x1 = f32x4_mul(polynomial_of(w, derivative, f32x4_load(s + 4)), divided[1]);
-    f32x4_store(weight, f32x4_where_less(zero, l0, x0, zero));
-    f32x4_store(weight + 4, f32x4_where_less(zero, l1, x1, zero));
+RA_KERNEL void weigh_by_polynomial(const lanes *l, const weigher *w, const spans *t, const f32x4 *divided,
+                                   const float *s, uint32_t count, int derivative, float *weight) {
+  f32x4 zero = f32x4_splat(0);
+  for (int h = 0; h < (int)l->count; h += 4) {
+    f32x4 key = zero;
+    for (uint32_t n = 0; n < count; n++, key = f32x4_add(key, f32x4_splat(1))) {
+      f32x4 x = f32x4_mul(polynomial_of(w, derivative, f32x4_load(s + n * LANES + h)), divided[h / 4]);
+      f32x4_store(weight + n * LANES + h, where_seen(key, t->first + h, t->end + h, x, zero));
+    }
   }
 }
 
-// weight[n][8] of keys j0 .. j0 + count - 1 (derivative: of the weight by the score); 0 where not allowed. May be s.
+// weight[n][8] of keys j0 .. j0 + count - 1 (derivative: of the weight by the score), of the different lanes at least; 0 where not
+// allowed. May be s.
 static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0, uint32_t count, int derivative,
                   float *weight) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0);
-  float first[LANES], end[LANES], from[LANES], to[LANES];
+  spans t;
   f32x4 divided[LANES / 4]; // exp(-reference)
-  for (int h = 0; h < LANES; h += 4)
+  for (int h = 0; w->polynomial && h < LANES; h += 4)
     divided[h / 4] = ra_exp2(f32x4_mul(f32x4_sub(zero, f32x4_load(w->reference + h)), to_log2), constants);
-  int how = weighed_how(l, w, j0, count, first);
-  if (how == BY_EXP) weigh_by_exp(w, first, s, count, weight);
-  if (how == BY_POLYNOMIAL) weigh_by_polynomial(w, first, divided, s, count, derivative, weight);
+  int how = weighed_how(l, w, j0, count, &t);
+  if (how == BY_EXP) weigh_by_exp(l, w, &t, s, count, weight);
+  if (how == BY_POLYNOMIAL) weigh_by_polynomial(l, w, &t, divided, s, count, derivative, weight);
   if (how != MIXED) return;
-  for (int i = 0; i < LANES; i++) {
-    first[i] = (float)ra_place(l->keys[i].first, j0, count), end[i] = (float)ra_place(l->keys[i].end, j0, count);
-    from[i] = (float)ra_place(l->state[i].first, j0, count), to[i] = (float)ra_place(l->state[i].end, j0, count);
-  }
   for (uint32_t n = 0, outliers = 0; n < count; n++, outliers >>= 1) {
     if (n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, ra_min_u32(32, count - n));
-    for (int h = 0; h < LANES; h += 4) {
+    for (int h = 0; h < (int)l->count; h += 4) {
       float bias[4] = {0};
       for (int i = 0; l->sloped && i < 4; i++) bias[i] = alibi(l, h + i, j0 + n);
       f32x4 key = f32x4_splat((float)n), s_n = f32x4_load(s + n * LANES + h);
       for (int i = 0; l->bias[0] && i < 4; i++) bias[i] += *(l->bias[h + i] - j0 - n);
       f32x4 b = f32x4_load(bias), reference = f32x4_load(w->reference + h);
       f32x4 exponent = f32x4_mul(f32x4_sub(f32x4_add(s_n, b), reference), to_log2);
-      f32x4 value = ra_exp2(f32x4_min(f32x4_splat(128), exponent), constants); // from 2^128 on: infinity
+      f32x4 value = ra_exp2(f32x4_min(f32x4_splat(128), exponent), constants);
       if (w->polynomial && !(outliers & 1)) {
         f32x4 factor = divided[h / 4];
         if (l->bias[0] || l->sloped)
           factor = ra_exp2(f32x4_mul(f32x4_min(zero, f32x4_sub(b, reference)), to_log2), constants);
         f32x4 polynomial = f32x4_mul(polynomial_of(w, derivative, s_n), factor);
-        polynomial = f32x4_where_less(key, f32x4_load(to + h), polynomial, value);
-        value = f32x4_where_less(key, f32x4_load(from + h), value, polynomial);
+        value = where_seen(key, t.from + h, t.to + h, polynomial, value);
       }
-      value = f32x4_where_less(key, f32x4_load(end + h), value, zero);
-      f32x4_store(weight + n * LANES + h, f32x4_where_less(key, f32x4_load(first + h), zero, value));
+      f32x4_store(weight + n * LANES + h, where_seen(key, t.first + h, t.end + h, value, zero));
     }
   }
 }
@@ -615,17 +619,21 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
 // What the largest scores of a tile, bias included, are: most[8] of keys that exp weighs; top[8] of the bias, or 0, of the others.
 static void look_at_scores(const lanes *l, const weigher *w, const float *s, uint32_t j0, uint32_t count, float *most,
                            float *top) {
-  float live[LANES], largest[LANES];
-  int how = weighed_how(l, w, j0, count, live);
-  if (how == BY_EXP) {
-    f32x4 x0 = f32x4_splat(-FLT_MAX), x1 = x0;
-    for (uint32_t n = 0; n < count; n++)
-      x0 = f32x4_max(f32x4_load(s + n * LANES), x0), x1 = f32x4_max(f32x4_load(s + n * LANES + 4), x1);
-    f32x4_store(largest, x0), f32x4_store(largest + 4, x1);
+  spans t;
+  float largest[LANES];
+  f32x4 none = f32x4_splat(-FLT_MAX);
+  int how = weighed_how(l, w, j0, count, &t);
+  for (int h = 0; how == BY_EXP && h < (int)l->count; h += 4) {
+    f32x4 x = none;
+    for (uint32_t n = 0; n < count; n++) {
+      f32x4 s_n = f32x4_load(s + n * LANES + h);
+      x = f32x4_max(where_seen(f32x4_splat((float)n), t.first + h, t.end + h, s_n, none), x);
+    }
+    f32x4_store(largest + h, x);
   }
-  for (int i = 0; i < LANES; i++) {
+  for (int i = 0; i < (int)l->count; i++) {
     float *value = how == BY_EXP ? most + i : top + i, own = how == BY_EXP ? largest[i] : 0;
-    if (how != MIXED && live[i] > 0 && own > *value) *value = own;
+    if (how != MIXED && t.first[i] < t.end[i] && own > *value) *value = own;
     uint32_t first = l->keys[i].first > j0 ? l->keys[i].first : j0, end = ra_min_u32(l->keys[i].end, j0 + count);
     for (uint32_t j = first, outliers = 0; how == MIXED && j < end; j++, outliers >>= 1) {
       if (j == first || j % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j, 32 - j % 32);
@@ -664,8 +672,30 @@ static void add_weights(const float *weight, uint32_t count, double *sum) {
   for (int i = 0; i < LANES; i++) sum[i] += tile[i];
 }
 
+// The larger of `most` and |x|; NaN counts as infinity.
+static float larger(float most, float x) { return fabsf(x) > most ? fabsf(x) : x == x ? most : INFINITY; }
+
+// How far rows are from x->out and x->lse.
+static ra_distance distance_of(const sample *e, const ra_arrays *x, const lanes *l, const float *out,
+                               const float *lse) {
+  ra_distance most = {0, 0, 0, 0};
+  for (uint32_t n = 0; n < l->count; n++, out += e->Dv) {
+    const float *there = x->out + ra_head(e->p, l->head[n], e->p->heads, e->Nq, e->Dv) + l->i[n] * e->out_row;
+    for (size_t d = 0; d < e->Dv; d++) {
+      most.out = larger(most.out, out[d] - there[d]);
+      most.out_entry = larger(most.out_entry, out[d]);
+    }
+    float lse_there = x->lse[l->head[n] * e->Nq + l->i[n]];
+    if (lse[n] == lse_there) continue; // -infinity where nothing is seen
+    most.lse = larger(most.lse, lse[n] - lse_there);
+    most.lse_entry = larger(most.lse_entry, lse[n]);
+  }
+  return most;
+}
+
 int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
-                   const float *coefficients, uint32_t degree, float *out, float *lse, float *dq, void *workspace) {
+                   const float *coefficients, uint32_t degree, float *out, float *lse, float *dq, ra_distance *distance,
+                   void *workspace) {
   if (ra_check(p) != RA_OK || count == 0 || count > LANES || degree > RA_MAX_DEGREE) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
@@ -695,6 +725,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
     lse[n] = sum[n] > 0 ? (float)(log(sum[n]) + w.reference[n] + shift) : -INFINITY;
     for (size_t d = 0; d < e.Dv; d++) out[n * e.Dv + d] = (float)(e.sum_t[d * LANES + n] * inverse);
   }
+  if (distance) *distance = distance_of(&e, x, &l, out, lse);
   if (!dq) return status;
 
   // pass 3: dS = weight' / sum (dout.v - dout.out), dq = scale R^T sum_j dS k

@@ -555,12 +555,21 @@ describe('options reach the kernels', () => {
   });
 
   test('backward does use them: other ones give other gradients with `exact`, and are found out with `auto`', () => {
-    const wrong = { output: new Float32Array(240).fill(1), lse: new Float32Array(40).fill(1) };
-    const { dq } = attention.backward({ ...args, method: 'exact' });
-    expect(maxDifference(attention.backward({ ...args, ...wrong, method: 'exact' }).dq, dq)).toBeGreaterThan(0.01);
-    const found = attention.backward({ ...args, ...wrong });
+    const shape = { ...SHAPE, queryLength: 100, keyLength: 70 };
+    const longer = problem({ shape }, 1);
+    const wrong = { output: new Float32Array(4800).fill(1), lse: new Float32Array(800).fill(1) };
+    const { dq } = attention.backward({ ...longer, method: 'exact' });
+    expect(maxDifference(attention.backward({ ...longer, ...wrong, method: 'exact' }).dq, dq)).toBeGreaterThan(0.01);
+    const found = attention.backward({ ...longer, ...wrong });
     expect(found.dq).toEqual(dq);
     expect(found.report.reason).toContain('computed again');
+  });
+
+  test('the report says where a call is too short to look at them', () => {
+    const { output, lse } = attention.forward({ ...forwardArgs, method: 'exact' });
+    const { report } = attention.backward({ ...args, output, lse });
+    expect(report.reason).toContain('the given output and lse were not checked in so short a call');
+    expect(attention.backward(args).report.reason).not.toContain('given');
   });
 });
 

@@ -274,7 +274,8 @@ export function rankCost(g: Geometry, of: 'queries' | 'keys'): number {
 
 /** The same for a portion of rows. */
 export function rowsCost(g: Geometry, rows: ArrayLike<number>, pass: Pass): number {
-  const last = Array.from(rows).reduce((most, row) => Math.max(most, row % g.queryLength), 0);
+  let last = 0;
+  for (let n = 0; n < rows.length; n++) last = Math.max(last, rows[n] % g.queryLength);
   const seen = g.causal ? Math.max(0, last + g.queryOffset + 1) : g.keyLength;
   return portionCost(g, pass, Math.min(seen, keysOfPortion(g)));
 }
@@ -298,6 +299,9 @@ export function portionCost(g: Geometry, pass: Pass, keys = keysOfPortion(g)): n
   const { each, entry } = PAIR.rows[pass];
   return PORTION + SAMPLE_ROWS * keys * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, pass));
 }
+
+/** Every refusal takes this, at least. */
+export const LEAST_REFUSAL = PLAN + FIT + 2 * PORTION;
 
 /**
  * The same for what `auto` does before and after a polynomial, beyond the bounds that the exact engine is given too.

@@ -14,7 +14,7 @@ import {
   SAMPLE_ROWS,
   type Pass,
 } from './cost.js';
-import { Arena, ARRAYS, BOUNDS, MEMORY_LIMIT, PROBLEM, sizeOf, type Values } from './memory.js';
+import { Arena, ARRAYS, BOUNDS, DISTANCE, MEMORY_LIMIT, PROBLEM, sizeOf, type Values } from './memory.js';
 import type { Features, Mask } from './scores.js';
 import { sizesOf, type Geometry, type Inputs } from './validate.js';
 
@@ -111,6 +111,7 @@ interface Exports {
     out: number,
     lse: number,
     dq: number,
+    distance: number,
     workspace: number,
   ): number;
   ra_sample_columns(
@@ -309,6 +310,7 @@ interface Places {
   problem: number;
   arrays: number;
   bounds: number;
+  distance: number;
   frequencies: number;
   cos: number;
   sin: number;
@@ -385,6 +387,7 @@ export class Session {
       problem: arena.reserve(sizeOf(PROBLEM)),
       arrays: arena.reserve(sizeOf(ARRAYS)),
       bounds: arena.reserve(sizeOf(BOUNDS)),
+      distance: arena.reserve(sizeOf(DISTANCE)),
       frequencies: some(g.tables ? null : g.frequencies, 8),
       cos: some(g.tables?.cos, 4),
       sin: some(g.tables?.sin, 4),
@@ -768,15 +771,38 @@ export class Session {
 
   /** Rows of the forward pass, and of dq when `gradient`, with exp (`coefficients` null) or a polynomial. */
   rows(head: number, rows: ArrayLike<number>, coefficients: Float32Array | null, gradient: boolean): Rows {
-    this.prepare(head);
     const at = this.#at;
     const { headDim, valueDim } = this.geometry;
-    this.#spent += rowsCost(this.geometry, rows, gradient ? 'backward' : 'forward');
+    const positive = this.#sampleRows(head, rows, coefficients, gradient ? at.dq : 0, 0);
+    return {
+      positive,
+      out: this.#arena.readFloats(at.out, rows.length * valueDim),
+      lse: this.#arena.readFloats(at.lse, rows.length),
+      dq: gradient ? this.#arena.readFloats(at.dq, rows.length * headDim) : NOTHING,
+    };
+  }
+
+  /** How far such rows of the forward pass are from the output and lse that are there. */
+  distance(head: number, rows: ArrayLike<number>, coefficients: Float32Array | null): Values<typeof DISTANCE> {
+    this.#sampleRows(head, rows, coefficients, 0, this.#at.distance);
+    return this.#arena.readStruct(this.#at.distance, DISTANCE);
+  }
+
+  /** Leaves such rows, and what has an address, in their places; false when the weights of one do not add up to a positive number. */
+  #sampleRows(
+    head: number,
+    rows: ArrayLike<number>,
+    coefficients: Float32Array | null,
+    dq: number,
+    distance: number,
+  ): boolean {
+    this.prepare(head);
+    const at = this.#at;
+    this.#spent += rowsCost(this.geometry, rows, dq ? 'backward' : 'forward');
     this.#arena.writeIntegers(at.rows, rows);
     if (coefficients) this.#arena.writeFloats(at.own, coefficients);
     const [own, degree] = coefficients ? [at.own, coefficients.length - 1] : [0, 0];
     const { ra_sample_rows } = this.#exports;
-    const dq = gradient ? at.dq : 0;
     const code = ra_sample_rows(
       at.problem,
       at.arrays,
@@ -788,15 +814,11 @@ export class Session {
       at.out,
       at.lse,
       dq,
+      distance,
       this.#sampling,
     );
     if (code !== NOT_POSITIVE) this.#expect(code, 'ra_sample_rows');
-    return {
-      positive: code === OK,
-      out: this.#arena.readFloats(at.out, rows.length * valueDim),
-      lse: this.#arena.readFloats(at.lse, rows.length),
-      dq: gradient ? this.#arena.readFloats(at.dq, rows.length * headDim) : NOTHING,
-    };
+    return code === OK;
   }
 
   /** Rows `keys` (ascending) of dk and dv with exp or a polynomial, and the lse and out that are there. */

@@ -8,7 +8,7 @@ const PAGE = 65536;
 /** The last page is left out, so that no address, and no address just past an array, exceeds 32 bits. */
 export const MEMORY_LIMIT = 2 ** 32 - PAGE;
 
-/** The fields of a C struct in order; each takes 4 bytes in wasm32. `address` is a pointer. */
+/** The fields of a C struct in order; each takes 4 bytes in wasm32. `address` is a pointer; an i32 is only written. */
 type Fields = Readonly<Record<string, 'u32' | 'i32' | 'f32' | 'address'>>;
 export type Values<F extends Fields> = Record<keyof F, number>;
 
@@ -102,17 +102,23 @@ export const BOUNDS = {
   finite: 'u32',
 } as const satisfies Fields;
 
+/** ra_distance. */
+export const DISTANCE = { out: 'f32', outEntry: 'f32', lse: 'f32', lseEntry: 'f32' } as const satisfies Fields;
+
 /** Bytes of a struct. */
 export function sizeOf(fields: Fields): number {
-  return 4 * namesOf(fields).length;
+  return 4 * layoutOf(fields).size;
 }
 
-const names = new WeakMap<Fields, readonly string[]>();
+const layouts = new WeakMap<Fields, Map<string, { at: number; float: boolean }>>();
 
-/** The names in order, kept for every struct. */
-function namesOf(fields: Fields): readonly string[] {
-  let known = names.get(fields);
-  if (!known) names.set(fields, (known = Object.keys(fields)));
+/** Where each field is, kept for every struct. */
+function layoutOf(fields: Fields): Map<string, { at: number; float: boolean }> {
+  let known = layouts.get(fields);
+  if (!known) {
+    known = new Map(Object.entries(fields).map(([name, kind], n) => [name, { at: 4 * n, float: kind === 'f32' }]));
+    layouts.set(fields, known);
+  }
   return known;
 }
 
@@ -209,19 +215,21 @@ export class Arena {
   /** Fields that `values` does not have keep what they held. */
   writeStruct<F extends Fields>(address: number, fields: F, values: Partial<Values<F>>): void {
     const view = new DataView(this.#memory.buffer, address, sizeOf(fields));
-    for (const [n, name] of namesOf(fields).entries()) {
-      const value = values[name];
-      if (value === undefined) continue;
-      if (fields[name] === 'f32') view.setFloat32(4 * n, value, true);
-      else view.setUint32(4 * n, value, true); // modulo 2^32, so right for i32 too
+    const layout = layoutOf(fields);
+    for (const name in values) {
+      const { at, float } = layout.get(name)!;
+      if (float) view.setFloat32(at, values[name]!, true);
+      else view.setUint32(at, values[name]!, true); // modulo 2^32, so right for i32 too
     }
   }
 
   readStruct<F extends Fields>(address: number, fields: F): Values<F> {
     const view = new DataView(this.#memory.buffer, address, sizeOf(fields));
-    const read = (kind: string, at: number) =>
-      kind === 'f32' ? view.getFloat32(at, true) : kind === 'i32' ? view.getInt32(at, true) : view.getUint32(at, true);
-    return Object.fromEntries(Object.entries(fields).map(([name, kind], n) => [name, read(kind, 4 * n)])) as Values<F>;
+    const values: Record<string, number> = {};
+    for (const [name, { at, float }] of layoutOf(fields)) {
+      values[name] = float ? view.getFloat32(at, true) : view.getUint32(at, true);
+    }
+    return values as Values<F>;
   }
 }
 

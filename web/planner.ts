@@ -9,6 +9,7 @@ import {
   cost,
   countable,
   exactFlops,
+  LEAST_REFUSAL,
   NO_OUTLIERS,
   polynomialFlops,
   portionCost,
@@ -81,6 +82,9 @@ const ONLY_DQ = 1 / 3;
  */
 const [LOSS, TRIAL_RUN, GIVEN] = [0.08, 0.03, 0.004];
 
+/** Any look at given output and lse takes 3 to 5 us, in operations as cost.ts counts them; more than so much of exact would show. */
+const [LOOK, SHOWS] = [2e5, 0.06];
+
 /** Rows of given output and lse that are looked at. */
 const GIVEN_ROWS = { least: 2, most: 4 * SAMPLE_ROWS };
 
@@ -104,7 +108,7 @@ export function workspaceOf(session: Session, passes: readonly Pass[], degree: n
 }
 
 /** Costs without outliers that were asked for before: a short call should not count its pairs ten times. */
-const costs = new WeakMap<Problem, Map<string, number>>();
+const costs = new WeakMap<Problem, Map<number, number>>();
 
 export function costOf(problem: Problem, passes: readonly Pass[], degree: number | null, outliers = NO_OUTLIERS): number {
   const count = () =>
@@ -112,7 +116,7 @@ export function costOf(problem: Problem, passes: readonly Pass[], degree: number
   if (outliers !== NO_OUTLIERS) return count();
   let known = costs.get(problem);
   if (!known) costs.set(problem, (known = new Map()));
-  const name = `${passes} ${degree}`;
+  const name = passes.reduce((sum, pass) => sum + (pass === 'forward' ? 1 : 2), 4 * (degree ?? -1));
   let found = known.get(name);
   if (found === undefined) known.set(name, (found = count()));
   return found;
@@ -325,16 +329,18 @@ export function short(error: number): string {
  * little to find that none will do.
  */
 function candidates(session: Session, { problem, pass, passes }: Task): number[] {
+  const exact = costOf(problem, passes, null);
+  const auto = problem.method === 'auto';
+  if (auto && LEAST_REFUSAL > LOSS * exact) return []; // short calls have no time for more
   const all =
     problem.degree === null ? Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree) : [problem.degree];
   const fitting = (degrees: number[]) =>
     degrees.filter((degree) => workspaceOf(session, passes, degree) <= session.free);
-  if (problem.method !== 'auto') {
+  if (!auto) {
     const some = fitting(all);
     // One that does not fit fails where the memory is asked for, with the numbers.
     return some.length === 0 ? all.slice(0, 1) : some;
   }
-  const exact = costOf(problem, passes, null);
   const { refusal, all: sampling } = samplingCost(problem, pass, 1);
   if (refusal > LOSS * exact) return [];
   const most = exact - SAMPLING_ROOM * sampling;
@@ -382,9 +388,11 @@ export function missing(measured: Measured | null, kind: 'predicted' | 'sampled'
   return `a ${kind} error of ${short(error)}${where}${hidden}, more than ${Number(room.toFixed(2))} of the tolerance`;
 }
 
-/** Rows on which `auto` compares an output and lse that were given with exact ones. */
+/** Rows on which `auto` compares an output and lse that were given with exact ones; none in so short a call that this would show. */
 export function rowsOfGiven({ problem, passes }: Task): number {
-  const affordable = (GIVEN * SAMPLE_ROWS * costOf(problem, passes, null)) / portionCost(problem, 'forward');
+  const exact = costOf(problem, passes, null);
+  if (LOOK > SHOWS * exact) return 0;
+  const affordable = (GIVEN * SAMPLE_ROWS * exact) / portionCost(problem, 'forward');
   return Math.max(GIVEN_ROWS.least, Math.min(GIVEN_ROWS.most, Math.floor(affordable)));
 }
 

@@ -269,8 +269,7 @@ export class Sampler {
     for (const head of this.#heads()) {
       for (const { rows } of this.#drawnRows(head).first) {
         const own = this.#fit(head, degree);
-        const got = own && this.#session.rows(head, rows, own, false);
-        if (!got || !(this.#distance(head, rows, got) <= limit)) return false;
+        if (!own || !(this.#distance(head, rows, own) <= limit)) return false;
         yield 0;
       }
     }
@@ -384,26 +383,27 @@ export class Sampler {
     this.#session.setOutliers(this.#outliers);
     const head = this.#session.heads - 1;
     const { total, place } = this.#seeing();
-    const rows = draw(count, total, [], random(this.#seed, head, GIVEN)).map(place);
+    const next = random(this.#seed, head, GIVEN);
+    const all = Math.min(count, total);
     let largest = 0;
-    for (let n = 0; n < rows.length; n += SAMPLE_ROWS) {
-      const some = rows.slice(n, n + SAMPLE_ROWS);
-      largest = worse(largest, this.#distance(head, some, this.#session.rows(head, some, null, false)));
+    for (let n = 0; n < all; n += SAMPLE_ROWS) {
+      // one of each of as many equal shares
+      const rows = new Uint32Array(Math.min(SAMPLE_ROWS, all - n));
+      for (let m = 0; m < rows.length; m++) rows[m] = place(Math.floor(((n + m + next()) * total) / all));
+      largest = worse(largest, this.#distance(head, rows, null));
       yield 0;
     }
     return largest;
   }
 
-  /** How far output and lse of some rows are from others: the larger of the output's error and lse's. */
-  #distance(head: number, rows: readonly number[], { out, lse }: Rows): number {
-    let largest = outputError(out, this.#gather('out', head, rows), this.#bounds[head].v_half_range);
-    const there = this.#gather('lse', head, rows);
-    lse.forEach((value, n) => {
-      if (value === there[n]) return; // -Infinity where nothing is seen
-      // Weights are off by as much, but for float32 rounding.
-      largest = worse(largest, Math.abs(value - there[n]) - ROUNDING * Math.max(1, Math.abs(value)));
-    });
-    return largest;
+  /**
+   * How far the output and lse that are there are from rows with exp (`coefficients` null) or a polynomial: the larger of the output's
+   * error and lse's.
+   */
+  #distance(head: number, rows: ArrayLike<number>, coefficients: Float32Array | null): number {
+    const { out, outEntry, lse, lseEntry } = this.#session.distance(head, rows, coefficients);
+    // Weights are off by as much as lse is, but for float32 rounding.
+    return worse(overRange(out, outEntry, this.#bounds[head].v_half_range), lse - ROUNDING * Math.max(1, lseEntry));
   }
 
   #fit(head: number, degree: number): Float32Array | null {
@@ -836,16 +836,21 @@ class Tally {
   }
 }
 
-/**
- * max |got - exact| over half the range of v. Where v is constant (half range 0) the output is v whatever the weights: then
- * the error is 0 for differences at the rounding level of |v|, else infinite.
- */
+/** max |got - exact| over half the range of v. */
 function outputError(exact: Float32Array, got: Float32Array, halfRange: number): number {
   let [difference, largest] = [0, 0];
   exact.forEach((x, n) => {
     difference = worse(difference, Math.abs(got[n] - x));
     largest = Math.max(largest, Math.abs(x));
   });
+  return overRange(difference, largest, halfRange);
+}
+
+/**
+ * A difference of outputs over half the range of v. Where v is constant (half range 0) the output is v whatever the weights: then
+ * the error is 0 for differences at the rounding level of the largest |entry|, else infinite.
+ */
+function overRange(difference: number, largest: number, halfRange: number): number {
   if (halfRange > 0) return difference / halfRange;
   return difference <= ROUNDING * largest ? 0 : Infinity;
 }

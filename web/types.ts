@@ -223,7 +223,10 @@ export interface ForwardArgs extends Options {
 export interface BackwardArgs extends ForwardArgs {
   /** Gradient of the loss by the output, [batch, heads, queryLength, valueDim]. */
   dOutput: Float32Array;
-  /** What `forward` returned; with `lse` it spares a forward pass. Both or neither. */
+  /**
+   * What `forward` returned; with `lse` it spares a forward pass. Both or neither. `auto` looks at a few rows and computes anew what is
+   * wrong, but for calls of some 70 us and where sampled rows do not know an option; the report says when it did not look.
+   */
   output?: Float32Array;
   lse?: Float32Array;
   /** The same as one object, the result of `forward` as it is, instead of `output` and `lse`. */

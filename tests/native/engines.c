@@ -707,6 +707,25 @@ static void changes_undo_errors(const shape *s, run *oracle, uint32_t kv, const 
   guarded_free(&out), guarded_free(&lse), guarded_free(&shares);
 }
 
+// That of some rows of out and lse from those of a run.
+static void distance_is_largest(const shape *s, const run *there, uint32_t kv, const uint32_t *rows, uint32_t count,
+                                const guarded *out, const guarded *lse, const ra_distance *distance) {
+  ra_distance want = {0, 0, 0, 0};
+  for (uint32_t n = 0; n < count; n++) {
+    size_t row = (size_t)kv * (s->heads / s->kv_heads) * s->Nq + rows[n], head = row / s->Nq, i = row % s->Nq;
+    const float *out_there = there->out.data + place(s, head, s->heads, s->Nq, i, s->Dv);
+    for (uint32_t d = 0; d < s->Dv; d++) {
+      float value = out->data[n * s->Dv + d];
+      want.out = fmaxf(want.out, fabsf(value - out_there[d])), want.out_entry = fmaxf(want.out_entry, fabsf(value));
+    }
+    if (lse->data[n] == there->lse.data[row]) continue;
+    want.lse = fmaxf(want.lse, fabsf(lse->data[n] - there->lse.data[row]));
+    want.lse_entry = fmaxf(want.lse_entry, fabsf(lse->data[n]));
+  }
+  CHECK(memcmp(&want, distance, sizeof want) == 0, "distance %g %g, not %g %g", (double)distance->out,
+        (double)distance->lse, (double)want.out, (double)want.lse);
+}
+
 static void samples_match_the_oracle(const shape *s) {
   uint32_t engines = s->relative || s->bias_heads || (s->alibi && !s->causal) ? 1 : 2; // oracle; polynomial
   run oracle = start(s, RA_NAIVE, 0), polynomial = start(s, engines == 2 ? RA_POLYNOMIAL : RA_NAIVE, 2);
@@ -768,7 +787,9 @@ static void samples_match_the_oracle(const shape *s) {
       guarded out = guarded_new((size_t)count * s->Dv, 1, 1), lse = guarded_new(count, 1, 1);
       guarded dq = guarded_new((size_t)count * s->D, 1, 1);
       const float *c = polynomials ? coefficients : NULL;
-      CHECK(ra_sample_rows(&want->p, &want->x, kv, rows, count, c, 2, out.data, lse.data, dq.data, workspace) == RA_OK,
+      ra_distance distance;
+      CHECK(ra_sample_rows(&want->p, &want->x, kv, rows, count, c, 2, out.data, lse.data, dq.data, &distance,
+                           workspace) == RA_OK,
             "rows");
       double top = 0;
       for (size_t n = 0; n < want->dq.count; n++) top = fmax(top, fabs((double)want->dq.data[n]));
@@ -781,6 +802,14 @@ static void samples_match_the_oracle(const shape *s) {
         for (uint32_t d = 0; d < s->D; d++)
           CHECK(fabs(dq.data[n * s->D + d] - want_dq[d]) <= 4e-6 * top + 1e-7, "dq of row %u", rows[n]);
       }
+      distance_is_largest(s, want, kv, rows, count, &out, &lse, &distance);
+      float *there = want->lse.data + kv * group * s->Nq + rows[count - 1], kept = *there;
+      *there = NAN;
+      CHECK(ra_sample_rows(&want->p, &want->x, kv, rows, count, c, 2, out.data, lse.data, NULL, &distance, workspace) ==
+                RA_OK,
+            "rows again");
+      CHECK(distance.lse == INFINITY && distance.out < 1, "NaN is infinitely far");
+      *there = kept;
       CHECK(guarded_intact(&out) && guarded_intact(&lse) && guarded_intact(&dq), "canary");
       guarded_free(&out), guarded_free(&lse), guarded_free(&dq);
     }
@@ -871,7 +900,7 @@ static void sampled_maps_are_sums(const shape *s) {
       size_t head = kv * group + row / s->Nq, i = row % s->Nq;
       double sum = 0, out[16] = {0}, delta = 0, dq[16] = {0}, lse;
       const float *dout = r.dout.data + place(s, head, s->heads, s->Nq, i, Dv);
-      CHECK(ra_sample_rows(p, &r.x, kv, &row, 1, c, 2, got_out, got_lse, got_dq, workspace) == RA_OK, "rows");
+      CHECK(ra_sample_rows(p, &r.x, kv, &row, 1, c, 2, got_out, got_lse, got_dq, NULL, workspace) == RA_OK, "rows");
       for (uint32_t j = 0; j < s->Nk; j++) {
         double weight = weigh_pair(s, &r, head, (uint32_t)i, j, 0).weight;
         sum += weight;
@@ -1055,7 +1084,8 @@ static void negative_sums_are_reported(void) {
   uint32_t row = 7;
   void *sample = aligned_alloc(16, ra_sample_workspace(&r.p));
   CHECK(ra_sample_prepare(&r.p, &r.x, 0, &b, sample) == RA_OK, "prepare");
-  CHECK(ra_sample_rows(&r.p, &r.x, 0, &row, 1, bad, 1, out, &lse, NULL, sample) == RA_NOT_POSITIVE, "p = -1, sampled");
+  CHECK(ra_sample_rows(&r.p, &r.x, 0, &row, 1, bad, 1, out, &lse, NULL, NULL, sample) == RA_NOT_POSITIVE,
+        "p = -1, sampled");
   free(sample);
   free(workspace), finish(&r);
 }
