@@ -100,38 +100,47 @@ static size_t table_row(const ra_rotary *r, uint32_t row) {
   return position >= r->table_rows ? r->table_rows - 1 : position > 0 ? (size_t)position : 0;
 }
 
-// cos and sin of four pairs of a row, times factor, sin times sign as well: by the angle-addition theorem.
-RA_INLINE void four_angles(const float *c1, const float *s1, const float *c2, const float *s2, f32x4 factor_c,
-                           f32x4 factor_s, f32x4 *c, f32x4 *s) {
-  f32x4 c1_i = f32x4_load(c1), s1_i = f32x4_load(s1), c2_i = f32x4_load(c2), s2_i = f32x4_load(s2);
-  *c = f32x4_mul(factor_c, f32x4_sub(f32x4_mul(c1_i, c2_i), f32x4_mul(s1_i, s2_i)));
-  *s = f32x4_mul(factor_s, f32x4_add(f32x4_mul(s1_i, c2_i), f32x4_mul(c1_i, s2_i)));
+// Four pairs of `rows` rows, x1 and x2 at x + first and x + second: turned by (c1, s1) + (c2, s2), by the angle-addition theorem;
+// c2 [4], s2 [4] go on by `fine` floats a row.
+RA_INLINE void turn_four(const float *x, size_t x_row, float *y, size_t y_row, uint32_t rows, size_t first,
+                         size_t second, const int interleaved, f32x4 c1, f32x4 s1, const float *c2, const float *s2,
+                         size_t fine, f32x4 sign) {
+  RA_ROLLED
+  for (uint32_t n = 0; n < rows; n++, x += x_row, y += y_row, c2 += fine, s2 += fine) {
+    f32x4 c2_n = f32x4_load(c2), s2_n = f32x4_load(s2);
+    f32x4 c = f32x4_nmadd(s1, s2_n, f32x4_mul(c1, c2_n));
+    f32x4 s = f32x4_mul(sign, f32x4_madd(c1, s2_n, f32x4_mul(s1, c2_n)));
+    f32x4 low = f32x4_load(x + first), high = f32x4_load(x + second);
+    f32x4 x1 = interleaved ? f32x4_even(low, high) : low, x2 = interleaved ? f32x4_odd(low, high) : high;
+    f32x4 y1 = f32x4_nmadd(x2, s, f32x4_mul(x1, c)), y2 = f32x4_madd(x1, s, f32x4_mul(x2, c));
+    f32x4_store(y + first, interleaved ? f32x4_zip_low(y1, y2) : y1);
+    f32x4_store(y + second, interleaved ? f32x4_zip_high(y1, y2) : y2);
+  }
 }
 
 // Turns `rows` rows by the angles of (c1, s1) + (c2, s2), [half] each; c2, s2 go on by a row of fine.
 RA_KERNEL void turn_rows(const float *x, size_t x_row, float *y, size_t y_row, uint32_t rows, size_t half,
                          int interleaved, const float *c1, const float *s1, const float *c2, float sign, float factor) {
-  f32x4 factor_c = f32x4_splat(factor), factor_s = f32x4_splat(sign * factor), c, s;
-  for (uint32_t n = 0; n < rows; n++, x += x_row, y += y_row, c2 += 2 * half) {
-    const float *s2 = c2 + half;
-    size_t p = 0;
-    for (; p + 4 <= half; p += 4) {
-      four_angles(c1 + p, s1 + p, c2 + p, s2 + p, factor_c, factor_s, &c, &s);
-      size_t first = interleaved ? 2 * p : p, second = interleaved ? 2 * p + 4 : half + p;
-      f32x4 low = f32x4_load(x + first), high = f32x4_load(x + second);
-      f32x4 x1 = interleaved ? f32x4_even(low, high) : low, x2 = interleaved ? f32x4_odd(low, high) : high;
-      f32x4 y1 = f32x4_sub(f32x4_mul(x1, c), f32x4_mul(x2, s)), y2 = f32x4_add(f32x4_mul(x1, s), f32x4_mul(x2, c));
-      f32x4_store(y + first, interleaved ? f32x4_zip_low(y1, y2) : y1);
-      f32x4_store(y + second, interleaved ? f32x4_zip_high(y1, y2) : y2);
-    }
-    for (; p < half; p++) {
-      float c_p = factor * (c1[p] * c2[p] - s1[p] * s2[p]), s_p = sign * factor * (s1[p] * c2[p] + c1[p] * s2[p]);
-      size_t first = interleaved ? 2 * p : p, second = interleaved ? 2 * p + 1 : half + p;
-      float x1 = x[first], x2 = x[second];
-      y[first] = x1 * c_p - x2 * s_p;
-      y[second] = x1 * s_p + x2 * c_p;
-    }
+  f32x4 factors = f32x4_splat(factor), signs = f32x4_splat(sign);
+  const float *s2 = c2 + half;
+  size_t p = 0;
+  for (; p + 4 <= half; p += 4) {
+    f32x4 c1_p = f32x4_mul(factors, f32x4_load(c1 + p)), s1_p = f32x4_mul(factors, f32x4_load(s1 + p));
+#define TURN(FIRST, SECOND, INTERLEAVED)                                                                               \
+  turn_four(x, x_row, y, y_row, rows, FIRST, SECOND, INTERLEAVED, c1_p, s1_p, c2 + p, s2 + p, 2 * half, signs)
+    if (interleaved) TURN(2 * p, 2 * p + 4, 1);
+    else TURN(p, half + p, 0);
+#undef TURN
   }
+  for (; p < half; p++)
+    for (size_t n = 0; n < rows; n++) {
+      float c2_n = c2[2 * half * n + p], s2_n = s2[2 * half * n + p];
+      float c = factor * (c1[p] * c2_n - s1[p] * s2_n), s = sign * factor * (s1[p] * c2_n + c1[p] * s2_n);
+      size_t first = interleaved ? 2 * p : p, second = interleaved ? 2 * p + 1 : half + p;
+      float x1 = x[n * x_row + first], x2 = x[n * x_row + second];
+      y[n * y_row + first] = x1 * c - x2 * s;
+      y[n * y_row + second] = x1 * s + x2 * c;
+    }
 }
 
 // Rows row .. row + count - 1, where they follow one another, as one run: sets *m to where the run begins in `fine`, and
