@@ -26,21 +26,32 @@
 #define RA_TILE_ROWS 6
 #endif
 
-// STEP(R) for R rows from r on: tiles of RA_TILE_ROWS, then of 4 (8 rows are 4 + 4 rather than 6 + 1 + 1), then single rows.
+// How many rows go next when `left` are left: as many as may be, so that no single rows remain (17 are 6 + 6 + 5, 9 are 5 + 4); a
+// single row costs two thirds of six, as it waits for itself.
+RA_INLINE uint32_t ra_tile_rows(uint32_t left) {
+  if (left < 4) return 1;
+  if (RA_TILE_ROWS == 4) return left == 5 ? 5 : 4;
+  // after 6, or 5, there would be this many: 1 to 3 are single rows, and 7 is 6 + 1
+  uint32_t bad = 1u << 1 | 1u << 2 | 1u << 3 | 1u << 7;
+  if (left == 7 || (left > 5 && (left > 13 || !(bad >> (left - 6) & 1)))) return 6;
+  return left == 5 || left == 9 || left == 13 ? 5 : 4;
+}
+
+// STEP(R) for R rows from r on.
 #define RA_IN_STEPS(r, rows, STEP)                                                                                     \
   do {                                                                                                                 \
-    uint32_t r = 0;                                                                                                    \
     RA_ROLLED                                                                                                          \
-    for (; RA_TILE_ROWS > 4 && (rows)-r >= RA_TILE_ROWS && (rows)-r != 8; r += RA_TILE_ROWS) {                         \
-      STEP(RA_TILE_ROWS);                                                                                              \
-    }                                                                                                                  \
-    RA_ROLLED                                                                                                          \
-    for (; r + 4 <= (rows); r += 4) {                                                                                  \
-      STEP(4);                                                                                                         \
-    }                                                                                                                  \
-    RA_ROLLED                                                                                                          \
-    for (; r < (rows); r++) {                                                                                          \
-      STEP(1);                                                                                                         \
+    for (uint32_t r = 0, ra_step; r < (rows); r += ra_step) {                                                          \
+      ra_step = ra_tile_rows((rows)-r);                                                                                \
+      if (RA_TILE_ROWS > 4 && ra_step == 6) {                                                                          \
+        STEP(6);                                                                                                       \
+      } else if (ra_step == 5) {                                                                                       \
+        STEP(5);                                                                                                       \
+      } else if (ra_step == 4) {                                                                                       \
+        STEP(4);                                                                                                       \
+      } else {                                                                                                         \
+        STEP(1);                                                                                                       \
+      }                                                                                                                \
     }                                                                                                                  \
   } while (0)
 
