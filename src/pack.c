@@ -39,3 +39,9 @@ void ra_transpose(const float *x, size_t x_row, size_t rows, size_t columns, flo
 void ra_fill(float *y, size_t count, float value) {
   for (size_t i = 0; i < count; i++) y[i] = value;
 }
+
+void ra_add(const float *x, size_t count, float *y) {
+  size_t i = 0;
+  for (; i + 4 <= count; i += 4) f32x4_store(y + i, f32x4_add(f32x4_load(y + i), f32x4_load(x + i)));
+  for (; i < count; i++) y[i] += x[i];
+}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Turning rows into lanes and back.
+// Turning rows into lanes and back; filling and adding rows.
 
 #ifndef RA_PACK_H
 #define RA_PACK_H
@@ -12,5 +12,8 @@ void ra_transpose(const float *x, size_t x_row, size_t rows, size_t columns, flo
 
 // y[0 .. count - 1] = value.
 void ra_fill(float *y, size_t count, float value);
+
+// y[0 .. count - 1] += x.
+void ra_add(const float *x, size_t count, float *y);
 
 #endif

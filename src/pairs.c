@@ -15,7 +15,9 @@
 
 #include "pack.h"
 #include "polynomial.h"
+#include "products.h"
 #include "softmax.h"
+#include "tile.h"
 
 enum {
   CHUNK = RA_CHUNK,
@@ -24,19 +26,83 @@ enum {
 
 // --- Blocks -------------------------------------------------------------------------------------------------------
 
+enum { STRIP = 8, STRIPS = CHUNK / STRIP };
+
+// What is done of a block, which is half of it on a diagonal: the keys that each strip of 8 queries sees, and the queries from ..
+// to - 1 of the strips that see some of each 8 keys.
+typedef struct strips {
+  ra_range keys[STRIPS];
+  uint32_t from[STRIPS], to[STRIPS];
+} strips;
+
+static strips strips_of(const ra_seen *seen) {
+  strips t;
+  for (uint32_t s = 0; s < STRIPS; s++) {
+    ra_range keys = {CHUNK, 0};
+    for (uint32_t n = s * STRIP; n < (s + 1) * STRIP; n++) {
+      uint32_t first = (uint32_t)seen->first[n], end = (uint32_t)seen->end[n];
+      if (first >= end) continue;
+      if (first < keys.first) keys.first = first;
+      if (end > keys.end) keys.end = end;
+    }
+    t.keys[s] = keys.end > 0 ? keys : (ra_range){0, 0};
+  }
+  for (uint32_t g = 0; g < STRIPS; g++) {
+    t.from[g] = CHUNK, t.to[g] = 0;
+    for (uint32_t s = 0; s < STRIPS; s++) {
+      if (t.keys[s].first >= (g + 1) * STRIP || t.keys[s].end <= g * STRIP) continue;
+      if (t.to[g] == 0) t.from[g] = s * STRIP;
+      t.to[g] = (s + 1) * STRIP;
+    }
+  }
+  return t;
+}
+
+// c[key][query] = rows[key].x_t[..][query], where strips see keys
+static void score_strips(const strips *t, const float *rows, size_t row, const float *x_t, uint32_t terms, float *c) {
+  for (uint32_t s = 0; s < STRIPS; s++)
+    ra_set_rows(rows + t->keys[s].first * row, row, t->keys[s].end - t->keys[s].first, x_t + s * STRIP, CHUNK, terms,
+                c + t->keys[s].first * CHUNK + s * STRIP, CHUNK);
+}
+
+// sum_t[column][query] += sum_key rows[key][column] a[key][query], likewise
+static void add_strips(const strips *t, const float *rows, size_t row, uint32_t columns, const float *a, float *sum_t) {
+  for (uint32_t s = 0; s < STRIPS; s++)
+    ra_add_columns(rows + t->keys[s].first * row, row, columns, a + t->keys[s].first * CHUNK + s * STRIP, CHUNK,
+                   t->keys[s].end - t->keys[s].first, sum_t + s * STRIP, CHUNK);
+}
+
+// c[key][column] = sum_query a[key][query] rows[query][column], over the queries that may see the key; columns: a multiple of 8
+RA_KERNEL void set_strip_products(const strips *t, const float *a, uint32_t keys, const float *rows, size_t row,
+                                  uint32_t columns, float *c) {
+  f32x4 zero = f32x4_splat(0);
+  ra_tile tile;
+  for (uint32_t d = 0; d < columns; d += 8) {
+#define STEP(R)                                                                                                        \
+  uint32_t from = ra_min_u32(t->from[r / STRIP], t->from[(r + R - 1) / STRIP]);                                        \
+  uint32_t to = ra_max_u32(t->to[r / STRIP], t->to[(r + R - 1) / STRIP]);                                              \
+  ra_tile_multiply(&tile, R, zero, zero, to > from ? to - from : 0, a + r * CHUNK + from, 1, CHUNK,                    \
+                   rows + from * row + d, row);                                                                        \
+  ra_tile_store(&tile, R, c + (size_t)r * columns + d, columns)
+    RA_IN_STEPS(r, keys, STEP);
+#undef STEP
+  }
+}
+
 // a = 2^(s - reference) of scores a = x.y, 0 for keys that are not seen; top[32]: the largest s, in powers of two as well.
-RA_KERNEL void weigh(const ra_polynomial *e, uint32_t keys, const ra_seen *seen, float *top) {
+RA_KERNEL void weigh(const ra_polynomial *e, const strips *t, const ra_seen *seen, float *top) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), masked = f32x4_splat(RA_MASKED), one = f32x4_splat(1);
   const int biased = e->decaying;
   for (uint32_t c = 0; c < CHUNK; c += 4) {
+    ra_range keys = t->keys[c / STRIP];
     f32x4 first = f32x4_load(seen->first + c), end = f32x4_load(seen->end + c),
           reference = f32x4_load(e->reference + c), row = f32x4_load(seen->row + c);
-    f32x4 most = masked, key = f32x4_splat(0);
-    float *at = e->a + c;
-    const float *bias = seen->bias + CHUNK - 1 + c;
+    f32x4 most = masked, key = f32x4_splat((float)keys.first);
+    float *at = e->a + keys.first * CHUNK + c;
+    const float *bias = seen->bias + CHUNK - 1 + c - keys.first;
     RA_ROLLED
-    for (uint32_t n = 0; n < keys; n++, at += CHUNK, bias--) {
+    for (uint32_t n = keys.first; n < keys.end; n++, at += CHUNK, bias--) {
       f32x4 s = f32x4_load(at);
       if (biased) s = f32x4_add(s, f32x4_add(row, f32x4_load(bias)));
       s = f32x4_where_less(key, end, f32x4_mul(s, to_log2), masked);
@@ -49,10 +115,10 @@ RA_KERNEL void weigh(const ra_polynomial *e, uint32_t keys, const ra_seen *seen,
   }
 }
 
-static void score_and_weigh(const ra_polynomial *e, const float *y_rows, uint32_t keys, const ra_seen *seen,
+static void score_and_weigh(const ra_polynomial *e, const strips *t, const float *y_rows, const ra_seen *seen,
                             float *top) {
-  ra_chunk_set_rows(y_rows, e->Dp, keys, e->x_t, e->D, e->a);
-  weigh(e, keys, seen, top);
+  score_strips(t, y_rows, e->Dp, e->x_t, e->D, e->a);
+  weigh(e, t, seen, top);
 }
 
 void ra_begin_references(const ra_polynomial *e, int empty) {
@@ -76,39 +142,43 @@ static int raise_references(const ra_polynomial *e, const float *top) {
   return raised;
 }
 
-void ra_add_block(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
-                  const ra_seen *seen) {
+void ra_add_block(const ra_polynomial *e, const float *y_rows, const float *u_rows, const ra_seen *seen) {
   float top[CHUNK];
-  score_and_weigh(e, y_rows, keys, seen, top);
-  if (raise_references(e, top)) score_and_weigh(e, y_rows, keys, seen, top);
-  ra_chunk_add_columns(u_rows, e->row, e->columns, e->a, keys, e->sum_t);
+  strips t = strips_of(seen);
+  score_and_weigh(e, &t, y_rows, seen, top);
+  if (raise_references(e, top)) score_and_weigh(e, &t, y_rows, seen, top);
+  add_strips(&t, u_rows, e->row, e->columns, e->a, e->sum_t);
 }
 
 void ra_add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns, float *y, size_t y_row,
                  const uint32_t *rows, uint32_t first) {
-  for (uint32_t n = 0; n < count; n++) {
-    float *y_n = y + (rows ? rows[n] : first + n) * y_row;
-    for (uint32_t d = 0; d < columns; d++) y_n[d] += x[n * x_row + d];
-  }
+  for (uint32_t n = 0; n < count; n++) ra_add(x + n * x_row, columns, y + (rows ? rows[n] : first + n) * y_row);
 }
 
-void ra_block_gradients(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
-                        const ra_seen *seen) {
+static void block_gradients(const ra_polynomial *e, const strips *t, const float *y_rows, const float *u_rows,
+                            const ra_seen *seen) {
   float top[CHUNK];
   // in the forward pass this was sum += A u, A = exp(x.y)
-  score_and_weigh(e, y_rows, keys, seen, top);
-  ra_chunk_set_rows(u_rows, e->row, keys, e->h_t, e->columns, e->da);
-  for (uint32_t n = 0; n < keys * CHUNK; n += 4)
+  ra_fill(e->a, CHUNK * CHUNK, 0), ra_fill(e->da, CHUNK * CHUNK, 0);
+  score_and_weigh(e, t, y_rows, seen, top);
+  score_strips(t, u_rows, e->row, e->h_t, e->columns, e->da);
+  for (uint32_t n = 0; n < CHUNK * CHUNK; n += 4)
     f32x4_store(e->da + n, f32x4_mul(f32x4_load(e->da + n), f32x4_load(e->a + n)));
+}
+
+void ra_block_gradients(const ra_polynomial *e, const float *y_rows, const float *u_rows, const ra_seen *seen) {
+  strips t = strips_of(seen);
+  block_gradients(e, &t, y_rows, u_rows, seen);
 }
 
 void ra_add_block_backward(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
                            const ra_seen *seen, const uint32_t *rows, uint32_t j, float *dk, float *dv) {
-  ra_block_gradients(e, y_rows, u_rows, keys, seen);
-  ra_chunk_add_columns(y_rows, e->Dp, e->D, e->da, keys, e->dx_t);
-  ra_chunk_set_products(e->da, keys, e->x_rows, e->Dp, e->Dp, e->d_rows);
+  strips t = strips_of(seen);
+  block_gradients(e, &t, y_rows, u_rows, seen);
+  add_strips(&t, y_rows, e->Dp, e->D, e->da, e->dx_t);
+  set_strip_products(&t, e->da, keys, e->x_rows, e->Dp, e->Dp, e->d_rows);
   ra_add_rows(e->d_rows, e->Dp, keys, e->D, dk, e->k_row, rows, j);
-  ra_chunk_set_products(e->a, keys, e->h_rows, e->row, e->Dvp, e->d_rows);
+  set_strip_products(&t, e->a, keys, e->h_rows, e->row, e->Dvp, e->d_rows);
   ra_add_rows(e->d_rows, e->Dvp, keys, e->Dv, dv, e->v_row, rows, j);
 }
 
@@ -145,7 +215,7 @@ void ra_add_outlier_keys(const ra_polynomial *e, size_t kv, ra_range state, uint
   size_t at;
   for (uint32_t n = 0; next_block(e, kv, state, &n, &block, &at);) {
     ra_seen seen = seen_by_plain(block.count, outliers);
-    ra_add_block(e, e->far_y + at * e->Dp, e->far_u + at * e->row, block.count, &seen);
+    ra_add_block(e, e->far_y + at * e->Dp, e->far_u + at * e->row, &seen);
   }
 }
 
@@ -208,9 +278,10 @@ void ra_outlier_queries_forward(const ra_polynomial *e, const ra_arrays *x, size
   ra_begin_references(e, 1);
   for (uint32_t j = g.all.first, keys; j < g.all.end; j += keys) {
     keys = ra_min_u32(CHUNK, g.all.end - j);
-    if (load_seen(e, x, kv, &g, j, keys, &seen)) ra_add_block(e, e->y_rows, e->u_rows, keys, &seen);
+    if (load_seen(e, x, kv, &g, j, keys, &seen)) ra_add_block(e, e->y_rows, e->u_rows, &seen);
   }
   uint32_t bad = ra_normalise(e, g.count, lse);
+  ra_forget_keys(e);
   ra_transpose(e->sum_t, CHUNK, e->Dv, g.count, e->u_rows, e->row);
   for (uint32_t n = 0; n < g.count; n++) {
     if ((bad >> n & 1) && g.keys[n].first < g.keys[n].end) e->state->not_positive = 1;
@@ -224,6 +295,7 @@ void ra_outlier_queries_backward(const ra_polynomial *e, const ra_arrays *x, siz
   gathered g = gather(e, x, kv, chunk);
   ra_seen seen;
   float lse[CHUNK], ignored[CHUNK];
+  ra_forget_keys(e);
   for (uint32_t n = 0; n < g.count; n++) {
     memcpy(e->u_rows + n * e->row, x->out + g.out[n], e->Dv * sizeof *e->u_rows);
     memcpy(e->d_rows + n * e->row, x->dout + g.out[n], e->Dv * sizeof *e->d_rows);

@@ -127,40 +127,47 @@ static void layout(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w) {
 
 // --- Products -----------------------------------------------------------------------------------------------------
 
-void ra_chunk_add_columns(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c) {
-  for (uint32_t i = 0; i < CHUNK; i += 8) ra_add_columns(a, a_row, rows, b + i, CHUNK, count, c + i, CHUNK);
+// c[r][32] = sum_d a[r][d] * b[d][32]: dphi from state and h
+static void set_rows(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t columns, float *c) {
+  for (uint32_t i = 0; i < CHUNK; i += 8) ra_set_rows(a, a_row, rows, b + i, CHUNK, columns, c + i, CHUNK);
 }
 
-void ra_chunk_set_rows(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c) {
-  f32x4 zero = f32x4_splat(0);
-  ra_tile t;
-  for (uint32_t i = 0; i < CHUNK; i += 8) {
-#define STEP(R)                                                                                                        \
-  ra_tile_multiply(&t, R, zero, zero, count, a + r * a_row, 1, a_row, b + i, CHUNK);                                   \
-  ra_tile_store(&t, R, c + (size_t)r * CHUNK + i, CHUNK)
-    RA_IN_STEPS(r, rows, STEP);
-#undef STEP
+// z[r][0] += w_r f[r].column, four rows at a time: the sums of four rows are the lanes of one vector.
+RA_KERNEL void add_column_to_state(const float *weights, const float *f, uint32_t rows, const float *column, float *z,
+                                   size_t z_row) {
+  float sums[4];
+  RA_ROLLED
+  for (uint32_t r = 0; r < rows; r += 4) {
+    uint32_t last = ra_min_u32(4, rows - r) - 1;
+    f32x4 even[4], odd[4];
+    RA_UNROLLED
+    for (uint32_t n = 0; n < 4; n++) even[n] = odd[n] = f32x4_splat(0);
+    const float *row[4];
+    RA_UNROLLED
+    for (uint32_t n = 0; n < 4; n++) row[n] = f + (size_t)ra_min_u32(r + n, r + last) * CHUNK;
+    RA_ROLLED
+    for (uint32_t i = 0; i < CHUNK; i += 8) {
+      f32x4 u0 = f32x4_load(column + i), u1 = f32x4_load(column + i + 4);
+      RA_UNROLLED
+      for (uint32_t n = 0; n < 4; n++) {
+        even[n] = f32x4_madd(f32x4_load(row[n] + i), u0, even[n]);
+        odd[n] = f32x4_madd(f32x4_load(row[n] + i + 4), u1, odd[n]);
+      }
+    }
+    RA_UNROLLED
+    for (uint32_t n = 0; n < 4; n++) even[n] = f32x4_add(even[n], odd[n]);
+    f32x4_transpose(even, even + 1, even + 2, even + 3);
+    f32x4_store(sums, f32x4_add(f32x4_add(even[0], even[1]), f32x4_add(even[2], even[3])));
+    for (uint32_t n = 0; n <= last; n++) z[(r + n) * z_row] += weights[r + n] * sums[n];
   }
 }
 
-void ra_chunk_set_products(const float *a, uint32_t rows, const float *b, size_t b_row, uint32_t columns, float *c) {
+// z[r] += w_r sum_i f[r][i] u[i]: a chunk joins the state, of which these are columns, a multiple of 8 of them.
+RA_KERNEL void add_to_state(const float *weights, const float *f, uint32_t rows, const float *u, size_t u_row,
+                            uint32_t columns, float *z) {
   f32x4 zero = f32x4_splat(0);
   ra_tile t;
   for (uint32_t d = 0; d < columns; d += 8) {
-#define STEP(R)                                                                                                        \
-  ra_tile_multiply(&t, R, zero, zero, CHUNK, a + (size_t)r * CHUNK, 1, CHUNK, b + d, b_row);                           \
-  ra_tile_store(&t, R, c + (size_t)r * columns + d, columns)
-    RA_IN_STEPS(r, rows, STEP);
-#undef STEP
-  }
-}
-
-// z[r] += w_r sum_i f[r][i] u[i]: a chunk joins the state. A column behind the `values`, one number a token, is a dot product.
-RA_KERNEL void add_to_state(const float *weights, const float *f, uint32_t rows, const float *u, size_t u_row,
-                            uint32_t values, float *z) {
-  f32x4 zero = f32x4_splat(0);
-  ra_tile t;
-  for (uint32_t d = 0; d < values; d += 8) {
 #define STEP(R)                                                                                                        \
   ra_tile_multiply(&t, R, zero, zero, CHUNK, f + (size_t)r * CHUNK, 1, CHUNK, u + d, u_row);                           \
   RA_UNROLLED                                                                                                          \
@@ -172,19 +179,6 @@ RA_KERNEL void add_to_state(const float *weights, const float *f, uint32_t rows,
   }
     RA_IN_STEPS(r, rows, STEP);
 #undef STEP
-  }
-  if (values == u_row) return;
-  float last[CHUNK];
-  for (uint32_t i = 0; i < CHUNK; i++) last[i] = u[i * u_row + values];
-  RA_ROLLED
-  for (uint32_t r = 0; r < rows; r++) {
-    f32x4 sum0 = f32x4_mul(f32x4_load(f), f32x4_load(last)), sum1 = f32x4_mul(f32x4_load(f + 4), f32x4_load(last + 4));
-    for (uint32_t i = 8; i < CHUNK; i += 8) {
-      sum0 = f32x4_madd(f32x4_load(f + i), f32x4_load(last + i), sum0);
-      sum1 = f32x4_madd(f32x4_load(f + i + 4), f32x4_load(last + i + 4), sum1);
-    }
-    z[r * u_row + values] += weights[r] * f32x4_sum(f32x4_add(sum0, sum1));
-    f += CHUNK;
   }
 }
 
@@ -208,20 +202,25 @@ void ra_read_state(const ra_polynomial *e, const float *x_t, uint32_t tokens, fl
 }
 
 void ra_update_state(const ra_polynomial *e, const float *x_t, const float *rows) {
+  int one = e->decays == 1; // behind the values; more are columns like these
+  uint32_t columns = one ? e->Dvp : e->z_row;
+  float column[CHUNK];
+  for (uint32_t i = 0; i < CHUNK && one; i++) column[i] = rows[i * e->z_row + columns];
   for (uint32_t row0 = 0, count; row0 < e->f.rank; row0 += count) {
-    const float *f = rows_at(e, x_t, row0, &count);
-    add_to_state(e->weights + row0, f, count, rows, e->z_row, e->decays > 1 ? e->z_row : e->Dvp,
-                 e->z + (size_t)row0 * e->z_row);
+    const float *f = rows_at(e, x_t, row0, &count), *weights = e->weights + row0;
+    float *z = e->z + (size_t)row0 * e->z_row;
+    add_to_state(weights, f, count, rows, e->z_row, columns, z);
+    if (one) add_column_to_state(weights, f, count, column, z + columns, e->z_row);
   }
 }
 
 // dx_t += J(x)^T (z h_t): through the features that the state was read with; h_t [z_columns][32]
 RA_KERNEL void read_state_backward(const ra_polynomial *e, const float *x_t, const float *h_t) {
   const ra_features *f = &e->f;
-  ra_chunk_set_rows(e->z, e->z_row, f->lower, h_t, e->z_columns, e->dlower);
+  set_rows(e->z, e->z_row, f->lower, h_t, e->z_columns, e->dlower);
   for (uint32_t row0 = f->lower, count; row0 < f->rank; row0 += count) {
     count = ra_min_u32(RA_ROW_BLOCK, f->rank - row0);
-    ra_chunk_set_rows(e->z + (size_t)row0 * e->z_row, e->z_row, count, h_t, e->z_columns, e->dblock);
+    set_rows(e->z + (size_t)row0 * e->z_row, e->z_row, count, h_t, e->z_columns, e->dblock);
     ra_features_block_backward(f, x_t, e->lower, row0, count, e->dblock, e->dlower, e->dx_t);
   }
   ra_features_lower_backward(f, x_t, e->lower, e->dlower, e->dx_t);
@@ -247,25 +246,37 @@ void ra_load_queries(const ra_polynomial *e, const float *q, uint32_t i, uint32_
   ra_features_lower(&e->f, e->x_t, live, e->lower);
 }
 
+// y_rows less the mean key, u_rows; the rest of 32 tokens zeroed.
+RA_KERNEL void centre_keys(const ra_polynomial *e, const float *v, uint32_t count) {
+  uint32_t Dv = e->Dv;
+  f32x4 zero = f32x4_splat(0);
+  ra_fill(e->u_rows + (size_t)count * e->row, (size_t)(CHUNK - count) * e->row, 0);
+  for (uint32_t n = 0; n < count; n++, v += e->v_row) {
+    float *y = e->y_rows + n * e->Dp, *u = e->u_rows + n * e->row;
+    for (uint32_t d = 0; d < e->Dp; d += 4) f32x4_store(y + d, f32x4_sub(f32x4_load(y + d), f32x4_load(e->k_mean + d)));
+    for (uint32_t d = Dv / 4 * 4; d < e->row; d += 4) f32x4_store(u + d, zero);
+    for (uint32_t d = 0; d + 4 <= Dv; d += 4)
+      f32x4_store(u + d, f32x4_sub(f32x4_load(v + d), f32x4_load(e->v_mean + d)));
+    for (uint32_t d = Dv / 4 * 4; d < Dv; d++) u[d] = v[d] - e->v_mean[d];
+    u[e->Dvp] = 1;
+  }
+}
+
 void ra_load_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t j, uint32_t count, int features) {
   const ra_problem *p = e->p;
-  const float *k = x->k + ra_head(p, kv, p->kv_heads, p->key_length, e->D) + j * e->k_row;
-  const float *v = x->v + ra_head(p, kv, p->kv_heads, p->key_length, e->Dv) + j * e->v_row;
-  ra_rotary_rows(&e->state->k_rotary, k, e->k_row, e->y_rows, e->Dp, count, j, RA_ROTATE, 1.0f);
-  ra_fill(e->u_rows, (size_t)CHUNK * e->row, 0);
-  for (uint32_t n = 0; n < count; n++) {
-    float *y = e->y_rows + n * e->Dp, *u = e->u_rows + n * e->row;
-    const float *v_j = v + n * e->v_row;
-    for (uint32_t d = 0; d < e->D; d++) y[d] -= e->k_mean[d];
-    for (uint32_t d = 0; d < e->Dv; d++) u[d] = v_j[d] - e->v_mean[d];
-    u[e->Dvp] = 1;
+  ra_loaded loaded = {kv, j, count}, *there = &e->state->loaded;
+  if (there->kv != kv || there->j != j || there->count != count) {
+    const float *k = x->k + ra_head(p, kv, p->kv_heads, p->key_length, e->D) + j * e->k_row;
+    ra_rotary_rows(&e->state->k_rotary, k, e->k_row, e->y_rows, e->Dp, count, j, RA_ROTATE, 1.0f);
+    centre_keys(e, x->v + ra_head(p, kv, p->kv_heads, p->key_length, e->Dv) + j * e->v_row, count);
+    *there = loaded;
   }
   if (!features) return;
   float live[CHUNK];
   uint32_t outliers = ra_outlier_bits(ra_outlier_keys(p, kv), 1, 0, j, count);
-  for (uint32_t n = 0; n < count; n++)
-    if (outliers >> n & 1) ra_fill(e->y_rows + n * e->Dp, e->Dp, 0);
   ra_turn(e, e->y_rows, count, e->y_t);
+  for (uint32_t n = 0; n < count; n++)
+    for (uint32_t d = 0; d < e->Dp && (outliers >> n & 1); d++) e->y_t[d * CHUNK + n] = 0;
   ra_live_tokens(count, outliers, live);
   ra_features_lower(&e->f, e->y_t, live, e->lower);
 }
@@ -420,7 +431,7 @@ RA_KERNEL void add_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, r
   for (uint32_t j = keys.first, count; j < keys.end; j += count) {
     count = ra_min_u32(CHUNK, keys.end - j);
     ra_load_keys(e, x, kv, j, count, 1);
-    if (leave) negate(e->u_rows, (size_t)CHUNK * e->row);
+    if (leave) negate(e->u_rows, (size_t)CHUNK * e->row), ra_forget_keys(e);
     set_key_factors(e, j, count);
     ra_update_state(e, e->y_t, widen(e, e->u_rows));
     if (e->moment) add_moment(e, j, count);
@@ -500,36 +511,40 @@ RA_KERNEL void row_shifts(const ra_polynomial *e, float *shift) {
 
 // --- Preparation --------------------------------------------------------------------------------------------------
 
-// Means of the rotated keys, without outliers, and of the values: float sums of 32, double sums of those.
+// sum[d] += x[0][d] + .. + x[count-1][d]: sums of up to 32 rows as floats, of those in double precision.
+static void add_chunk_sums(const float *x, size_t x_row, uint32_t count, uint32_t columns, double *sum) {
+  uint32_t d = 0;
+  for (; d + 4 <= columns; d += 4) {
+    f32x4 chunk = f32x4_splat(0);
+    float lane[4];
+    for (uint32_t n = 0; n < count; n++) chunk = f32x4_add(chunk, f32x4_load(x + n * x_row + d));
+    f32x4_store(lane, chunk);
+    for (uint32_t i = 0; i < 4; i++) sum[d + i] += lane[i];
+  }
+  for (; d < columns; d++) {
+    float chunk = 0;
+    for (uint32_t n = 0; n < count; n++) chunk += x[n * x_row + d];
+    sum[d] += chunk;
+  }
+}
+
+// Means of the rotated keys, without outliers, and of the values.
 RA_KERNEL void take_means(const ra_polynomial *e, size_t kv, const float *k, const float *v) {
   uint32_t Nk = e->p->key_length, plain = Nk - e->p->outlier_key_count;
   ra_outliers far = ra_outlier_keys(e->p, kv);
-  double k_sum[RA_MAX_HEAD_DIM] = {0};
-  ra_fill(e->k_mean, e->Dp, 0);
+  double k_sum[RA_MAX_HEAD_DIM] = {0}, v_sum[RA_MAX_HEAD_DIM] = {0};
+  ra_forget_keys(e);
   for (uint32_t j = 0; j < Nk; j += CHUNK) {
     uint32_t count = ra_min_u32(CHUNK, Nk - j);
     ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->y_rows, e->Dp, count, j, RA_ROTATE, 1.0f);
     uint32_t outliers = ra_outlier_bits(far, 1, 0, j, count);
     for (uint32_t n = 0; n < count; n++)
       if (outliers >> n & 1) ra_fill(e->y_rows + n * e->Dp, e->Dp, 0);
-    for (uint32_t d = 0; d < e->D; d++) {
-      float sum = 0;
-      for (uint32_t n = 0; n < count; n++) sum += e->y_rows[n * e->Dp + d];
-      k_sum[d] += sum;
-    }
+    add_chunk_sums(e->y_rows, e->Dp, count, e->D, k_sum);
+    add_chunk_sums(v + j * e->v_row, e->v_row, count, e->Dv, v_sum);
   }
+  ra_fill(e->k_mean, e->Dp, 0), ra_fill(e->v_mean, e->Dvp, 0);
   for (uint32_t d = 0; d < e->D && plain > 0; d++) e->k_mean[d] = (float)(k_sum[d] / plain);
-  double *v_sum = k_sum;
-  memset(v_sum, 0, sizeof k_sum);
-  ra_fill(e->v_mean, e->Dvp, 0);
-  for (uint32_t j = 0; j < Nk; j += CHUNK) {
-    uint32_t count = ra_min_u32(CHUNK, Nk - j);
-    for (uint32_t d = 0; d < e->Dv; d++) {
-      float sum = 0;
-      for (uint32_t n = 0; n < count; n++) sum += v[(j + n) * e->v_row + d];
-      v_sum[d] += sum;
-    }
-  }
   for (uint32_t d = 0; d < e->Dv; d++) e->v_mean[d] = (float)(v_sum[d] / Nk);
 }
 
@@ -613,33 +628,50 @@ RA_KERNEL void forward_chunk(const ra_polynomial *e, const ra_arrays *x, size_t 
       keys = ra_min_u32(CHUNK, beside.side[side].end - j);
       ra_seen seen = seen_keys(e, head, i, count, outliers, j, keys);
       ra_load_keys(e, x, kv, j, keys, 0);
-      ra_add_block(e, e->y_rows, e->u_rows, keys, &seen);
+      ra_add_block(e, e->y_rows, e->u_rows, &seen);
     }
   ra_finish_chunk(e, i, count, seeing_queries(p, i, count) & ~outliers, x->out + at.out, x->lse + at.lse);
 }
 
 // --- Backward -----------------------------------------------------------------------------------------------------
 
-void ra_load_gradients(const ra_polynomial *e, const float *out, const float *dout, size_t row, const float *lse,
-                       uint32_t count, uint32_t outliers, float *live) {
+// What weights of queries are divided by, from lse, as references, powers of two, and inverse[32], what is left: 1/2 .. 1, or 0
+// of queries that count for nothing.
+static void take_denominators(const ra_polynomial *e, const float *lse, uint32_t count, uint32_t outliers,
+                              float *inverse, float *live) {
+  const ra_exp2_constants *constants = ra_exp2_load();
   float shift[CHUNK];
   row_shifts(e, shift);
+  for (uint32_t n = 0; n < CHUNK; n++) {
+    int counts = n < count && lse[n] != -INFINITY && !(outliers >> n & 1);
+    double power_of_all = counts ? RA_LOG2_E * (lse[n] - (double)shift[n]) : 0, power = floor(power_of_all);
+    inverse[n] = counts ? (float)(power - power_of_all) : RA_MASKED;
+    e->reference[n] = counts ? (float)power : -RA_MASKED;                  // weights of nothing are 0
+    live[n] = counts && power > -126 ? ra_power_of_two((float)-power) : 0; // else there is no polynomial in it
+  }
+  for (uint32_t n = 0; n < CHUNK; n += 4) f32x4_store(inverse + n, ra_exp2(f32x4_load(inverse + n), constants));
+}
+
+void ra_load_gradients(const ra_polynomial *e, const float *out, const float *dout, size_t row, const float *lse,
+                       uint32_t count, uint32_t outliers, float *live) {
+  float inverse[CHUNK];
+  uint32_t Dv = e->Dv;
+  take_denominators(e, lse, count, outliers, inverse, live);
   ra_fill(e->h_rows, (size_t)CHUNK * e->row, 0);
-  ra_fill(e->reference, CHUNK, -RA_MASKED); // weights of nothing are 0
-  ra_fill(live, CHUNK, 0);
   for (uint32_t n = 0; n < count; n++) {
-    if (lse[n] == -INFINITY || (outliers >> n & 1)) continue;
+    if (inverse[n] == 0) continue;
     const float *out_n = out + n * row, *dout_n = dout + n * row;
-    // the denominator, a power of two and a factor of about 1
-    double log_denominator = lse[n] - (double)shift[n], power = floor(RA_LOG2_E * log_denominator), delta = 0;
-    float *h = e->h_rows + n * e->row, inverse = (float)exp(RA_LN_2 * power - log_denominator);
-    for (uint32_t d = 0; d < e->Dv; d++) {
-      delta += (double)dout_n[d] * (out_n[d] - e->v_mean[d]);
-      h[d] = dout_n[d] * inverse;
+    float *h = e->h_rows + n * e->row;
+    f32x4 factor = f32x4_load_splat(inverse + n), sums = f32x4_splat(0);
+    uint32_t d = 0;
+    for (; d + 4 <= Dv; d += 4) {
+      f32x4 dout_d = f32x4_load(dout_n + d);
+      sums = f32x4_madd(dout_d, f32x4_sub(f32x4_load(out_n + d), f32x4_load(e->v_mean + d)), sums);
+      f32x4_store(h + d, f32x4_mul(dout_d, factor));
     }
-    h[e->Dvp] = (float)-delta * inverse;
-    e->reference[n] = (float)power;
-    live[n] = power > -126 ? ra_power_of_two((float)-power) : 0; // else there is no polynomial in it
+    float delta = f32x4_sum(sums);
+    for (; d < Dv; d++) delta += dout_n[d] * (out_n[d] - e->v_mean[d]), h[d] = dout_n[d] * inverse[n];
+    h[e->Dvp] = -delta * inverse[n];
   }
   ra_transpose(e->h_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
 }
@@ -681,7 +713,7 @@ RA_KERNEL double read_moment(const ra_polynomial *e, const float *h_t) {
   double sum = 0;
   for (uint32_t row0 = 0, count; row0 < e->f.rank; row0 += count) {
     const float *f = rows_at(e, e->x_t, row0, &count);
-    ra_chunk_set_rows(e->moment + (size_t)row0 * e->z_row, e->z_row, count, h_t, e->z_columns, e->dblock);
+    set_rows(e->moment + (size_t)row0 * e->z_row, e->z_row, count, h_t, e->z_columns, e->dblock);
     sum += inner(f, e->dblock, (size_t)count * CHUNK);
   }
   return sum;
@@ -713,7 +745,7 @@ RA_KERNEL void add_last_keys(const ra_polynomial *e, const ra_arrays *x, size_t 
   uint32_t keys = ra_min_u32(CHUNK, state.end - state.first), j = state.end - keys;
   ra_seen seen = seen_keys(e, head, i, count, 0, j, keys);
   ra_load_keys(e, x, head / ra_group(e->p), j, keys, 0);
-  ra_block_gradients(e, e->y_rows, e->u_rows, keys, &seen);
+  ra_block_gradients(e, e->y_rows, e->u_rows, &seen);
   add_near_lags(e, i, count, j, keys);
 }
 
@@ -822,18 +854,19 @@ RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t st
 // dk is so far the gradient by y = R k - mean: take out its sum over those that the mean is of (the path through the mean), rotate
 // back.
 RA_KERNEL void finish_keys(const ra_polynomial *e, size_t kv, float *dk) {
-  uint32_t Nk = e->p->key_length, plain = Nk - e->p->outlier_key_count;
+  uint32_t Nk = e->p->key_length, plain = Nk - e->p->outlier_key_count, D = e->D;
   double sum[RA_MAX_HEAD_DIM] = {0};
-  for (uint32_t j = 0; j < Nk; j++)
-    for (uint32_t d = 0; d < e->D; d++) sum[d] += dk[j * e->k_row + d];
+  float less[RA_MAX_HEAD_DIM];
+  for (uint32_t j = 0; j < Nk; j += CHUNK)
+    add_chunk_sums(dk + j * e->k_row, e->k_row, ra_min_u32(CHUNK, Nk - j), D, sum);
+  for (uint32_t d = 0; d < D; d++) less[d] = (float)(-sum[d] / plain);
   for (uint32_t j = 0; j < Nk; j += CHUNK) {
     uint32_t count = ra_min_u32(CHUNK, Nk - j), outliers = ra_outlier_bits(ra_outlier_keys(e->p, kv), 1, 0, j, count);
+    float *dk_j = dk + j * e->k_row;
     for (uint32_t n = 0; n < count; n++)
-      for (uint32_t d = 0; d < e->D && !(outliers >> n & 1); d++) dk[(j + n) * e->k_row + d] -= (float)(sum[d] / plain);
+      if (!(outliers >> n & 1)) ra_add(less, D, dk_j + n * e->k_row);
+    ra_rotary_rows(&e->state->k_rotary, dk_j, e->k_row, dk_j, e->k_row, count, j, RA_ROTATE_TRANSPOSE, 1.0f);
   }
-  for (uint32_t j = 0; j < Nk; j += CHUNK)
-    ra_rotary_rows(&e->state->k_rotary, dk + j * e->k_row, e->k_row, dk + j * e->k_row, e->k_row,
-                   ra_min_u32(CHUNK, Nk - j), j, RA_ROTATE_TRANSPOSE, 1.0f);
 }
 
 // Before the first unit of a state, of the query heads from `head` on.
@@ -1012,8 +1045,7 @@ void ra_polynomial_warm_up(uint32_t calls) {
   volatile uint32_t nothing = 0; // nobody is to see that the calls are empty
   for (uint32_t n = 0; n < calls; n++) {
     uint32_t none = nothing;
-    ra_chunk_set_rows(x, none, none, x, none, x);
-    ra_chunk_set_products(x, none, x, none, none, x);
+    set_rows(x, none, none, x, none, x);
     add_to_state(x, x, none, x, none, none, x);
   }
 }

@@ -24,6 +24,12 @@ typedef struct ra_decays {
   float steps[RA_MAX_DECAYS][RA_DECAY_STEPS];                     // exp(-rate_e n)
 } ra_decays;
 
+// Keys j .. j + count - 1 of a key/value head; of none when count is 0.
+typedef struct ra_loaded {
+  size_t kv;
+  uint32_t j, count;
+} ra_loaded;
+
 // What stays between calls.
 typedef struct ra_polynomial_state {
   ra_rotary q_rotary, k_rotary;
@@ -33,6 +39,7 @@ typedef struct ra_polynomial_state {
   uint32_t not_positive; // rows whose denominator was not positive and finite
   uint32_t
       origin; // key r from which tokens in Z and Y decay: a key's by exp(-rate (r - j)), a query's likewise from its position
+  ra_loaded loaded; // what y_rows and u_rows hold
   double dslope;
   ra_decays decays;
 } ra_polynomial_state;
@@ -100,17 +107,6 @@ ra_heads ra_heads_of(const ra_polynomial *e, size_t head);
 // The weights w_r of the coefficients of a key/value head; O(rank).
 void ra_take_weights(const ra_polynomial *e, uint32_t kv);
 
-// --- Products of a chunk: 32 tokens are the columns, two operations for each row, token and term -------------------------
-
-// c[r][32] += sum_n a[n][r] * b[n][32]: numerators from state and features, from u and weights at an edge, dx from dA.
-void ra_chunk_add_columns(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c);
-
-// c[r][32] = sum_d a[r][d] * b[d][32]: dphi from state and h, scores at an edge from keys and queries.
-void ra_chunk_set_rows(const float *a, size_t a_row, uint32_t rows, const float *b, uint32_t count, float *c);
-
-// c[r][columns] = sum_i a[r][i] * b[i][columns] over a chunk, columns a multiple of 8: dk, dv at an edge.
-void ra_chunk_set_products(const float *a, uint32_t rows, const float *b, size_t b_row, uint32_t columns, float *c);
-
 // --- Chunks --------------------------------------------------------------------------------------------------------
 
 // live[32]: 1 for the first `count` tokens, without those in `outliers` (bit n: token n), 0 for the others.
@@ -122,8 +118,11 @@ void ra_turn(const ra_polynomial *e, float *rows, uint32_t count, float *t);
 // Queries i .. i + count - 1: x_rows, x_t and, if `features`, their stored features.
 void ra_load_queries(const ra_polynomial *e, const float *q, uint32_t i, uint32_t count, int features);
 
-// Keys j .. j + count - 1 of key/value head kv: y_rows, u_rows and, if `features`, y_t and its stored features, outliers as zeros.
+// Keys j .. j + count - 1 of key/value head kv: y_rows, u_rows, unless they are there, and, if `features`, y_t and its stored
+// features, outliers as zeros. Whoever changes y_rows or u_rows has them forgotten.
 void ra_load_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv, uint32_t j, uint32_t count, int features);
+
+static inline void ra_forget_keys(const ra_polynomial *e) { e->state->loaded.count = 0; }
 
 // sums[column][token] += phi(token)^T z, for the first `tokens` of the chunk; z_columns of them
 void ra_read_state(const ra_polynomial *e, const float *x_t, uint32_t tokens, float *sums);
@@ -164,11 +163,10 @@ static inline int ra_see(ra_seen *seen, uint32_t query, ra_range range, uint32_t
 void ra_begin_references(const ra_polynomial *e, int empty);
 
 // sum_t += A u for a block of keys y_rows [keys][Dp], u_rows [keys][row]. Where scores exceed a reference by far it rises first.
-void ra_add_block(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys, const ra_seen *seen);
+void ra_add_block(const ra_polynomial *e, const float *y_rows, const float *u_rows, const ra_seen *seen);
 
 // After ra_load_gradients: a, and da, the gradient by scores.
-void ra_block_gradients(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
-                        const ra_seen *seen);
+void ra_block_gradients(const ra_polynomial *e, const float *y_rows, const float *u_rows, const ra_seen *seen);
 
 // Undoes ra_add_block, after ra_load_gradients: adds to dx_t, and to the rows `rows`, or j on when NULL, of dk and dv.
 void ra_add_block_backward(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
