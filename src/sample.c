@@ -90,24 +90,69 @@ size_t ra_sample_workspace(const ra_problem *p) {
 
 // --- Bounds -------------------------------------------------------------------------------------------------------
 
-// Raises *entry to max |x|, returns the sum of squares; a NaN comes out in the sum.
-static float measure_row(const float *x, size_t columns, float *entry) {
-  f32x4 most = f32x4_splat(0), squares = most;
-  size_t d = 0;
-  for (; d + 4 <= columns; d += 4) {
-    f32x4 value = f32x4_load(x + d);
-    most = f32x4_max(most, f32x4_abs(value));
-    squares = f32x4_madd(value, value, squares);
+// Of some rows: the largest sum of squares and where it is, max |x| in lanes, and zeros, or NaN once there was a NaN.
+typedef struct extent {
+  float squares;
+  uint32_t at;
+  f32x4 most, nothing;
+} extent;
+
+static extent no_extent(void) { return (extent){0, 0, f32x4_splat(0), f32x4_splat(0)}; }
+
+static float entry_of(const extent *t) {
+  float lane[4];
+  f32x4_store(lane, t->most);
+  return fmaxf(fmaxf(lane[0], lane[1]), fmaxf(lane[2], lane[3]));
+}
+
+static int is_finite(const extent *t) { return entry_of(t) <= FLT_MAX && f32x4_sum(t->nothing) == 0; }
+
+// squares[count] of rows, up to 32: four at a time, whose sums become the lanes of one vector.
+RA_KERNEL void measure_rows(const float *x, size_t x_row, uint32_t count, size_t columns, float *squares, extent *t) {
+  f32x4 most = t->most, nothing = t->nothing, zero = f32x4_splat(0);
+  for (uint32_t n = 0; n < count; n += 4) {
+    f32x4 sum[4];
+    float lane[4];
+    for (uint32_t m = 0; m < 4; m++) {
+      const float *row = x + ra_min_u32(n + m, count - 1) * x_row;
+      size_t d = 0;
+      sum[m] = zero;
+      for (; d + 4 <= columns; d += 4) {
+        f32x4 value = f32x4_load(row + d);
+        most = f32x4_max(most, f32x4_abs(value));
+        sum[m] = f32x4_madd(value, value, sum[m]);
+      }
+      for (; d < columns; d++) {
+        float value[4] = {row[d]};
+        most = f32x4_max(most, f32x4_abs(f32x4_load(value)));
+        sum[m] = f32x4_madd(f32x4_load(value), f32x4_load(value), sum[m]);
+      }
+    }
+    f32x4_transpose(sum, sum + 1, sum + 2, sum + 3);
+    f32x4 all = f32x4_add(f32x4_add(sum[0], sum[1]), f32x4_add(sum[2], sum[3]));
+    nothing = f32x4_madd(f32x4_min(f32x4_splat(FLT_MAX), all), zero, nothing); // infinity is no NaN
+    f32x4_store(lane, all);
+    for (uint32_t m = 0; m < ra_min_u32(4, count - n); m++) squares[n + m] = lane[m];
   }
-  float lane[4], sum = f32x4_sum(squares);
-  f32x4_store(lane, most);
-  for (int i = 0; i < 4; i++)
-    if (lane[i] > *entry) *entry = lane[i];
-  for (; d < columns; d++) {
-    if (fabsf(x[d]) > *entry) *entry = fabsf(x[d]);
-    sum += x[d] * x[d];
+  t->most = most, t->nothing = nothing;
+}
+
+// Rows `first` .. first + count - 1, up to 32.
+RA_KERNEL void extend(extent *t, const float *x, size_t x_row, uint32_t first, uint32_t count, size_t columns) {
+  float squares[RA_CHUNK];
+  measure_rows(x, x_row, count, columns, squares, t);
+  for (uint32_t n = 0; n < count; n++)
+    if (squares[n] > t->squares) t->squares = squares[n], t->at = first + n;
+}
+
+// The same, those whose bit n is set in `outliers` apart, or nowhere when `far` is NULL.
+RA_KERNEL void extend_apart(extent *t, extent *far, uint32_t outliers, const float *x, size_t x_row, uint32_t first,
+                            uint32_t count, size_t columns) {
+  if (outliers == 0) extend(t, x, x_row, first, count, columns);
+  for (uint32_t n = 0; n < count && outliers != 0; n++) {
+    extent *own = outliers >> n & 1 ? far : t;
+    if (own) extend(own, x + n * x_row, x_row, first + n, 1, columns);
   }
-  return sum;
 }
 
 // |x| from the sum of squares, or a bound of it where squares fall below what a float holds (1e-30: what is lost of larger
@@ -126,27 +171,22 @@ static uint32_t key_outliers(const sample *e, size_t kv_head, uint32_t first) {
   return ra_outlier_bits(ra_outlier_keys(e->p, kv_head), 1, 0, first, ra_min_u32(32, e->p->key_length - first));
 }
 
-static int is_finite(float entry, float squares) { return entry <= FLT_MAX && squares == squares; }
-
 static const float *query_at(const sample *e, const float *q, size_t head, size_t i) {
   return q + ra_head(e->p, head, e->p->heads, e->Nq, e->D) + i * e->q_row;
 }
 
 static void measure_queries(const sample *e, const float *q, size_t kv_head, ra_bounds *b) {
-  float largest = 0, largest_plain = 0, plain_entry = 0;
+  extent plain = no_extent(), far = no_extent();
   for (size_t h = 0; h < e->group; h++)
-    for (uint32_t i = 0, outliers = 0; i < e->Nq; i++, outliers >>= 1) {
-      if (i % 32 == 0) outliers = query_outliers(e, kv_head, h, i);
-      float entry = 0, squares = measure_row(query_at(e, q, kv_head * e->group + h, i), e->D, &entry);
-      if (!is_finite(entry, squares)) b->finite = 0;
-      if (entry > b->q_entry) b->q_entry = entry;
-      if (squares > largest) largest = squares;
-      if (outliers & 1) continue;
-      if (entry > plain_entry) plain_entry = entry;
-      if (squares > largest_plain) largest_plain = squares, b->q_argmax = (uint32_t)(h * e->Nq + i);
-    }
-  b->q_norm = norm(largest, b->q_entry, e->D);
-  b->q_plain_norm = norm(largest_plain, plain_entry, e->D);
+    for (uint32_t i = 0; i < e->Nq; i += RA_CHUNK)
+      extend_apart(&plain, &far, query_outliers(e, kv_head, h, i), query_at(e, q, kv_head * e->group + h, i), e->q_row,
+                   (uint32_t)(h * e->Nq) + i, ra_min_u32(RA_CHUNK, e->p->query_length - i), e->D);
+  float entry = entry_of(&plain);
+  b->finite = is_finite(&plain) && is_finite(&far);
+  b->q_entry = fmaxf(entry, entry_of(&far));
+  b->q_argmax = plain.at;
+  b->q_norm = norm(fmaxf(plain.squares, far.squares), b->q_entry, e->D);
+  b->q_plain_norm = norm(plain.squares, entry, e->D);
 }
 
 // Ranges of 4 `vectors` columns of v [Nk].
@@ -229,21 +269,31 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   measure_queries(&e, x->q, kv_head, bounds);
   if (x->v) measure_values(x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv), e.v_row, e.Nk, e.Dv, bounds);
   rotate_keys(&e, k, kv_head);
-  float largest = 0, largest_centred = 0, centred_entry = 0;
-  for (uint32_t j = 0, outliers = 0; j < e.Nk; j++, outliers >>= 1) {
-    if (j % 32 == 0) outliers = key_outliers(&e, kv_head, j);
+  extent all = no_extent(), centred = no_extent();
+  for (uint32_t j = 0; j < e.Nk; j += RA_CHUNK) {
+    uint32_t count = ra_min_u32(RA_CHUNK, p->key_length - j);
     float *k_j = e.k_rows + j * e.Dp;
-    for (size_t d = 0; d < e.Dp; d += 4) f32x4_store(k_j + d, f32x4_sub(f32x4_load(k_j + d), f32x4_load(e.k_mean + d)));
-    float squares = measure_row(k + j * e.k_row, e.D, &bounds->k_entry);
-    if (!is_finite(bounds->k_entry, squares)) bounds->finite = 0;
-    if (squares > largest) largest = squares;
-    if (outliers & 1) continue;
-    float centred = measure_row(k_j, e.D, &centred_entry);
-    if (centred > largest_centred) largest_centred = centred, bounds->k_argmax = (uint32_t)j;
+    for (uint32_t n = 0; n < count; n++)
+      for (size_t d = 0; d < e.Dp; d += 4) {
+        float *y = k_j + n * e.Dp + d;
+        f32x4_store(y, f32x4_sub(f32x4_load(y), f32x4_load(e.k_mean + d)));
+      }
+    extend(&all, k + j * e.k_row, e.k_row, j, count, e.D);
+    extend_apart(&centred, NULL, key_outliers(&e, kv_head, j), k_j, e.Dp, j, count, e.D);
   }
-  bounds->k_norm = norm(largest, bounds->k_entry, e.D);
-  bounds->k_centred_norm = norm(largest_centred, centred_entry, e.D);
+  if (!is_finite(&all)) bounds->finite = 0;
+  bounds->k_entry = entry_of(&all);
+  bounds->k_argmax = centred.at;
+  bounds->k_norm = norm(all.squares, bounds->k_entry, e.D);
+  bounds->k_centred_norm = norm(centred.squares, entry_of(&centred), e.D);
   return RA_OK;
+}
+
+// The norm of a row whose sum of squares is known.
+static float norm_of(const sample *e, const float *x, float squares) {
+  extent own = no_extent();
+  if (squares < 1e-30f) extend(&own, x, 0, 0, 1, e->D);
+  return norm(squares, entry_of(&own), e->D);
 }
 
 // A heap whose least norm is on top: in its place comes a larger one.
@@ -266,11 +316,18 @@ int ra_sample_largest(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   uint64_t total = queries ? (uint64_t)e.group * e.Nq : e.Nk;
   if (count == 0 || count > total) return RA_ERROR_PROBLEM;
   ra_fill(norms, count, -1);
-  for (uint32_t n = 0; n < total; n++) {
-    const float *row = queries ? query_at(&e, x->q, kv_head * e.group + n % e.group, n / e.group) : e.k_rows + n * e.Dp;
-    float entry = 0, squares = measure_row(row, e.D, &entry);
-    keep_in_heap(rows, norms, count, n, norm(squares, entry, e.D));
-  }
+  uint32_t length = queries ? p->query_length : p->key_length, group = queries ? (uint32_t)e.group : 1;
+  size_t row = queries ? e.q_row : e.Dp;
+  for (uint32_t i = 0; i < length; i += RA_CHUNK)
+    for (uint32_t h = 0; h < group; h++) {
+      const float *some = queries ? query_at(&e, x->q, kv_head * group + h, i) : e.k_rows + i * e.Dp;
+      float squares[RA_CHUNK];
+      extent ignored = no_extent();
+      uint32_t most = ra_min_u32(RA_CHUNK, length - i);
+      measure_rows(some, row, most, e.D, squares, &ignored);
+      for (uint32_t n = 0; n < most; n++)
+        keep_in_heap(rows, norms, count, (i + n) * group + h, norm_of(&e, some + n * row, squares[n]));
+    }
   return RA_OK;
 }
 
@@ -340,14 +397,17 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
   if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
-  float norms[RA_EXTREMES], key_norms[RA_EXTREMES], highest[RA_EXTREMES], lowest[RA_EXTREMES], ignored = 0;
+  float norms[RA_EXTREMES], key_norms[RA_EXTREMES], highest[RA_EXTREMES], lowest[RA_EXTREMES], squares[RA_CHUNK];
+  extent ignored = no_extent();
   for (int n = 0; n < RA_EXTREMES; n++) {
     norms[n] = key_norms[n] = -1, highest[n] = lowest[n] = 0;
     large[n] = aligned[n] = opposed[n] = keys[n] = 0;
   }
-  for (uint32_t j = 0, outliers = 0; j < p->key_length; j++, outliers >>= 1) {
-    if (j % 32 == 0) outliers = key_outliers(&e, kv_head, j);
-    if (!(outliers & 1)) keep_largest(keys, key_norms, RA_EXTREMES, j, measure_row(e.k_rows + j * e.Dp, e.D, &ignored));
+  for (uint32_t j = 0; j < p->key_length; j += RA_CHUNK) {
+    uint32_t count = ra_min_u32(RA_CHUNK, p->key_length - j), outliers = key_outliers(&e, kv_head, j);
+    measure_rows(e.k_rows + j * e.Dp, e.Dp, count, e.D, squares, &ignored);
+    for (uint32_t n = 0; n < count; n++)
+      if (!(outliers >> n & 1)) keep_largest(keys, key_norms, RA_EXTREMES, j + n, squares[n]);
   }
   for (int m = 0; m < RA_EXTREMES; m++) ra_transpose(e.k_rows + keys[m] * e.Dp, e.Dp, 1, e.D, e.strip + m, LANES);
   for (size_t h = 0; h < e.group; h++)
@@ -357,6 +417,7 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
       uint32_t outliers = query_outliers(&e, kv_head, h, i);
       ra_rotary_rows(&e.state->q_rotary, q, e.q_row, e.rows, e.Dp, count, i, RA_ROTATE, p->scale);
       score_queries(&e, i, count, keys, e.s);
+      measure_rows(e.rows, e.Dp, count, e.D, squares, &ignored);
       uint32_t start = ra_chunk_start(p, i);
       float live[LANES];
       keys_in_state(p, start, keys, key_norms, live);
@@ -371,7 +432,7 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
         f32x4 s1 = f32x4_mul(f32x4_load(live + 4), f32x4_load(e.s + n * LANES + 4));
         keep_largest_of(aligned, highest, row, f32x4_max(s0, s1));
         keep_largest_of(opposed, lowest, row, f32x4_sub(f32x4_splat(0), f32x4_min(s0, s1)));
-        keep_largest(large, norms, RA_EXTREMES, row, measure_row(e.rows + n * e.Dp, e.D, &ignored));
+        keep_largest(large, norms, RA_EXTREMES, row, squares[n]);
       }
     }
   return RA_OK;
