@@ -258,11 +258,13 @@ export class Attention implements RopeAttention {
       const withForward = (attempt: Attempt): Attempt => ({ ...attempt, passes: ['forward', 'backward'] });
       let progress = 0;
       let there = GIVEN; // what attempts without a forward pass go by
+      let doubt = Infinity; // what of an error these may be the cause of
       for (let attempt = list.shift(); attempt; attempt = list.shift()) {
         if (goesByGiven(task, attempt)) {
           session.restoreOutput(inputs);
-          const { fits, note } = yield* this.#checkGiven(task, attempt, there);
+          const { fits, difference, note } = yield* this.#checkGiven(task, attempt, there);
           if (note !== null) notes.push(note);
+          doubt = difference;
           if (!fits) {
             list.unshift(withForward(attempt));
             continue;
@@ -274,7 +276,9 @@ export class Attention implements RopeAttention {
         progress = end;
         if (outcome.miss !== null) {
           const miss = `degree ${attempt.degree} ${outcome.miss}`;
-          if (outcome.coefficients && goesByGiven(task, attempt) && problem.method !== 'auto') {
+          const room = roomOf(task.pass, 'check', attempt.split) * problem.tolerance;
+          const owed = doubt > 0 && !((outcome.measured?.error ?? 0) - doubt > room);
+          if (outcome.coefficients && goesByGiven(task, attempt) && owed) {
             list.unshift(withForward(attempt));
             notes.push(`${miss} with the given output and lse, which were computed again`);
             continue;
@@ -313,7 +317,9 @@ export class Attention implements RopeAttention {
 
   /**
    * Whether the output and lse that are there, given or of an attempt before, serve an attempt: gradients are only as good as these
-   * are. With a tolerance to keep (`auto`) a few of their rows are compared with exact ones, or those of the polynomial. Not so where
+   * are. With a tolerance to keep (`auto`) a few of their rows are compared with exact ones, or those of the polynomial: half the
+   * tolerance serves gradients whose check is to come, as errors of rows differ in sign. `difference` is what may be owed to these of an
+   * error: 0 up to a quarter. Not so where
    * scores are modified, which the sampling of rows does not know, nor in a call of some 70 us, whose own forward pass would be exact;
    * and a forced method finds out by the gradients.
    */
@@ -321,26 +327,27 @@ export class Attention implements RopeAttention {
     task: Task,
     { degree, split }: Attempt,
     there: string,
-  ): Generator<number, { fits: boolean; note: string | null }> {
+  ): Generator<number, { fits: boolean; difference: number; note: string | null }> {
     const { problem } = task;
-    if (problem.method !== 'auto') return { fits: true, note: null };
+    if (problem.method !== 'auto') return { fits: true, difference: Infinity, note: null };
     const limit = problem.tolerance / 4;
     if (degree !== null) {
-      const fits = yield* split.sampler.suits(degree, limit);
+      const difference = yield* split.sampler.distance(degree, 2 * limit);
       const note = `${there} are not those of degree ${degree}: they were computed again`;
-      return { fits, note: fits ? null : note };
+      const fits = difference <= 2 * limit;
+      return { fits, difference: difference > limit ? difference : 0, note: fits ? null : note };
     }
     const unknown = unsampledOnly(problem);
     if (unknown.length > 0) {
       const note = `${there} were not checked, as sampled rows have no ${unknown.join(' or ')}`;
-      return { fits: true, note };
+      return { fits: true, difference: 0, note };
     }
     const rows = rowsOfGiven(task);
-    if (rows === 0) return { fits: true, note: `${there} were not checked in so short a call` };
+    if (rows === 0) return { fits: true, difference: 0, note: `${there} were not checked in so short a call` };
     const difference = yield* split.sampler.given(rows);
     const own = there === GIVEN ? null : `gradients go by ${there}`;
-    if (difference <= limit) return { fits: true, note: own };
-    return { fits: false, note: `${there} are off by ${short(difference)} and were computed again` };
+    if (difference <= limit) return { fits: true, difference: 0, note: own };
+    return { fits: false, difference: 0, note: `${there} are off by ${short(difference)} and were computed again` };
   }
 
   /** Runs one engine and, for a polynomial, checks it. */

@@ -197,6 +197,7 @@ export class Sampler {
       yield 0;
       if (thorough) continue;
       const { error, upper, relative } = tally.result();
+      if (short && pass === 'backward' && upper <= limit) break; // the check sees the others
       // Gradients may still come down: the fewer rows, the more of it is chance.
       if (error > limit * (pass === 'forward' ? 1 : 1 + CHANCE / ++portions)) return { error, upper, relative };
       if (upper > allowed() * limit) return { error, upper: Infinity, relative };
@@ -261,19 +262,21 @@ export class Sampler {
   }
 
   /**
-   * Whether output and lse that were given are those of a polynomial, to within `limit`, on the rows of its pilot: else its
-   * gradients by these are not its own.
+   * How far the output and lse that are there are from those of a polynomial, on the rows that it is fitted to; Infinity as soon as that
+   * is beyond `limit`: gradients by these would not be its own.
    */
-  *suits(degree: number, limit: number): Generator<number, boolean> {
+  *distance(degree: number, limit: number): Generator<number, number> {
     this.#session.setOutliers(this.#outliers);
+    let largest = 0;
     for (const head of this.#heads()) {
       for (const { rows } of this.#drawnRows(head).first) {
         const own = this.#fit(head, degree);
-        if (!own || !(this.#distance(head, rows, own) <= limit)) return false;
+        largest = own ? worse(largest, this.#distance(head, rows, own)) : Infinity;
+        if (!(largest <= limit)) return Infinity;
         yield 0;
       }
     }
-    return true;
+    return largest;
   }
 
   /**
