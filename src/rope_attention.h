@@ -311,9 +311,15 @@ int RA_API(ra_sample_changes)(const ra_problem *p, const ra_arrays *x, uint32_t 
 // The gradient of the bias of a query head (flat, of a key/value head that was prepared) at some entries, of this head alone, with
 // lse and out taken from x->lse and x->out: with exp, and with three polynomials of degree 2, coefficients [3][3]. entries [count],
 // at most RA_SAMPLE_LAGS; sums [count][4]. O(count Nq (D + Dv)).
-enum { RA_SAMPLE_LAGS = 64 };
+enum { RA_SAMPLE_LAGS = 256 };
 int RA_API(ra_sample_lags)(const ra_problem *p, const ra_arrays *x, uint32_t head, const uint32_t *entries,
                            uint32_t count, const float *coefficients, float *sums, void *workspace);
+
+// What such sums, with exp, gain when the lse and out of one row (flat, as above), which sees some keys, are not x->lse and x->out but
+// lse and out [Dv]: changes [count]. O(count (D + Dv)).
+int RA_API(ra_sample_lag_changes)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t row, float lse,
+                                  const float *out, const uint32_t *entries, uint32_t count, float *changes,
+                                  void *workspace);
 
 // --- Dense products ---------------------------------------------------------------------------------------------------
 

@@ -1066,38 +1066,70 @@ RA_KERNEL void add_lag_terms(const lag_terms *t, uint32_t count, const float *co
   }
 }
 
+// Query i with x_i = scale R q_i, by such lse and out, at entries of bias; times `sign`.
+static void set_lag_terms(const sample *e, const ra_arrays *x, size_t head, uint32_t i, const float *x_i, float lse,
+                          const float *out, float sign, const uint32_t *entries, uint32_t count, lag_terms *t) {
+  const float *dout = x->dout + ra_head(e->p, head, e->p->heads, e->Nq, e->Dv) + i * e->out_row;
+  const float *v = x->v + ra_head(e->p, head / e->group, e->p->kv_heads, e->Nk, e->Dv), *own = bias_of(e->p, head, i);
+  ra_range keys = ra_keys_of(e->p, i);
+  float delta = dot(dout, out, e->Dv), shift = dot(x_i, e->k_mean, e->D);
+  for (uint32_t l = 0; l < count; l++) {
+    int64_t j = (int64_t)i + e->p->key_length - 1 - entries[l];
+    t->dp[l] = 0, t->s[l] = 0, t->offset[l] = 0;
+    if (j < keys.first || j >= keys.end) continue;
+    t->s[l] = dot(x_i, e->k_rows + j * (int64_t)e->Dp, e->D);
+    t->dp[l] = sign * (dot(dout, v + j * (int64_t)e->v_row, e->Dv) - delta);
+    t->offset[l] = (float)(((double)*(own - j) + shift - lse) * RA_LOG2_E);
+  }
+}
+
+static void rotate_queries(const sample *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
+  ra_rotary_rows(&e->state->q_rotary, query_at(e, x->q, head, i), e->q_row, e->rows, e->Dp, count, i, RA_ROTATE,
+                 e->p->scale);
+}
+
+static int are_lags(const ra_problem *p, const uint32_t *entries, uint32_t count) {
+  if (ra_check(p) != RA_OK || ra_is_relative(p) || !p->bias || count == 0 || count > RA_SAMPLE_LAGS) return 0;
+  for (uint32_t l = 0; l < count; l++)
+    if (entries[l] >= ra_diagonals(p)) return 0;
+  return 1;
+}
+
 int ra_sample_lags(const ra_problem *p, const ra_arrays *x, uint32_t head, const uint32_t *entries, uint32_t count,
                    const float *coefficients, float *sums, void *workspace) {
-  if (ra_check(p) != RA_OK || ra_is_relative(p) || !p->bias || count == 0 || count > RA_SAMPLE_LAGS ||
-      head >= p->batch * p->heads)
-    return RA_ERROR_PROBLEM;
-  for (uint32_t l = 0; l < count; l++)
-    if (entries[l] >= ra_diagonals(p)) return RA_ERROR_PROBLEM;
+  if (!are_lags(p, entries, count) || head >= p->batch * p->heads) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
   double total[4 * RA_SAMPLE_LAGS] = {0};
   lag_terms t = {{0}, {0}, {0}};
-  const float *v = x->v + ra_head(p, head / e.group, p->kv_heads, e.Nk, e.Dv);
   for (uint32_t i = 0; i < p->query_length; i++) {
-    size_t at = ra_head(p, head, p->heads, e.Nq, e.Dv) + i * e.out_row;
+    const float *out = x->out + ra_head(p, head, p->heads, e.Nq, e.Dv) + i * e.out_row;
     float lse = x->lse[head * e.Nq + i];
-    if (i % TILE == 0)
-      ra_rotary_rows(&e.state->q_rotary, query_at(&e, x->q, head, i), e.q_row, e.rows, e.Dp,
-                     ra_min_u32(TILE, p->query_length - i), i, RA_ROTATE, p->scale);
+    if (i % TILE == 0) rotate_queries(&e, x, head, i, ra_min_u32(TILE, p->query_length - i));
     if (lse == -INFINITY) continue;
-    const float *x_i = e.rows + i % TILE * e.Dp, *dout = x->dout + at, *own = bias_of(p, head, i);
-    ra_range keys = ra_keys_of(p, i);
-    float delta = dot(dout, x->out + at, e.Dv), shift = dot(x_i, e.k_mean, e.D);
-    for (uint32_t l = 0; l < count; l++) {
-      int64_t j = (int64_t)i + e.p->key_length - 1 - entries[l];
-      t.dp[l] = 0, t.s[l] = 0, t.offset[l] = 0;
-      if (j < keys.first || j >= keys.end) continue;
-      t.s[l] = dot(x_i, e.k_rows + j * (int64_t)e.Dp, e.D);
-      t.dp[l] = dot(dout, v + j * (int64_t)e.v_row, e.Dv) - delta;
-      t.offset[l] = (float)(((double)*(own - j) + shift - lse) * RA_LOG2_E);
-    }
+    set_lag_terms(&e, x, head, i, e.rows + i % TILE * e.Dp, lse, out, 1, entries, count, &t);
     add_lag_terms(&t, count, coefficients, total);
   }
   for (uint32_t n = 0; n < 4 * count; n++) sums[n] = (float)total[n];
+  return RA_OK;
+}
+
+int ra_sample_lag_changes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t row, float lse,
+                          const float *out, const uint32_t *entries, uint32_t count, float *changes, void *workspace) {
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  if (!are_lags(p, entries, count)) return RA_ERROR_PROBLEM;
+  sample e = arrange(p, &cursor);
+  if (kv_head >= p->batch * p->kv_heads || row >= e.group * e.Nq) return RA_ERROR_PROBLEM;
+  size_t head = kv_head * e.group + row / e.Nq, i = row % e.Nq;
+  const float *there = x->out + ra_head(p, head, p->heads, e.Nq, e.Dv) + i * e.out_row;
+  static const float none[9];
+  double total[4 * RA_SAMPLE_LAGS] = {0};
+  lag_terms t = {{0}, {0}, {0}};
+  rotate_queries(&e, x, head, (uint32_t)i, 1);
+  set_lag_terms(&e, x, head, (uint32_t)i, e.rows, lse, out, 1, entries, count, &t);
+  add_lag_terms(&t, count, none, total);
+  set_lag_terms(&e, x, head, (uint32_t)i, e.rows, x->lse[head * e.Nq + i], there, -1, entries, count, &t);
+  add_lag_terms(&t, count, none, total);
+  for (uint32_t n = 0; n < count; n++) changes[n] = (float)total[4 * n];
   return RA_OK;
 }

@@ -393,7 +393,7 @@ export class Attention implements RopeAttention {
     }
     positive = (yield* this.#run(session, task, attempt, [pass], middle, to)) && positive;
     if (task.part) return missed(null, null);
-    const measured = worst(yield* sampler.check(pass, limit), lags?.check());
+    const measured = worst(yield* sampler.check(pass, limit), lags?.check(sampler, limit));
     if (!positive) return missed('has rows whose weights do not add up to a positive number', measured);
     return missed(measured.upper <= limit ? null : `has ${missing(measured, 'sampled', room)}`, measured);
   }

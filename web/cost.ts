@@ -317,7 +317,7 @@ export function samplingCost(g: Geometry, pass: Pass, candidates: number): { ref
   // Long portions of a head, those of drawn rows and of large ones; when causal short ones as well.
   const drawn = Math.ceil(DRAWN_ROWS / SAMPLE_ROWS / heads) * (g.causal ? 1.5 : 1);
   const slopes = g.alibi ? SLOPE_PORTIONS[g.alibi.some((slope) => slope >= STEEP) ? 'steep' : 'flat'] : 0;
-  const long = HARD_PORTIONS.full + drawn + slopes / 2;
+  const long = HARD_PORTIONS.full + drawn + slopes / 2 + Number(g.decays !== null && pass === 'backward');
   const short = g.causal ? HARD_PORTIONS.causal - HARD_PORTIONS.full : 0;
   const columns = pass === 'backward' ? 3 * columnsCost(g, [0]) : 0;
   const refusal = PLAN + prepare + table + FIT * candidates + 2 * portion;

@@ -151,6 +151,18 @@ interface Exports {
     sums: number,
     workspace: number,
   ): number;
+  ra_sample_lag_changes(
+    p: number,
+    x: number,
+    head: number,
+    row: number,
+    lse: number,
+    out: number,
+    entries: number,
+    count: number,
+    changes: number,
+    workspace: number,
+  ): number;
   ra_state_bytes(problem: number, whole: number): number;
   ra_state_workspace(problem: number): number;
   ra_state_append(problem: number, arrays: number, state: number, workspace: number): number;
@@ -180,6 +192,7 @@ const EXPORTS = [
   'ra_sample_columns',
   'ra_sample_changes',
   'ra_sample_lags',
+  'ra_sample_lag_changes',
   'ra_state_bytes',
   'ra_state_workspace',
   'ra_state_append',
@@ -201,7 +214,7 @@ const MAX_COEFFICIENTS = 9;
 /** Largest degree of the polynomial for the gradient of a bias at far distances (RA_MAX_LAG_DEGREE). */
 export const MAX_LAG_DEGREE = 2;
 /** Distances that are looked at together (RA_SAMPLE_LAGS). */
-export const SAMPLE_LAGS = 64;
+export const SAMPLE_LAGS = 256;
 /** Rows whose exact output and lse are taken together in columns. */
 export const SAMPLE_CHANGES = 64;
 const EXTREMES = 8;
@@ -901,6 +914,21 @@ export class Session {
       'ra_sample_lags',
     );
     return this.#arena.readFloats(sums, 4 * entries.length);
+  }
+
+  /** What these, with exp, gain when the lse and out of a row of a key/value head are not those that are there but others. */
+  lagChanges(head: number, { row, lse, out }: Change, entries: ArrayLike<number>): Float32Array {
+    this.prepare(head);
+    const { problem, arrays, lags, changes } = this.#at;
+    const sums = lags + 4 * SAMPLE_LAGS;
+    this.#arena.writeIntegers(lags, entries);
+    this.#arena.writeFloats(changes, out);
+    const { ra_sample_lag_changes } = this.#exports;
+    this.#expect(
+      ra_sample_lag_changes(problem, arrays, head, row, lse, changes, lags, entries.length, sums, this.#sampling),
+      'ra_sample_lag_changes',
+    );
+    return this.#arena.readFloats(sums, entries.length);
   }
 
   /**

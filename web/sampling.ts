@@ -334,7 +334,7 @@ export class Sampler {
   *#exactColumns(head: number, limit: number): Generator<ColumnPortion & { exact: Columns }, void> {
     let portions = this.#columns.get(head);
     if (!portions) this.#columns.set(head, (portions = this.#columnPortions(head)));
-    const changed = this.#changedRows(head, limit);
+    const changed = this.changedRows(head, limit);
     for (const portion of portions) {
       portion.byThere ??= this.#session.columns(head, portion.rows, null);
       // more rows are known later, never fewer
@@ -362,7 +362,7 @@ export class Sampler {
    * and in what columns take for exact. One that stands for w rows counts sqrt(w) times: their errors are like its own but for
    * their signs, so that squares are what adds up.
    */
-  #changedRows(head: number, limit: number): Change[] {
+  changedRows(head: number, limit: number): Change[] {
     const { first } = this.#drawnRows(head);
     const { hard, others } = this.#rest.get(head) ?? { hard: [], others: [] };
     const { valueDim } = this.#session.geometry;
@@ -523,7 +523,7 @@ export class Sampler {
     if (!rest) {
       const { queryLength } = this.#session.geometry;
       const byPlace = (rows: Drawn[]) => rows.sort((a, b) => (a.row % queryLength) - (b.row % queryLength));
-      const hard = this.#hardRows(head);
+      const hard = this.#hardRows(head, pass); // a sampler serves one pass
       for (const { rows, weights } of first) rows.forEach((row, n) => hard.has(row) && (weights[n] = 1));
       const known = new Set(first.flatMap(({ rows }) => rows));
       const slope = this.#slopeRows(head);
@@ -546,14 +546,15 @@ export class Sampler {
   /**
    * Rows where a polynomial is likely to be worst: the largest queries, those with the largest scores against the largest keys,
    * and rows that see few keys through the polynomial (errors average out over many): when causal, the first ones that see any;
-   * the first or the last two chunks where a window ends there; first rows of chunks where slopes are steep; some of packed
-   * sequences.
+   * the first or the last two chunks where a window ends there; first rows of chunks where slopes are steep; some of packed sequences; of
+   * gradients those behind the largest key where a bias decays.
    */
-  #hardRows(head: number): ReadonlySet<number> {
-    const { causal, queryOffset, queryLength } = this.#session.geometry;
+  #hardRows(head: number, pass: Pass): ReadonlySet<number> {
+    const { causal, queryOffset, queryLength, decays } = this.#session.geometry;
     const rows = new Set(this.#extremeRows(head));
-    const start = Math.ceil(Math.max(1 - queryOffset, 0) / CHUNK) * CHUNK;
-    if (causal && start + queryOffset <= 2 * CHUNK) {
+    const near = decays ? decays.near : 0; // which are exact
+    const start = Math.ceil(Math.max(near + 1 - queryOffset, 0) / CHUNK) * CHUNK;
+    if (causal && start + queryOffset <= near + 2 * CHUNK) {
       const heads = this.#session.rowsOfHead / queryLength;
       const chunks = 2 * Math.max(1, Math.floor(FIRST_HEADS / heads));
       for (let n = 0; n < Math.min(heads, FIRST_HEADS); n++) {
@@ -562,8 +563,21 @@ export class Sampler {
       }
     }
     const slope = this.#slopeRows(head);
-    for (const row of [...this.#windowRows(), ...slope.rows, ...slope.next, ...this.#segmentRows(head)]) rows.add(row);
+    const behind = pass === 'backward' ? this.#rowsBehindBand(head) : [];
+    const others = [slope.rows, slope.next, this.#windowRows(), this.#segmentRows(head), behind];
+    for (const some of others) for (const row of some) rows.add(row);
     return rows;
+  }
+
+  /** With decays of a bias: the first rows that have the largest key behind their near band, where it still weighs much. */
+  #rowsBehindBand(head: number): number[] {
+    const { decays, queryLength, queryOffset } = this.#session.geometry;
+    if (!decays) return [];
+    const first = (this.#seed % (this.#session.rowsOfHead / queryLength)) * queryLength;
+    const behind = this.#bounds[head].k_argmax + decays.near + 1 - queryOffset;
+    const start = Math.ceil(Math.max(behind, 0) / CHUNK) * CHUNK;
+    const count = Math.min(SAMPLE_ROWS, Math.max(queryLength - start, 0));
+    return Array.from({ length: count }, (_, n) => first + start + n);
   }
 
   /** Those of the largest queries, with the largest scores against the largest keys, and next to outliers. */

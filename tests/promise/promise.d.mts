@@ -16,6 +16,7 @@ export interface Expected {
   dq: Float32Array | Float64Array;
   dk: Float32Array | Float64Array;
   dv: Float32Array | Float64Array;
+  dBias?: Float32Array | Float64Array;
 }
 
 export const TOLERANCES: readonly number[];
@@ -23,7 +24,7 @@ export const SETTINGS: Record<string, (length: number, headDim: number) => Omit<
 export function methodOf(args: Instance): 'polynomial' | 'toeplitz';
 export function numbered(n: number, lengths?: readonly number[]): { name: string; kind: string; setting: string; args: Instance };
 export function outputError(args: Instance, output: ForwardResult['output'], expected: Expected['output']): number;
-export function gradientError(got: Pick<BackwardResult, 'dq' | 'dk' | 'dv'>, expected: Expected): number;
+export function gradientError(got: BackwardResult, expected: Expected): number;
 export function promised(
   attention: RopeAttention,
   args: Instance,

@@ -23,6 +23,22 @@ function rough({ queryLength, keyLength = queryLength }, size, heads = 1) {
 /** One head, small: by Fourier transforms every term is transformed for itself. */
 const small = (length, headDim) => ({ heads: 1, queryLength: Math.min(length, 200), headDim: Math.min(headDim, 4) });
 
+/** T5's buckets with maxDistance 128. */
+const bucket = (t) => (t < 16 ? t : Math.min(31, 16 + Math.floor((Math.log(t / 16) / Math.log(8)) * 16)));
+
+/** Causal, with a bias that goes through decaying states beyond a band: longer, for there to be anything beyond. */
+const smooth = (length, headDim, f, more = {}) => {
+  const shape = { heads: 1, queryLength: 2 * length, headDim, ...more.shape };
+  const { heads, queryLength, keyLength = queryLength } = shape;
+  const diagonals = queryLength + keyLength - 1;
+  const bias = Float32Array.from({ length: (more.ofHeads ? heads : 1) * diagonals }, (_, n) => {
+    const t = (n % diagonals) - keyLength + 1 + (more.queryOffset ?? 0);
+    return t < 0 ? 0 : f(t) * (1 + Math.floor(n / diagonals));
+  });
+  const { ofHeads: _, ...setting } = more;
+  return { ...setting, shape, bias, causal: true, method: 'polynomial' };
+};
+
 /** Masks and shapes, by name: settings for a length and a head size. */
 export const SETTINGS = {
   full: (length, headDim) => ({ shape: { heads: 1, queryLength: length, headDim } }),
@@ -80,11 +96,18 @@ export const SETTINGS = {
     const places = [0, 0, 0, 1, 1, 1, 1, 0, 0, 1].map((place) => Math.min(place, shape.headDim - 1));
     return { shape, relative: { support: Uint32Array.from(places), weights: rough(shape, 0.7, 5) } };
   },
+  'power law': (length, headDim) => smooth(length, headDim, (t) => -0.5 * Math.log1p(t)),
+  'logarithmic biases': (length, headDim) =>
+    smooth(length, headDim, (t) => -1.7 * Math.log1p(0.1 * t), { shape: { heads: 2, kvHeads: 1, valueDim: 3 }, ofHeads: true }),
+  'linear bias': (length, headDim) => smooth(length, headDim, (t) => -0.05 * t),
+  'linear bias, window and offset': (length, headDim) =>
+    smooth(length, headDim, (t) => -0.01 * t, { shape: { queryLength: length, keyLength: 2 * length }, queryOffset: length, window: [Math.ceil(1.7 * length), -1] }),
+  'T5 buckets': (length, headDim) => smooth(length, headDim, (t) => 0.4 * Math.sin(2.3 * bucket(t)) - 0.06 * bucket(t)),
 };
 
 /** The engine that an instance is for. */
-export const methodOf = ({ bias, relativePositions, relative }) =>
-  bias || relativePositions || relative ? 'toeplitz' : 'polynomial';
+export const methodOf = ({ method, bias, relativePositions, relative }) =>
+  method ?? (bias || relativePositions || relative ? 'toeplitz' : 'polynomial');
 
 const LENGTHS = [33, 64, 100, 200, 333];
 const HEAD_DIMS = [2, 4, 8];
@@ -135,10 +158,11 @@ export function outputError(args, output, expected) {
   return worst;
 }
 
-/** The largest of the relative Frobenius errors of dq, dk and dv. */
+/** The largest of the relative Frobenius errors of dq, dk and dv, and of dBias where decaying states stand for a bias. */
 export function gradientError(got, expected) {
+  const names = ['dq', 'dk', 'dv', ...(got.dBias && got.report.method === 'polynomial' ? ['dBias'] : [])];
   return Math.max(
-    ...['dq', 'dk', 'dv'].map((name) => {
+    ...names.map((name) => {
       let [difference, size] = [0, 0];
       for (let n = 0; n < got[name].length; n++) {
         difference += (got[name][n] - expected[name][n]) ** 2;
@@ -149,12 +173,12 @@ export function gradientError(got, expected) {
   );
 }
 
-/** A call whose miss, a RangeError, is a promise not given: null. */
+/** A call whose miss, or that of a fit, a RangeError, is a promise not given: null. */
 function attempted(call) {
   try {
     return call();
   } catch (error) {
-    if (error instanceof RangeError && /misses the tolerance/.test(error.message)) return null;
+    if (error instanceof RangeError && /misses the tolerance|needs a bias that is a sum of a few decays/.test(error.message)) return null;
     throw error;
   }
 }
