@@ -176,6 +176,14 @@ test-jest: page | tools-browser ## the Jest tests only (ARGS=... goes to Jest)
 bench: build | tools-browser ## the benchmarks, tests/bench/*.mjs (BENCH=file for one, ARGS=... goes to it)
 	@$(NODE) scripts/bench.mjs $(BENCH) -- $(ARGS)
 
+# The binary that is shipped has no names
+build/relaxed/named.wasm: dist/rope-attention.relaxed.wasm
+	@$(EMCC) $(TARGET_relaxed) $(LDFLAGS) --profiling-funcs $(SOURCES:src/%.c=build/relaxed/%.o) -o $@
+
+.PHONY: profile
+profile: build build/relaxed/named.wasm ## where the time of calls goes, by function, and what inner loops are made of (ARGS=...)
+	@$(NODE) scripts/bench.mjs tests/profile/profile.mjs -- $(ARGS)
+
 .PHONY: bench-auto crossover sweep
 bench-auto: build ## what choosing costs: time of auto over exact, an hour (ARGS=... for less)
 	@$(NODE) scripts/bench.mjs tests/promise/auto.mjs -- $(ARGS)
