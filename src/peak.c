@@ -2,8 +2,9 @@
 //
 // The multiply-add peak of one thread, the yardstick of the benchmarks: twelve independent accumulators that never leave
 // registers (kind 0), or the matrix micro-kernel on operands in L1 (kind 1). The better one counts: engines that fuse a
-// multiply and an add reach it by the first, others by the second.
+// multiply and an add reach it by the first, others by the second. Likewise transforms alone, for those inside an engine.
 
+#include "fft.h"
 #include "rope_attention.h"
 #include "tile.h"
 
@@ -37,3 +38,11 @@ static float tiles(uint32_t iterations) {
 }
 
 float ra_peak(uint32_t kind, uint32_t iterations) { return kind == 0 ? registers(iterations) : tiles(iterations); }
+
+void ra_fft_peak(uint32_t length, uint32_t blocks, uint32_t calls, void *workspace) {
+  size_t floats = 8 * (size_t)length;
+  float *x = (float *)workspace + ra_fft_bytes(length) / sizeof(float), *y = x + floats;
+  ra_fft_init(workspace, length);
+  for (size_t n = 0; n < floats; n++) x[n] = n % 7;
+  for (uint32_t n = 0; n < calls; n++) ra_fft(workspace, x, y + n % blocks * floats);
+}

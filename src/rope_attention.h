@@ -347,6 +347,10 @@ void RA_API(ra_warm_up)(uint32_t calls);
 // kind 1: the matrix micro-kernel in L1, 64 operations an iteration, rounded up to a multiple of 288 iterations (192 where tiles have four rows).
 float RA_API(ra_peak)(uint32_t kind, uint32_t iterations);
 
+// The same for the Toeplitz engine: so many transforms of four sequences of a length that it uses, 20 length log2 length operations each,
+// into so many blocks in turn. The workspace has 68 + 32 blocks bytes for each number, and 1 KB.
+void RA_API(ra_fft_peak)(uint32_t length, uint32_t blocks, uint32_t calls, void *workspace);
+
 #ifdef __cplusplus
 }
 #endif

@@ -10,12 +10,17 @@
 // `slope` is that of log time against log N since the row before; `MB` the WebAssembly memory of the backward call.
 // The degree is that of both passes, checked on sampled rows as always; `worst gradient` is
 // the largest relative error of dq, dk, dv and dBias (s: sampled); `states` how many decays stand for the bias, beyond which distance.
+//
+// Below, of rough biases: the rate of the transforms in a backward call, 5 n log2 n operations each, over that of the same transforms of
+// the same binary alone, with as much memory to write to, and what share of the call they are, by V8's profiler (tools/transforms.mjs).
 
 import { parseArgs } from 'node:util';
 
-import { createRopeAttention } from '../../dist/index.js';
+import { theory } from '../../dist/index.js';
 import { uniform } from './peers/problem.mjs';
+import { open } from './tools/peak.mjs';
 import { figures, median, relativeError, step } from './tools/step.mjs';
+import { ratesOf } from './tools/transforms.mjs';
 
 const { values: given } = parseArgs({
   options: {
@@ -53,7 +58,7 @@ function problem(length, headDim, mask, kind) {
   return { q, k, v, dOutput, bias, shape: { heads: 1, queryLength: length, headDim }, causal: mask === 'causal', tolerance };
 }
 
-const attention = await createRopeAttention();
+const { attention, binary } = (await open('relaxed-simd')) ?? (await open('simd128'));
 console.log(`biases, ${attention.simd}, entries in [-${bound}, ${bound}], tolerance ${tolerance}; milliseconds\n`);
 const header = ['bias', 'D', 'mask', 'N', 'degree', 'states', 'forward', 'backward', 'slope', 'MB', 'exact forward', 'backward', 'exact / ours', 'worst gradient'];
 console.log(`| ${header.join(' | ')} |\n|${' --- |'.repeat(header.length)}`);
@@ -65,6 +70,7 @@ const cases = numbers(given.dims).flatMap((headDim) =>
       .map((mask) => ({ headDim, kind, mask })),
   ),
 );
+const transforms = [];
 for (const { headDim, kind, mask } of cases) {
   let before = null;
   for (const length of numbers(given.lengths)) {
@@ -89,6 +95,14 @@ for (const { headDim, kind, mask } of cases) {
     const row = [kind, headDim, mask, length, degree, states, of(fast, 'forward'), of(fast, 'backward'), slope?.toFixed(2) ?? '', megabytes];
     console.log(`| ${[...row, of(exact, 'forward'), of(exact, 'backward'), ratio, worst].join(' | ')} |`);
     before = { both, length };
+    if (kind !== 'rough') continue;
+    const made = theory.transforms({ queryLength: length, headDim, degree, bias: true, pass: 'backward' });
+    const { output, lse } = fast[0];
+    const rates = await ratesOf(binary, () => attention.backward({ ...forced, output, lse }), { ...made, blocks: Math.ceil(length / made.length) });
+    transforms.push([headDim, mask, length, made.count, made.length, ...[rates.inside, rates.apart].map(figures), rates.share, rates.ofCall]);
   }
 }
+const percent = (x) => `${(100 * x).toFixed(0)} %`;
+console.log(`\nFourier transforms, GFLOP/s\n\n| D | mask | N | transforms | of numbers | in the call | alone | share | of the call |\n|${' --- |'.repeat(9)}`);
+for (const row of transforms) console.log(`| ${[...row.slice(0, 7), ...row.slice(7).map(percent)].join(' | ')} |`);
 attention.dispose();

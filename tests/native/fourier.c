@@ -5,6 +5,7 @@
 #include "check.h"
 #include "convolution.h"
 #include "fft.h"
+#include "rope_attention.h"
 
 #define PI 3.14159265358979323846
 
@@ -230,7 +231,23 @@ static void own_products_match_sums(uint32_t Nq, uint32_t Nk, uint32_t S, int64_
   free(x.at), free(y.at), free(product.at), free(adjoint.at), free(x_spectra), free(y_spectra), free(space);
 }
 
+// What benchmarks time fills the memory that it says, and no more: blocks in turn, each with the transform of the same numbers.
+static void peak_transforms_into_blocks(uint32_t length, uint32_t blocks) {
+  size_t bytes = (68 + 32 * (size_t)blocks) * length + 1024, plan = ra_fft_bytes(length), row = 8 * (size_t)length;
+  CHECK(plan <= 36 * (size_t)length + 1024, "plan of %u: %zu bytes", length, plan);
+  char *workspace = aligned_alloc(16, bytes);
+  ra_fft_peak(length, blocks, blocks, workspace);
+  const float *x = (float *)(workspace + plan), *y = x + row;
+  double sum = 0;
+  for (uint32_t n = 0; n < length; n++) sum += x[8 * n];
+  CHECK(sum > 0 && fabs(y[0] - sum) < 1e-5 * sum, "sum of %u numbers: %g, %g", length, (double)y[0], sum);
+  for (uint32_t b = 1; b < blocks; b++) CHECK(memcmp(y, y + b * row, row * sizeof *y) == 0, "block %u", b);
+  free(workspace);
+}
+
 int main(void) {
+  peak_transforms_into_blocks(32, 1);
+  peak_transforms_into_blocks(480, 5);
   static const uint32_t lengths[] = {32, 64, 96, 160, 192, 256, 320, 480, 1024, 1280, 1536};
   for (size_t n = 0; n < sizeof lengths / sizeof *lengths; n++) transforms_are_accurate(lengths[n]);
   products_match_sums(1, 1, 32, -1000, 1000);

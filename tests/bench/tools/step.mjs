@@ -9,7 +9,7 @@ export function step(attention, { dOutput, ...args }) {
   const t1 = performance.now();
   const gradients = attention.backward({ ...args, dOutput, output, lse });
   const t2 = performance.now();
-  return { forward: t1 - t0, backward: t2 - t1, both: t2 - t0, output, gradients, report };
+  return { forward: t1 - t0, backward: t2 - t1, both: t2 - t0, output, lse, gradients, report };
 }
 
 /** |got - exact| / |exact|, Frobenius norms. */
