@@ -295,7 +295,10 @@ int RA_API(ra_sample_rows)(const ra_problem *p, const ra_arrays *x, uint32_t kv_
                            uint32_t count, const float *coefficients, uint32_t degree, float *out, float *lse,
                            float *dq, ra_distance *distance, void *workspace);
 
-// Up to 8 rows of dk and dv (keys[count], ascending), with exp (coefficients NULL) or with the polynomial as for rows, with lse and
+enum { RA_SAMPLE_KEYS = 32 };
+
+// Up to RA_SAMPLE_KEYS rows of dk and dv (keys[count], ascending), with exp (coefficients NULL) or with the polynomial as for rows, with
+// lse and
 // out taken from x->lse and x->out: O(count heads/kv_heads Nq (D + Dv)). dk [count][D], dv [count][Dv]. With a polynomial dk lacks
 // what the engine has through the mean key, R_j^T x with the same x for every key: of the size of the polynomial's error.
 int RA_API(ra_sample_columns)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys,

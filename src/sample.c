@@ -21,6 +21,7 @@
 enum {
   LANES = 8,
   TILE = 128, // keys, or queries, that are weighed together
+  GROUPS = RA_SAMPLE_KEYS / LANES,
 };
 
 typedef struct sample_state {
@@ -39,7 +40,7 @@ typedef struct sample {
   float *k_mean;      // [Dp]
   float *k_rows;      // [Nk][Dp] rotated, centred
   float *rows;        // [TILE][Dp]
-  float *strip;       // [Dp][8] the eight rows as lanes
+  float *strip;       // [Dp][8] the eight rows as lanes; of columns four times that, as of v_strip, sum_t, d_t
   float *v_strip;     // [Dv][8] their values, or their dout
   float *s;           // [max(Nk, TILE)][8]
   float *weight, *ds; // [TILE][8]
@@ -65,13 +66,13 @@ static sample arrange(const ra_problem *p, ra_workspace_cursor *w) {
   e.k_mean = ra_take_floats(w, 1, e.Dp);
   e.k_rows = ra_take_floats(w, e.Nk, e.Dp);
   e.rows = ra_take_floats(w, TILE, e.Dp);
-  e.strip = ra_take_floats(w, e.Dp, LANES);
-  e.v_strip = ra_take_floats(w, e.Dv, LANES);
+  e.strip = ra_take_floats(w, e.Dp, RA_SAMPLE_KEYS);
+  e.v_strip = ra_take_floats(w, e.Dv, RA_SAMPLE_KEYS);
   e.s = ra_take_floats(w, e.Nk > TILE ? e.Nk : TILE, LANES);
   e.weight = ra_take_floats(w, TILE, LANES);
   e.ds = ra_take_floats(w, TILE, LANES);
-  e.sum_t = ra_take_floats(w, e.Dv, LANES);
-  e.d_t = ra_take_floats(w, e.Dp, LANES);
+  e.sum_t = ra_take_floats(w, e.Dv, RA_SAMPLE_KEYS);
+  e.d_t = ra_take_floats(w, e.Dp, RA_SAMPLE_KEYS);
   e.scaled = ra_take_floats(w, 1, e.Dv);
   if (ra_is_relative(p)) {
     e.map_space = ra_take(w, 1, ra_relative_bytes(p, 1, 1), 1);
@@ -926,44 +927,54 @@ static void weigh_apart(const sample *e, const queries *t, const columns *c, uin
   }
 }
 
-// These queries, with rows of dout for them, against the eight keys in the lanes of strip and v_strip; t lacks all but delta.
-static void add_weighed(const sample *e, const ra_arrays *x, queries *t, const float *dout, const columns *c) {
-  uint32_t i0 = t->i0, count = t->count;
+static int some_between(const uint32_t *keys, uint32_t first, uint32_t end) {
+  int some = 0;
+  for (int n = 0; n < LANES; n++) some |= keys[n] >= first && keys[n] < end;
+  return some;
+}
+
+// These queries, with rows of dout for them, against groups of eight keys, the lanes of strip and v_strip of e[g]; t lacks all but
+// delta.
+static void add_weighed(const sample *e, const ra_arrays *x, queries *t, const float *dout, const columns *c,
+                        uint32_t groups) {
+  uint32_t i0 = t->i0, count = t->count, first = ra_keys_of(e->p, i0).first, end = ra_key_limit(e->p, i0 + count - 1);
   const float *q = x->q + ra_head(e->p, t->head, e->p->heads, e->Nq, e->D) + i0 * e->q_row;
   const float *lse = x->lse + t->head * e->Nq + i0;
   ra_rotary_rows(&e->state->q_rotary, q, e->q_row, e->rows, e->Dp, count, i0, RA_ROTATE, e->p->scale);
-  score_queries(e, i0, count, c->keys, e->s);
-  ra_set_rows(dout, e->out_row, count, e->v_strip, LANES, (uint32_t)e->Dv, e->ds, LANES);
-
   for (uint32_t n = 0; n < count; n++)
     t->offset[n] = dot(e->rows + n * e->Dp, e->k_mean, e->D) - (lse[n] == -INFINITY ? 0 : lse[n]);
   for (uint32_t n = 0; n < TILE && c->w->polynomial; n += 4) {
     f32x4 offset = f32x4_mul(f32x4_load(t->offset + n), f32x4_splat((float)RA_LOG2_E));
     f32x4_store(t->factor + n, ra_exp2(offset, ra_exp2_load()));
   }
-  float live[LANES], through[LANES];
-  if (weighs_alike(e, t, c, live, through)) weigh_alike(e, t, c, live, through);
-  else
-    for (uint32_t n = 0; n < count; n++) weigh_apart(e, t, c, n);
-  ra_add_columns(dout, e->out_row, (uint32_t)e->Dv, e->weight, LANES, count, e->sum_t, LANES);
-  add_key_gradients(e, i0, count, c->keys, e->ds);
+  for (; groups > 0; groups--, e++, c++) {
+    if (!some_between(c->keys, first, end)) continue;
+    float live[LANES], through[LANES];
+    score_queries(e, i0, count, c->keys, e->s);
+    ra_set_rows(dout, e->out_row, count, e->v_strip, LANES, (uint32_t)e->Dv, e->ds, LANES);
+    if (weighs_alike(e, t, c, live, through)) weigh_alike(e, t, c, live, through);
+    else
+      for (uint32_t n = 0; n < count; n++) weigh_apart(e, t, c, n);
+    ra_add_columns(dout, e->out_row, (uint32_t)e->Dv, e->weight, LANES, count, e->sum_t, LANES);
+    add_key_gradients(e, i0, count, c->keys, e->ds);
+  }
 }
 
 // Queries i0 .. i0 + count - 1 of one head with the dout, out and lse that are there.
-static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32_t i0, uint32_t count,
-                        const columns *c) {
+static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32_t i0, uint32_t count, const columns *c,
+                        uint32_t groups) {
   size_t row = ra_head(e->p, head, e->p->heads, e->Nq, e->Dv) + i0 * e->out_row;
   const float *dout = x->dout + row, *out = x->out + row;
   queries t = {.head = head, .i0 = i0, .count = count};
   for (uint32_t n = 0; n < count; n++) t.delta[n] = dot(dout + n * e->out_row, out + n * e->out_row, e->Dv);
-  add_weighed(e, x, &t, dout, c);
+  add_weighed(e, x, &t, dout, c, groups);
 }
 
 // What changes when the lse and out of query i become those given, `share` times. P~ being the weight by what is there, the weight
 // becomes r P~, r = exp(lse there - lse), and dS = P~ (dP - delta~) becomes r P~ (dP - delta): differences are those of a query with
 // share (r - 1) dout for its dout and share (r delta - delta~) for its delta.
 static void add_change(const sample *e, const ra_arrays *x, size_t head, uint32_t i, float lse, const float *out,
-                       float share, const columns *c) {
+                       float share, const columns *c, uint32_t groups) {
   size_t row = ra_head(e->p, head, e->p->heads, e->Nq, e->Dv) + i * e->out_row;
   const float *dout = x->dout + row;
   double by = (double)x->lse[head * e->Nq + i] - lse, ratio = exp(by);
@@ -971,71 +982,75 @@ static void add_change(const sample *e, const ra_arrays *x, size_t head, uint32_
   queries t = {.head = head, .i0 = i, .count = 1};
   t.delta[0] = (float)(share * (ratio * dot(dout, out, e->Dv) - dot(dout, x->out + row, e->Dv)));
   for (size_t d = 0; d < e->Dv; d++) e->scaled[d] = (float)(share * expm1(by) * dout[d]);
-  add_weighed(e, x, &t, e->scaled, c);
+  add_weighed(e, x, &t, e->scaled, c, groups);
 }
 
-static int some_between(const uint32_t *keys, uint32_t first, uint32_t end) {
-  int some = 0;
-  for (int n = 0; n < LANES; n++) some |= keys[n] >= first && keys[n] < end;
-  return some;
-}
-
-// Keys with their rows and values in the lanes of strip and v_strip; sums begin at zero. Lanes past `count` repeat the last one.
-static columns load_columns(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys, uint32_t count,
-                            const weigher *w) {
-  columns c = {.w = w};
+// Groups of eight of `count` keys, with their rows and values in the lanes of strip and v_strip; sums begin at zero. Lanes past the last
+// key repeat it. Returns how many groups.
+static uint32_t load_columns(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys,
+                             uint32_t count, const weigher *w, sample *own, columns *c) {
+  uint32_t groups = ra_ceil_div(count, LANES);
   const float *v = x->v + ra_head(e->p, kv_head, e->p->kv_heads, e->Nk, e->Dv);
-  for (uint32_t n = 0; n < LANES; n++) {
-    uint32_t j = c.keys[n] = keys[n < count ? n : count - 1];
-    c.outlier[n] = ra_outlier_bits(ra_outlier_keys(e->p, kv_head), 1, 0, j, 1);
-    ra_transpose(e->k_rows + j * e->Dp, e->Dp, 1, e->D, e->strip + n, LANES);
-    ra_transpose(v + j * e->v_row, e->v_row, 1, e->Dv, e->v_strip + n, LANES);
+  ra_fill(e->sum_t, e->Dv * RA_SAMPLE_KEYS, 0);
+  ra_fill(e->d_t, e->Dp * RA_SAMPLE_KEYS, 0);
+  for (uint32_t g = 0; g < groups; g++) {
+    own[g] = *e;
+    own[g].strip += g * e->Dp * LANES, own[g].v_strip += g * e->Dv * LANES;
+    own[g].sum_t += g * e->Dv * LANES, own[g].d_t += g * e->Dp * LANES;
+    c[g].w = w;
+    for (uint32_t n = 0; n < LANES; n++) {
+      uint32_t j = c[g].keys[n] = keys[ra_min_u32(g * LANES + n, count - 1)];
+      c[g].outlier[n] = ra_outlier_bits(ra_outlier_keys(e->p, kv_head), 1, 0, j, 1);
+      ra_transpose(e->k_rows + j * e->Dp, e->Dp, 1, e->D, own[g].strip + n, LANES);
+      ra_transpose(v + j * e->v_row, e->v_row, 1, e->Dv, own[g].v_strip + n, LANES);
+    }
   }
-  ra_fill(e->sum_t, e->Dv * LANES, 0);
-  ra_fill(e->d_t, e->Dp * LANES, 0);
-  return c;
+  return groups;
 }
 
-static void store_columns(const sample *e, const uint32_t *keys, uint32_t count, float *dk, float *dv) {
-  ra_transpose(e->d_t, LANES, e->D, LANES, e->rows, e->Dp);
+static void store_columns(const sample *own, const uint32_t *keys, uint32_t count, float *dk, float *dv) {
   for (uint32_t n = 0; n < count; n++) {
-    ra_transpose(e->sum_t + n, LANES, e->Dv, 1, dv + n * e->Dv, e->Dv);
-    ra_rotary_rows(&e->state->k_rotary, e->rows + n * e->Dp, e->Dp, dk + n * e->D, e->D, 1, keys[n],
-                   RA_ROTATE_TRANSPOSE, 1.0f);
+    const sample *e = own + n / LANES;
+    ra_transpose(e->d_t + n % LANES, LANES, e->D, 1, e->rows, e->Dp);
+    ra_transpose(e->sum_t + n % LANES, LANES, e->Dv, 1, dv + n * e->Dv, e->Dv);
+    ra_rotary_rows(&e->state->k_rotary, e->rows, e->Dp, dk + n * e->D, e->D, 1, keys[n], RA_ROTATE_TRANSPOSE, 1.0f);
   }
 }
 
 int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys, uint32_t count,
                       const float *coefficients, uint32_t degree, float *dk, float *dv, void *workspace) {
-  if (ra_check(p) != RA_OK || count == 0 || count > LANES || degree > RA_MAX_DEGREE) return RA_ERROR_PROBLEM;
+  if (ra_check(p) != RA_OK || count == 0 || count > RA_SAMPLE_KEYS || degree > RA_MAX_DEGREE) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
-  sample e = arrange(p, &cursor);
+  sample e = arrange(p, &cursor), own[GROUPS];
+  columns c[GROUPS];
   weigher w = weigher_of(p, kv_head, coefficients, degree);
-  columns c = load_columns(&e, x, kv_head, keys, count, &w);
+  uint32_t groups = load_columns(&e, x, kv_head, keys, count, &w, own, c);
   for (size_t head = kv_head * e.group; head < (kv_head + 1) * e.group; head++)
     for (uint32_t i = ra_query_start(p, keys[0]), end = ra_query_end(p, keys[count - 1]), some; i < end; i += some) {
       some = ra_min_u32(TILE, end - i);
-      if (some_between(c.keys, ra_keys_of(p, i).first, ra_key_limit(p, i + some - 1)))
-        add_queries(&e, x, head, i, some, &c);
+      uint32_t first = ra_keys_of(p, i).first, limit = ra_key_limit(p, i + some - 1), seen = 0;
+      for (uint32_t g = 0; g < groups; g++) seen |= (uint32_t)some_between(c[g].keys, first, limit);
+      if (seen) add_queries(own, x, head, i, some, c, groups);
     }
-  store_columns(&e, keys, count, dk, dv);
+  store_columns(own, keys, count, dk, dv);
   return RA_OK;
 }
 
 int ra_sample_changes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
                       const float *lse, const float *out, const float *shares, const uint32_t *keys, uint32_t key_count,
                       float *dk, float *dv, void *workspace) {
-  if (ra_check(p) != RA_OK || key_count == 0 || key_count > LANES) return RA_ERROR_PROBLEM;
+  if (ra_check(p) != RA_OK || key_count == 0 || key_count > RA_SAMPLE_KEYS) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
-  sample e = arrange(p, &cursor);
+  sample e = arrange(p, &cursor), own[GROUPS];
+  columns c[GROUPS];
   for (uint32_t n = 0; n < count; n++)
     if (rows[n] >= e.group * e.Nq) return RA_ERROR_PROBLEM;
   weigher w = weigher_of(p, kv_head, NULL, 0);
-  columns c = load_columns(&e, x, kv_head, keys, key_count, &w);
+  uint32_t groups = load_columns(&e, x, kv_head, keys, key_count, &w, own, c);
   for (uint32_t n = 0; n < count; n++)
-    add_change(&e, x, kv_head * e.group + rows[n] / e.Nq, (uint32_t)(rows[n] % e.Nq), lse[n], out + n * e.Dv, shares[n],
-               &c);
-  store_columns(&e, keys, key_count, dk, dv);
+    add_change(own, x, kv_head * e.group + rows[n] / e.Nq, (uint32_t)(rows[n] % e.Nq), lse[n], out + n * e.Dv,
+               shares[n], c, groups);
+  store_columns(own, keys, key_count, dk, dv);
   return RA_OK;
 }
 

@@ -16,6 +16,8 @@ export const CHUNK = 32;
 
 /** When errors are sampled: rows at a time in a key/value head, drawn rows in all of these heads (if few). */
 export const SAMPLE_ROWS = 8;
+/** Keys whose gradients are sampled together, at most: RA_SAMPLE_KEYS. */
+export const SAMPLE_KEYS = 32;
 export const DRAWN_ROWS = 32;
 /** Segments that are looked at for their own sake: rows that see few keys, so next to nothing. */
 export const LOOKED_SEGMENTS = 4;
@@ -280,12 +282,15 @@ export function rowsCost(g: Geometry, rows: ArrayLike<number>, pass: Pass): numb
   return portionCost(g, pass, Math.min(seen, keysOfPortion(g)));
 }
 
-/** The same for a portion of columns, ascending. */
+/** The same for a portion of columns, ascending, up to SAMPLE_KEYS of them. */
 export function columnsCost(g: Geometry, keys: ArrayLike<number>): number {
-  const unseen = g.causal ? Math.max(0, Math.min(keys[0] - g.queryOffset, g.queryLength)) : 0;
-  const queries = ((g.queryLength - unseen) / g.queryLength) * queriesOfHead(g);
   const { each, entry } = PAIR.columns;
-  return PORTION + SAMPLE_ROWS * queries * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, 'backward'));
+  let pairs = 0;
+  for (let n = 0; n < keys.length; n += SAMPLE_ROWS) {
+    const unseen = g.causal ? Math.max(0, Math.min(keys[n] - g.queryOffset, g.queryLength)) : 0;
+    pairs += SAMPLE_ROWS * ((g.queryLength - unseen) / g.queryLength) * queriesOfHead(g);
+  }
+  return PORTION + pairs * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, 'backward'));
 }
 
 /** What so many known rows change in a portion of columns. */

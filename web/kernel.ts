@@ -11,6 +11,7 @@ import {
   prepareCost,
   rankCost,
   rowsCost,
+  SAMPLE_KEYS,
   SAMPLE_ROWS,
   type Pass,
 } from './cost.js';
@@ -421,7 +422,7 @@ export class Session {
       lags: g.decays ? floats(5 * SAMPLE_LAGS + 9) : 0,
       coefficients: floats(this.heads * MAX_COEFFICIENTS),
       own: floats(MAX_COEFFICIENTS),
-      rows: floats(SAMPLE_ROWS),
+      rows: floats(SAMPLE_KEYS),
       changes: floats(SAMPLE_CHANGES * (3 + g.valueDim)),
       extremes: floats(4 * EXTREMES),
       outlierQueries: floats(this.heads * this.outlierLimits.queries),
@@ -431,8 +432,8 @@ export class Session {
       out: floats(SAMPLE_ROWS * g.valueDim),
       lse: floats(SAMPLE_ROWS),
       dq: floats(SAMPLE_ROWS * g.headDim),
-      dk: floats(SAMPLE_ROWS * g.headDim),
-      dv: floats(SAMPLE_ROWS * g.valueDim),
+      dk: floats(SAMPLE_KEYS * g.headDim),
+      dv: floats(SAMPLE_KEYS * g.valueDim),
     };
     arena.commit(name);
     this.#writeGeometry();
@@ -834,7 +835,7 @@ export class Session {
     return code === OK;
   }
 
-  /** Rows `keys` (ascending) of dk and dv with exp or a polynomial, and the lse and out that are there. */
+  /** Up to SAMPLE_KEYS rows `keys` (ascending) of dk and dv with exp or a polynomial, and the lse and out that are there. */
   columns(head: number, keys: ArrayLike<number>, coefficients: Float32Array | null): { dk: Float32Array; dv: Float32Array } {
     this.prepare(head);
     const at = this.#at;

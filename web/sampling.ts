@@ -10,7 +10,7 @@
 // Rows are drawn by a generator seeded with the call's seed and the head, so a call repeated gives the same choice, and
 // `backward` finds the polynomials of its `forward`. Only rows that may see a key are drawn.
 
-import { CHUNK, DRAWN_ROWS, FIT, LOOKED_SEGMENTS, SAMPLE_ROWS, SAMPLE_SCORES, STEEP, type Pass } from './cost.js';
+import { CHUNK, DRAWN_ROWS, FIT, LOOKED_SEGMENTS, SAMPLE_KEYS, SAMPLE_ROWS, SAMPLE_SCORES, STEEP, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
 import { SAMPLE_CHANGES, type Bounds, type Change, type Outliers, type Rows, type Session } from './kernel.js';
 import { condense, evaluate, fitToScores } from './polynomial.js';
@@ -700,7 +700,10 @@ export class Sampler {
       weight: Math.max(1, own.length / (SAMPLE_ROWS / 2)),
     }));
     const all = [...Array.from(large, (row) => ({ row, weight: 1 })), ...drawn, ...between, ...some];
-    return inPortions(head, all.sort((a, b) => a.row - b.row)).map(({ rows, weights }) => ({
+    all.sort((a, b) => a.row - b.row);
+    // What fails should fail soon: a few, then the others
+    const portions = [all.slice(0, SAMPLE_ROWS), all.slice(SAMPLE_ROWS)].flatMap((some) => inPortions(head, some, SAMPLE_KEYS));
+    return portions.map(({ rows, weights }) => ({
       rows,
       weights,
       byThere: null,
@@ -738,7 +741,7 @@ export class Sampler {
   }
 }
 
-/** Up to SAMPLE_ROWS rows (or keys) of a head, each standing for `weights` rows. */
+/** Up to SAMPLE_ROWS rows of a head, each standing for `weights` rows. */
 interface Portion {
   head: number;
   rows: number[];
@@ -753,7 +756,7 @@ interface Known extends Portion {
 
 type Columns = ReturnType<Session['columns']>;
 
-/** Up to SAMPLE_ROWS keys of a head, each standing for `weights` keys. */
+/** Up to SAMPLE_KEYS keys of a head, each standing for `weights` keys. */
 interface ColumnPortion {
   rows: number[];
   weights: number[];
@@ -769,9 +772,9 @@ interface Drawn {
   weight: number;
 }
 
-function inPortions(head: number, all: readonly Drawn[]): Portion[] {
-  return Array.from({ length: Math.ceil(all.length / SAMPLE_ROWS) }, (_, n) => {
-    const some = all.slice(n * SAMPLE_ROWS, (n + 1) * SAMPLE_ROWS);
+function inPortions(head: number, all: readonly Drawn[], size = SAMPLE_ROWS): Portion[] {
+  return Array.from({ length: Math.ceil(all.length / size) }, (_, n) => {
+    const some = all.slice(n * size, (n + 1) * size);
     return { head, rows: some.map(({ row }) => row), weights: some.map(({ weight }) => weight), exact: null };
   });
 }

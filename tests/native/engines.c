@@ -734,10 +734,11 @@ static void samples_match_the_oracle(const shape *s) {
   for (uint32_t kv = 0; kv < s->batch * s->kv_heads; kv++) {
     void *workspace = aligned_alloc(16, bytes);
     ra_bounds b;
-    uint32_t rows[8], keys[8], count = 0, key_count = 0;
+    // from one to four groups of eight keys, not always full
+    uint32_t rows[8], keys[RA_SAMPLE_KEYS], count = 0, key_count = 0, most = 8 * (1 + (s->Nq + kv) % 4) - s->Dv % 3;
     for (uint32_t n = 0; n < 8 && n < group * s->Nq; n++)
       rows[count++] = (uint32_t)((group * s->Nq - 1) * n / 8 + n % 2);
-    for (uint32_t n = 0; n < 8 && n < s->Nk; n++) keys[key_count++] = s->Nk <= 8 ? n : n * (s->Nk / 8);
+    for (uint32_t n = 0; n < most && n < s->Nk; n++) keys[key_count++] = s->Nk <= most ? n : n * (s->Nk / most);
     CHECK(ra_sample_prepare(&oracle.p, &oracle.x, kv, &b, workspace) == RA_OK && b.finite, "prepare");
 
     double q_norm = 0, half = 0;
