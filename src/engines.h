@@ -28,7 +28,6 @@ void ra_polynomial_warm_up(uint32_t calls);
 int ra_check(const ra_problem *p);
 
 static inline uint32_t ra_min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
-static inline uint32_t ra_max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 static inline uint32_t ra_ceil_div(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
 
 // Keys that query i may see: first .. end-1. Both rise with i; first = end when there are none.

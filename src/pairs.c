@@ -72,21 +72,19 @@ static void add_strips(const strips *t, const float *rows, size_t row, uint32_t 
                    t->keys[s].end - t->keys[s].first, sum_t + s * STRIP, CHUNK);
 }
 
-// c[key][column] = sum_query a[key][query] rows[query][column], over the queries that may see the key; columns: a multiple of 8
+// c[key][column] = sum_query a[key][query] rows[query][column] over the queries that may see the key, four keys at a time: a has 32 rows, of
+// zeros past the last key. columns: a multiple of 8
 RA_KERNEL void set_strip_products(const strips *t, const float *a, uint32_t keys, const float *rows, size_t row,
                                   uint32_t columns, float *c) {
   f32x4 zero = f32x4_splat(0);
   ra_tile tile;
-  for (uint32_t d = 0; d < columns; d += 8) {
-#define STEP(R)                                                                                                        \
-  uint32_t from = ra_min_u32(t->from[r / STRIP], t->from[(r + R - 1) / STRIP]);                                        \
-  uint32_t to = ra_max_u32(t->to[r / STRIP], t->to[(r + R - 1) / STRIP]);                                              \
-  ra_tile_multiply(&tile, R, zero, zero, to > from ? to - from : 0, a + r * CHUNK + from, 1, CHUNK,                    \
-                   rows + from * row + d, row);                                                                        \
-  ra_tile_store(&tile, R, c + (size_t)r * columns + d, columns)
-    RA_IN_STEPS(r, keys, STEP);
-#undef STEP
-  }
+  for (uint32_t d = 0; d < columns; d += 8)
+    for (uint32_t r = 0; r < keys; r += 4) {
+      uint32_t from = t->from[r / STRIP], to = t->to[r / STRIP];
+      ra_tile_multiply(&tile, 4, zero, zero, to > from ? to - from : 0, a + r * CHUNK + from, 1, CHUNK,
+                       rows + from * row + d, row);
+      ra_tile_store(&tile, 4, c + (size_t)r * columns + d, columns);
+    }
 }
 
 // a = 2^(s - reference) of scores a = x.y, 0 for keys that are not seen; top[32]: the largest s, in powers of two as well.
