@@ -281,15 +281,16 @@ uint32_t RA_API(ra_sample_scores)(const ra_problem *p, const ra_arrays *x, uint3
                                   uint32_t count, uint32_t stride, float *scores, void *workspace);
 
 // How far rows are from x->out and x->lse: the largest differences, infinite where one is NaN, and the largest entries of these rows.
-// Rows with the same lse do not count in the latter two.
+// Rows with the same lse do not count in the latter two. With dq also how far that is from dq by x->out and x->lse, Frobenius
+// norms before rotation and scale, likewise; else 0.
 typedef struct ra_distance {
-  float out, out_entry, lse, lse_entry;
+  float out, out_entry, lse, lse_entry, dq, dq_size;
 } ra_distance;
 
 // Up to 8 rows of the forward pass, and of dq unless dq is NULL, with exp (coefficients NULL) or with the polynomial
 // coefficients[degree + 1] as the polynomial engine would use it (exact at the edges of causal masks and windows, and for
 // outliers), times exp(bias), directly from the scores: O(count Nk (D + Dv)). out [count][Dv], lse [count], dq [count][D]; and
-// *distance unless that is NULL. The gradient reads x->dout only.
+// *distance unless that is NULL. The gradient itself reads x->dout only.
 // RA_NOT_POSITIVE when a row's weights do not add up to a positive finite number.
 int RA_API(ra_sample_rows)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
                            uint32_t count, const float *coefficients, uint32_t degree, float *out, float *lse,

@@ -740,7 +740,7 @@ static float larger(float most, float x) { return fabsf(x) > most ? fabsf(x) : x
 // How far rows are from x->out and x->lse.
 static ra_distance distance_of(const sample *e, const ra_arrays *x, const lanes *l, const float *out,
                                const float *lse) {
-  ra_distance most = {0, 0, 0, 0};
+  ra_distance most = {0, 0, 0, 0, 0, 0};
   for (uint32_t n = 0; n < l->count; n++, out += e->Dv) {
     const float *there = x->out + ra_head(e->p, l->head[n], e->p->heads, e->Nq, e->Dv) + l->i[n] * e->out_row;
     for (size_t d = 0; d < e->Dv; d++) {
@@ -753,6 +753,29 @@ static ra_distance distance_of(const sample *e, const ra_arrays *x, const lanes 
     most.lse_entry = larger(most.lse_entry, lse[n]);
   }
   return most;
+}
+
+// How far gradients by x->out and x->lse are from those of rows, in d_t, whose out.dout is delta: with r = exp(lse - lse there),
+// dS by these is r P (dP - delta there), and so dq is r (dq + (delta - delta there) mean), mean being that of the keys by the derivatives
+// of weights, in the second d_t; with exp the mean key as well, which has no part in dq itself.
+static void add_gradient_distance(const sample *e, const ra_arrays *x, const lanes *l, int by_exp, const float *lse,
+                                  const float *delta, const float *inverse, ra_distance *distance) {
+  const float *means = e->d_t + e->Dp * LANES;
+  double difference = 0, size = 0;
+  for (uint32_t n = 0; n < l->count; n++) {
+    size_t row = ra_head(e->p, l->head[n], e->p->heads, e->Nq, e->Dv) + l->i[n] * e->out_row;
+    double lse_there = x->lse[l->head[n] * e->Nq + l->i[n]], delta_there = 0;
+    if (lse[n] == -INFINITY && lse_there == lse[n]) continue; // nothing is seen
+    for (size_t d = 0; d < e->Dv; d++) delta_there += (double)x->dout[row + d] * x->out[row + d];
+    double ratio = exp(lse[n] - lse_there);
+    for (size_t d = 0; d < e->D; d++) {
+      double dq = e->d_t[d * LANES + n], mean = means[d * LANES + n] * (double)inverse[n] + (by_exp ? e->k_mean[d] : 0);
+      double off = ratio * (dq + (delta[n] - delta_there) * mean) - dq;
+      difference += off * off, size += dq * dq;
+    }
+  }
+  distance->dq = larger(0, (float)sqrt(difference));
+  distance->dq_size = (float)sqrt(size);
 }
 
 int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
@@ -792,8 +815,10 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
 
   // pass 3: dS = weight' / sum (dout.v - dout.out), dq = scale R^T sum_j dS k
   float delta[LANES] = {0}, inverse[LANES] = {0};
+  sample means = e;
+  means.d_t += e.Dp * LANES;
   ra_fill(e.v_strip, e.Dv * LANES, 0);
-  ra_fill(e.d_t, e.Dp * LANES, 0);
+  ra_fill(e.d_t, 2 * e.Dp * LANES, 0);
   for (uint32_t n = 0; n < count; n++) {
     const float *dout = x->dout + ra_head(p, l.head[n], p->heads, e.Nq, e.Dv) + l.i[n] * e.out_row;
     double dot = 0;
@@ -805,6 +830,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
     uint32_t keys = ra_min_u32(TILE, l.end - j);
     float *s = e.s + (size_t)j * LANES, *weights = coefficients ? e.weight : s;
     if (coefficients) weigh(&l, &w, s, j, keys, 1, weights);
+    if (distance) add_query_gradients(&means, &l, j, keys, weights);
     ra_set_rows(v + j * e.v_row, e.v_row, keys, e.v_strip, LANES, (uint32_t)e.Dv, e.ds, LANES);
     for (uint32_t n = 0; n < keys; n++)
       for (int h = 0; h < LANES; h += 4) {
@@ -814,6 +840,7 @@ int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, co
       }
     add_query_gradients(&e, &l, j, keys, e.ds);
   }
+  if (distance) add_gradient_distance(&e, x, &l, !coefficients, lse, delta, inverse, distance);
   ra_transpose(e.d_t, LANES, e.D, LANES, e.rows, e.Dp);
   for (uint32_t n = 0; n < count; n++)
     ra_rotary_rows(&e.state->q_rotary, e.rows + n * e.Dp, e.Dp, dq + n * e.D, e.D, 1, l.i[n], RA_ROTATE_TRANSPOSE,

@@ -21,6 +21,7 @@ describe('instances of every kind, mask and size', () => {
       ['certified', 1, 0.3],
       ['forward', 2, 0.6],
       ['backward', 2, 0.6],
+      ['training', 2, 0.6],
     ])('%s: no error is above %d tolerances', (how, most, share) => {
       const kept: (Kept & { name: string })[] = [];
       for (let n = 0; n < COUNT; n++) {
@@ -82,7 +83,7 @@ describe('lengths at which `auto` runs polynomials by itself', () => {
           const args = instance({ kind, bound, seed, shape: { heads: 1, queryLength: length, headDim }, causal });
           const { dOutput: _, ...forwardArgs } = args;
           const exact = { ...attention().forward({ ...forwardArgs, method: 'exact' }), ...attention().backward({ ...args, method: 'exact' }) };
-          for (const how of ['forward', 'backward', 'certified'] as const) {
+          for (const how of ['forward', 'backward', 'training', 'certified'] as const) {
             // The exact engine is the reference here, right to 1e-6.
             for (const { ratio, degree } of promised(attention(), args, how, [3e-2, 1e-3, 1e-4], exact, { method: 'auto' })) {
               expect(ratio).toBeLessThanOrEqual(how === 'certified' ? 1 : 2);

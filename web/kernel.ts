@@ -796,9 +796,14 @@ export class Session {
     };
   }
 
-  /** How far such rows of the forward pass are from the output and lse that are there. */
-  distance(head: number, rows: ArrayLike<number>, coefficients: Float32Array | null): Values<typeof DISTANCE> {
-    this.#sampleRows(head, rows, coefficients, 0, this.#at.distance);
+  /** How far such rows are from the output and lse that are there; when `gradient`, and dq from that by these. */
+  distance(
+    head: number,
+    rows: ArrayLike<number>,
+    coefficients: Float32Array | null,
+    gradient: boolean,
+  ): Values<typeof DISTANCE> {
+    this.#sampleRows(head, rows, coefficients, gradient ? this.#at.dq : 0, this.#at.distance);
     return this.#arena.readStruct(this.#at.distance, DISTANCE);
   }
 

@@ -103,7 +103,7 @@ export const BOUNDS = {
 } as const satisfies Fields;
 
 /** ra_distance. */
-export const DISTANCE = { out: 'f32', outEntry: 'f32', lse: 'f32', lseEntry: 'f32' } as const satisfies Fields;
+export const DISTANCE = { out: 'f32', outEntry: 'f32', lse: 'f32', lseEntry: 'f32', dq: 'f32', dqSize: 'f32' } as const satisfies Fields;
 
 /** Bytes of a struct. */
 export function sizeOf(fields: Fields): number {

@@ -400,13 +400,16 @@ export class Sampler {
   }
 
   /**
-   * How far the output and lse that are there are from rows with exp (`coefficients` null) or a polynomial: the larger of the output's
-   * error and lse's.
+   * How far the output and lse that are there are from rows with exp (`coefficients` null) or a polynomial: the largest of the output's
+   * error, lse's, and where there are such that of dq by these, which is small where rows of keys cancel and shows them the more.
    */
   #distance(head: number, rows: ArrayLike<number>, coefficients: Float32Array | null): number {
-    const { out, outEntry, lse, lseEntry } = this.#session.distance(head, rows, coefficients);
+    const { out, outEntry, lse, lseEntry } = this.#session.distance(head, rows, coefficients, false);
     // Weights are off by as much as lse is, but for float32 rounding.
-    return worse(overRange(out, outEntry, this.#bounds[head].v_half_range), lse - ROUNDING * Math.max(1, lseEntry));
+    const off = worse(overRange(out, outEntry, this.#bounds[head].v_half_range), lse - ROUNDING * Math.max(1, lseEntry));
+    if (!(off > 0)) return off;
+    const { dq, dqSize } = this.#session.distance(head, rows, coefficients, true);
+    return worse(off, dq === 0 ? 0 : dq / dqSize - ROUNDING);
   }
 
   #fit(head: number, degree: number): Float32Array | null {

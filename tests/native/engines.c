@@ -364,18 +364,20 @@ static void finish(run *r) {
 }
 
 // Both passes, `slice` units at a time, in a workspace of exactly the size asked for.
+static void compute_pass(run *r, uint32_t pass, uint32_t slice) {
+  size_t bytes = ra_workspace(&r->p, pass);
+  uint32_t units = ra_units(&r->p, pass);
+  char *workspace = aligned_alloc(16, bytes);
+  memset(workspace, 0xa5, bytes);
+  int status = RA_OK;
+  for (uint32_t first = 0; first < units; first += slice)
+    status |= ra_run(&r->p, &r->x, pass, workspace, first, first + slice < units ? first + slice : units);
+  CHECK(status == RA_OK, "pass %u: %d", pass, status);
+  free(workspace);
+}
+
 static void compute(run *r, uint32_t slice) {
-  for (uint32_t pass = RA_FORWARD; pass <= RA_BACKWARD; pass++) {
-    size_t bytes = ra_workspace(&r->p, pass);
-    uint32_t units = ra_units(&r->p, pass);
-    char *workspace = aligned_alloc(16, bytes);
-    memset(workspace, 0xa5, bytes);
-    int status = RA_OK;
-    for (uint32_t first = 0; first < units; first += slice)
-      status |= ra_run(&r->p, &r->x, pass, workspace, first, first + slice < units ? first + slice : units);
-    CHECK(status == RA_OK, "pass %u: %d", pass, status);
-    free(workspace);
-  }
+  for (uint32_t pass = RA_FORWARD; pass <= RA_BACKWARD; pass++) compute_pass(r, pass, slice);
 }
 
 static void compare(const char *name, const shape *s, const run *r, const run *oracle, double tolerance) {
@@ -639,6 +641,32 @@ static void largest_are_largest(const shape *s, const run *r, uint32_t kv, const
 // What sampled rows know.
 static int is_sampled(const shape *s) { return !s->softcap && !s->mask && !s->sinks; }
 
+// With lse and out that are wrong, dq by these is as far from what it was as is said, dq being the rows `before`.
+static void gradient_distance_is_right(const shape *s, run *wrong, uint32_t kv, const uint32_t *rows, uint32_t count,
+                                       const guarded *before, void *workspace) {
+  guarded out = guarded_new((size_t)count * s->Dv, 1, 1), lse = guarded_new(count, 1, 1);
+  guarded dq = guarded_new((size_t)count * s->D, 1, 1);
+  ra_distance distance;
+  double difference = 0, size = 0;
+  CHECK(ra_sample_rows(&wrong->p, &wrong->x, kv, rows, count, NULL, 0, out.data, lse.data, dq.data, &distance,
+                       workspace) == RA_OK,
+        "rows");
+  compute_pass(wrong, RA_BACKWARD, 1);
+  for (uint32_t n = 0; n < count; n++) {
+    size_t row = (size_t)kv * (s->heads / s->kv_heads) * s->Nq + rows[n];
+    size_t at = place(s, row / s->Nq, s->heads, s->Nq, row % s->Nq, s->D);
+    for (uint32_t d = 0; d < s->D; d++) {
+      difference += pow((double)wrong->dq.data[at + d] - before->data[at + d], 2);
+      size += pow(before->data[at + d], 2);
+    }
+  }
+  if (size > 0 && wrong->p.rotary_factor == 1)
+    CHECK(fabs(distance.dq / distance.dq_size - sqrt(difference / size)) < 1e-4 * (1 + sqrt(difference / size)),
+          "Nq %u Nk %u D %u: dq off by %g, not %g", s->Nq, s->Nk, s->D, (double)(distance.dq / distance.dq_size),
+          sqrt(difference / size));
+  guarded_free(&out), guarded_free(&lse), guarded_free(&dq);
+}
+
 // Columns by an lse and out that are wrong in some rows, and what changes when these are put right: the columns of the oracle.
 static void changes_undo_errors(const shape *s, run *oracle, uint32_t kv, const uint32_t *all, uint32_t all_count,
                                 const uint32_t *keys, uint32_t key_count, void *workspace) {
@@ -670,6 +698,10 @@ static void changes_undo_errors(const shape *s, run *oracle, uint32_t kv, const 
   }
   CHECK(ra_sample_columns(p, x, kv, keys, key_count, NULL, 0, dk[1].data, dv[1].data, workspace) == RA_OK,
         "wrong columns");
+  guarded before = guarded_new(oracle->dq.count, 1, 1);
+  memcpy(before.data, oracle->dq.data, before.count * sizeof(float));
+  gradient_distance_is_right(s, oracle, kv, rows, count, &before, workspace);
+  guarded_free(&before);
   for (int halves = 0; halves < 2; halves++) {
     for (uint32_t n = 0; n < count; n++) shares.data[n] = halves ? 0.5f : 1;
     CHECK(ra_sample_changes(p, x, kv, rows, count, lse.data, out.data, shares.data, keys, key_count,
@@ -686,6 +718,7 @@ static void changes_undo_errors(const shape *s, run *oracle, uint32_t kv, const 
     *own_lse[n] = lse.data[n];
     memcpy(own_out[n], out.data + n * s->Dv, s->Dv * sizeof(float));
   }
+  compute_pass(oracle, RA_BACKWARD, 1);
   double top_k = 0.2 * fabs((double)s->scale) * s->bound, top_v = 1e-3;
   for (size_t n = 0; n < k_count; n++)
     top_k = fmax(top_k, fmax(fabs((double)dk[0].data[n]), fabs((double)dk[1].data[n])));
@@ -710,7 +743,7 @@ static void changes_undo_errors(const shape *s, run *oracle, uint32_t kv, const 
 // That of some rows of out and lse from those of a run.
 static void distance_is_largest(const shape *s, const run *there, uint32_t kv, const uint32_t *rows, uint32_t count,
                                 const guarded *out, const guarded *lse, const ra_distance *distance) {
-  ra_distance want = {0, 0, 0, 0};
+  ra_distance want = {.dq = distance->dq, .dq_size = distance->dq_size};
   for (uint32_t n = 0; n < count; n++) {
     size_t row = (size_t)kv * (s->heads / s->kv_heads) * s->Nq + rows[n], head = row / s->Nq, i = row % s->Nq;
     const float *out_there = there->out.data + place(s, head, s->heads, s->Nq, i, s->Dv);
@@ -722,6 +755,7 @@ static void distance_is_largest(const shape *s, const run *there, uint32_t kv, c
     want.lse = fmaxf(want.lse, fabsf(lse->data[n] - there->lse.data[row]));
     want.lse_entry = fmaxf(want.lse_entry, fabsf(lse->data[n]));
   }
+  CHECK(distance->dq <= 1e-5f * distance->dq_size + 1e-6f, "dq by what is there off by %g", (double)distance->dq);
   CHECK(memcmp(&want, distance, sizeof want) == 0, "distance %g %g, not %g %g", (double)distance->out,
         (double)distance->lse, (double)want.out, (double)want.lse);
 }

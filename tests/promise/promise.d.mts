@@ -1,7 +1,7 @@
 import type { BackwardResult, ForwardResult, Options, RopeAttention } from '../../dist/index.js';
 import type { Instance } from './instances.mjs';
 
-export type Promise = 'certified' | 'forward' | 'backward';
+export type Promise = 'certified' | 'forward' | 'backward' | 'training';
 
 /** An error over its tolerance, null where nothing was promised; the certified bound over the error. */
 export interface Kept {

@@ -186,7 +186,7 @@ function attempted(call) {
 /**
  * One instance at some tolerances: what was promised, and the error over the tolerance.
  *
- * @param how 'certified', 'forward' or 'backward' (both sampled)
+ * @param how 'certified', 'forward', 'backward' or 'training', gradients by the output and lse of a forward call (sampled)
  * @returns for each tolerance { tolerance, ratio, slack, degree }; ratio null where nothing was promised, slack the certified
  *   bound over the error
  */
@@ -195,11 +195,13 @@ export function promised(attention, args, how, tolerances, expected, options = {
   return tolerances.map((tolerance) => {
     const guarantee = how === 'certified' ? 'certified' : 'sampled';
     const call = { tolerance, guarantee, ...options };
-    const got = attempted(() =>
-      how === 'backward' ? attention.backward({ ...args, ...call }) : attention.forward({ ...forwardArgs, ...call }),
-    );
+    const forward = () => attention.forward({ ...forwardArgs, ...call });
+    const got = attempted(() => {
+      if (how === 'backward') return attention.backward({ ...args, ...call });
+      return how === 'training' ? attention.backward({ ...args, ...call, saved: forward() }) : forward();
+    });
     if (!got) return { tolerance, ratio: null, slack: null, degree: null };
-    const error = how === 'backward' ? gradientError(got, expected) : outputError(args, got.output, expected.output);
+    const error = got.output ? outputError(args, got.output, expected.output) : gradientError(got, expected);
     const { errorBound, degree } = got.report;
     return { tolerance, ratio: error / tolerance, slack: how === 'certified' && errorBound ? errorBound / error : null, degree };
   });

@@ -5,7 +5,8 @@
 //   --instances 3000   --from 0   --tolerances 3 (of the 41, others for each instance)   --lengths 33,64,100,200,333
 //   --binary simd128 | relaxed-simd   --worst 5   --json build/sweep.json
 //
-// Each instance is a call of each kind: certified output, sampled output, sampled gradients. `given` are the calls that
+// Each instance is a call of each kind: certified output, sampled output, sampled gradients, by themselves and by the output and lse of a
+// forward call. `given` are the calls that
 // promised something, that is returned a polynomial's result and not a RangeError; `above 1`, `above 2` those whose error,
 // measured on all rows against float64, is that many times the tolerance; slack is the certified bound over that error.
 
@@ -29,12 +30,18 @@ const { values: given } = parseArgs({
 });
 const [count, from, each] = [given.instances, given.from, given.tolerances].map(Number);
 const attention = await createRopeAttention({ relaxedSimd: given.binary === 'auto' ? 'auto' : given.binary === 'relaxed-simd' });
+const LABELS = {
+  certified: 'certified output',
+  forward: 'sampled output',
+  backward: 'sampled gradients',
+  training: 'sampled gradients, saved output',
+};
 const kept = [];
 for (let n = from; n < from + count; n++) {
   const { name, kind, args } = numbered(n, given.lengths.split(',').map(Number));
   const expected = expectedOf(args);
   const some = Array.from({ length: each }, (_, step) => TOLERANCES[(3 * n + Math.floor((step * TOLERANCES.length) / each)) % TOLERANCES.length]);
-  for (const how of ['certified', 'forward', 'backward']) {
+  for (const how of Object.keys(LABELS)) {
     kept.push(...promised(attention, args, how, some, expected).map((one) => ({ name, kind, how, ...one })));
   }
   if ((n - from + 1) % 500 === 0) console.error(`${n - from + 1} of ${count}`);
@@ -54,9 +61,8 @@ function row(label, calls) {
 const head = ['promise', 'input', 'calls', 'given', 'above 1', 'above 2', 'worst', 'median', 'slack: least', 'tenth', 'median'];
 console.log(`${attention.simd}; ${count} instances from number ${from}; errors over tolerances\n`);
 console.log(`| ${head.join(' | ')} |\n|${head.map(() => ' --- |').join('')}`);
-for (const how of ['certified', 'forward', 'backward']) {
+for (const [how, label] of Object.entries(LABELS)) {
   const own = kept.filter((one) => one.how === how);
-  const label = how === 'certified' ? 'certified output' : how === 'forward' ? 'sampled output' : 'sampled gradients';
   console.log(`| ${row([label, 'all'], own).join(' | ')} |`);
   for (const kind of Object.keys(KINDS)) console.log(`| ${row([label, kind], own.filter((one) => one.kind === kind)).join(' | ')} |`);
 }
