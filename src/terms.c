@@ -9,7 +9,8 @@
 //
 // where x_p is half of the query's pair of dimensions, read as a complex number, y_p the key's. The last is complex, in D
 // variables instead of the 2 D real ones of the same map as W_t; a term and its conjugate add up to twice the real part of
-// either, so that only one of them is computed: about C(D + g, g) / 2 terms.
+// either, so that only one of them is computed: about C(D + g, g) / 2 terms. Those that are their own conjugates are real, features and
+// matrices, and take two columns of values at a time as all terms of the other two kinds do.
 //
 // With phi a product of x_p (of z_p), their conjugates (of conj(z_p)) and real numbers, A_ij = sum_r w_r Re(conj(phi_r(x_i))
 // T_r(i - j) phi_r(y_j)): queries and keys have the same features.
@@ -41,6 +42,11 @@ size_t ra_terms_count(const ra_problem *p) {
   size_t all = ra_rank(ra_terms_variables(p), p->degree);
   if (all == RA_SIZE_OVERFLOW || !p->relative_positions) return all;
   return (size_t)((all + count_real(p)) / 2);
+}
+
+size_t ra_terms_real(const ra_problem *p) {
+  size_t all = ra_terms_count(p);
+  return all == RA_SIZE_OVERFLOW || !p->relative_positions ? all : (size_t)count_real(p);
 }
 
 static const uint16_t *variables_of(const ra_toeplitz *e, uint32_t row) {
@@ -86,10 +92,14 @@ static int compare_conjugate(const ra_toeplitz *e, const uint16_t *variables, ui
 }
 
 void ra_terms_init(const ra_toeplitz *e) {
-  uint32_t term = 0;
+  uint32_t slots = e->real_groups * RA_LANES, real = 0, other = slots;
   list_variables(e);
-  for (uint32_t row = 0; row < e->f.rank; row++)
-    if (!e->complex || compare_conjugate(e, variables_of(e, row), degree_of(e, row)) >= 0) e->monomial[term++] = row;
+  for (uint32_t slot = 0; slot < e->groups * RA_LANES; slot++) e->monomial[slot] = UINT32_MAX;
+  for (uint32_t row = 0; row < e->f.rank; row++) {
+    int order = e->complex ? compare_conjugate(e, variables_of(e, row), degree_of(e, row)) : 0;
+    if (order == 0 && real < slots) e->monomial[real++] = row;
+    else if (order >= 0) e->monomial[other++] = row;
+  }
 }
 
 void ra_terms_weights(const ra_toeplitz *e, const float *coefficients) {
@@ -142,8 +152,8 @@ RA_KERNEL void multiply_factors(const float *z_t, const factor *factors, uint32_
 }
 
 // The factors of a term, and its weight on this side; the number of factors.
-static uint32_t take_factors(const ra_toeplitz *e, const ra_side *z, uint32_t term, factor *factors, float *weight) {
-  uint32_t row = e->monomial[term], count = degree_of(e, row);
+static uint32_t take_factors(const ra_toeplitz *e, const ra_side *z, uint32_t row, factor *factors, float *weight) {
+  uint32_t count = degree_of(e, row);
   for (uint32_t m = 0; m < count; m++) factors[m] = factor_of(e, z, variables_of(e, row)[m]);
   *weight = z->queries ? e->weights[row] : 1;
   return count;
@@ -151,10 +161,10 @@ static uint32_t take_factors(const ra_toeplitz *e, const ra_side *z, uint32_t te
 
 void ra_terms_features(const ra_toeplitz *e, const ra_side *z, uint32_t group) {
   for (uint32_t lane = 0; lane < RA_LANES; lane++) {
-    uint32_t term = group * RA_LANES + lane;
+    uint32_t row = e->monomial[group * RA_LANES + lane];
     factor factors[RA_MAX_DEGREE];
     float weight = 0, y[2 * RA_STRIP];
-    uint32_t count = term < e->terms ? take_factors(e, z, term, factors, &weight) : 0;
+    uint32_t count = row != UINT32_MAX ? take_factors(e, z, row, factors, &weight) : 0;
     for (size_t n = 0; n < z->length; n += RA_STRIP) {
       multiply_factors(z->z_t, factors, count, NONE, weight, e->complex, n, y);
       for (uint32_t i = 0; i < RA_STRIP; i += 4) {
@@ -185,10 +195,11 @@ RA_KERNEL void add_jacobian(float *dz_t, const factor *f, const float *others, c
 }
 
 void ra_terms_jacobian(const ra_toeplitz *e, const ra_side *z, uint32_t group) {
-  for (uint32_t lane = 0; lane < RA_LANES && group * RA_LANES + lane < e->terms; lane++) {
+  for (uint32_t lane = 0; lane < RA_LANES; lane++) {
     factor factors[RA_MAX_DEGREE];
     float weight, others[2 * RA_STRIP];
-    uint32_t count = take_factors(e, z, group * RA_LANES + lane, factors, &weight);
+    uint32_t row = e->monomial[group * RA_LANES + lane];
+    uint32_t count = row != UINT32_MAX ? take_factors(e, z, row, factors, &weight) : 0;
     for (size_t n = 0; n < z->length; n += RA_STRIP)
       for (uint32_t m = 0; m < count; m++) {
         multiply_factors(z->z_t, factors, count, m, weight, e->complex, n, others);
@@ -216,13 +227,14 @@ RA_KERNEL void multiply_lags(const ra_toeplitz *e, uint32_t v, float *y, float *
   }
 }
 
-// y = E, or 0 for a term that there is none of, times the map of each of its variables but one.
+// y = E, or 0 for a term that there is none of, times the map of each of its variables but one. Of real terms y_i is rounding: 0.
 static void fill_lags(const ra_toeplitz *e, uint32_t term, uint32_t but, float *y, float *y_i) {
-  uint32_t row = term < e->terms ? e->monomial[term] : 0, count = degree_of(e, row);
-  for (size_t n = 0; n < e->lags; n++) y[n] = term < e->terms ? e->far[RA_EDGE + n] : 0;
+  uint32_t row = e->monomial[term], count = row != UINT32_MAX ? degree_of(e, row) : 0;
+  for (size_t n = 0; n < e->lags; n++) y[n] = row != UINT32_MAX ? e->far[RA_EDGE + n] : 0;
   ra_fill(y_i, e->lags, 0);
   for (uint32_t m = 0; m < count; m++)
     if (m != but) multiply_lags(e, variables_of(e, row)[m], y, y_i);
+  if (term / RA_LANES < e->real_groups) ra_fill(y_i, e->lags, 0);
 }
 
 void ra_terms_kernels(const ra_toeplitz *e, uint32_t group) {
@@ -234,8 +246,9 @@ void ra_terms_kernels(const ra_toeplitz *e, uint32_t group) {
 void ra_terms_change(const ra_toeplitz *e, uint32_t group, float *dbias, float *dweights) {
   for (uint32_t row = 0; dbias && row < 2 * RA_LANES; row++)
     for (size_t n = 0; n < e->lags; n++) dbias[n] += e->kernels[row * e->lags + n] * e->dlags[row * e->lags + n];
-  for (uint32_t lane = 0; dweights && lane < RA_LANES && group * RA_LANES + lane < e->terms; lane++) {
-    uint32_t term = group * RA_LANES + lane, row = e->monomial[term], count = degree_of(e, row);
+  for (uint32_t lane = 0; dweights && lane < RA_LANES; lane++) {
+    uint32_t term = group * RA_LANES + lane, row = e->monomial[term];
+    uint32_t count = row != UINT32_MAX ? degree_of(e, row) : 0;
     float *others = e->kernels + lane * e->lags; // which is not needed any more
     for (uint32_t m = 0; m < count; m++) {
       float *to = dweights + variables_of(e, row)[m] * e->lags;

@@ -52,15 +52,28 @@ static void take_side(ra_side *z, uint32_t heads, size_t length, const ra_toepli
   z->dw_t = z->dz_t + e->D * length;
 }
 
+// Batches of a group, of real terms or of complex ones.
+static uint32_t steps_of(const ra_toeplitz *e, int complex) {
+  return complex ? e->columns : ra_ceil_div(e->columns, 2);
+}
+
+// Real terms that do not fill a group of their own join complex ones where that makes fewer batches.
+static void count_groups(ra_toeplitz *e, uint32_t terms, uint32_t real) {
+  uint32_t rest = real % RA_LANES;
+  uint64_t apart = steps_of(e, 0) + (uint64_t)ra_ceil_div(terms - real, RA_LANES) * steps_of(e, 1);
+  uint64_t joined = (uint64_t)ra_ceil_div(terms - real + rest, RA_LANES) * steps_of(e, 1);
+  e->real_groups = real / RA_LANES + (rest > 0 && apart < joined);
+  uint32_t slots = e->real_groups * RA_LANES;
+  e->groups = e->real_groups + (slots < terms ? ra_ceil_div(terms - (slots < real ? slots : real), RA_LANES) : 0);
+}
+
 // What follows from the problem alone.
 static ra_toeplitz measure(const ra_problem *p) {
   ra_toeplitz e = {.p = p, .D = p->head_dim, .Dv = p->value_dim, .columns = p->value_dim + 1};
-  size_t terms = ra_terms_count(p);
+  size_t terms = ra_terms_count(p), real = ra_terms_real(p);
   e.own = ra_is_relative(p), e.complex = p->relative_positions != NULL;
   e.parts = e.complex ? 2 * RA_LANES : RA_LANES;
-  e.terms = terms == RA_SIZE_OVERFLOW ? UINT32_MAX : (uint32_t)terms;
-  e.groups = ra_ceil_div(e.terms, RA_LANES);
-  e.steps = e.complex ? e.columns : ra_ceil_div(e.columns, 2);
+  count_groups(&e, (uint32_t)terms, (uint32_t)real); // RA_SIZE_OVERFLOW, which fits nothing, stays as large
   e.Nq = p->query_length, e.Nk = p->key_length, e.lags = ra_diagonals(p);
   e.together = heads_together(p);
   e.q_row = ra_row(p, p->heads, e.D), e.k_row = ra_row(p, p->kv_heads, e.D);
@@ -80,7 +93,7 @@ static ra_toeplitz arrange(const ra_problem *p, uint32_t pass, ra_workspace_curs
   e.weights = ra_take_floats(w, rank, 1);
   e.run = ra_take(w, rank, 1, 1);
   e.variables = ra_take(w, rank, p->degree + 1, sizeof(uint16_t));
-  e.monomial = ra_take(w, e.terms, 1, sizeof(uint32_t));
+  e.monomial = ra_take(w, e.groups, RA_LANES, sizeof(uint32_t));
   if (e.complex) e.phases = ra_take_floats(w, p->rotary_dim, e.lags);
   e.near = ra_take_floats(w, e.lags + 2 * EDGE, 1);
   e.far = ra_take_floats(w, e.lags + 2 * EDGE, 1);
@@ -131,24 +144,36 @@ static ra_side queries_of(const ra_toeplitz *e, uint32_t h) {
 // Real terms take two columns, one as the real part and one as the imaginary part.
 
 typedef struct batch {
-  uint32_t group, step;
+  uint32_t group, step, steps; // step of so many
+  int complex;
 } batch;
+
+static uint64_t batches_of(const ra_toeplitz *e) {
+  return (uint64_t)e->real_groups * steps_of(e, 0) + (uint64_t)(e->groups - e->real_groups) * steps_of(e, 1);
+}
+
+static batch batch_at(const ra_toeplitz *e, uint32_t n) {
+  uint32_t real = e->real_groups * steps_of(e, 0);
+  int complex = n >= real;
+  uint32_t steps = steps_of(e, complex), at = complex ? n - real : n;
+  return (batch){(complex ? e->real_groups : 0) + at / steps, at % steps, steps, complex};
+}
 
 // Row n of a batch, 0 .. 7, is row `part_of` of phi times this column; one that there is not for the second of a last pair. Nor for
 // the first term, a constant, with the first column, of ones: what that gives are sums of E (settle_queries, settle_lags).
-static uint32_t part_of(const ra_toeplitz *e, uint32_t n) { return n % e->parts; }
+static uint32_t part_of(batch b, uint32_t n) { return b.complex ? n : n % RA_LANES; }
 
-static uint32_t column_of(const ra_toeplitz *e, batch b, uint32_t n) {
-  uint32_t column = e->complex ? b.step : 2 * b.step + n / RA_LANES;
+static uint32_t column_of(batch b, uint32_t n) {
+  uint32_t column = b.complex ? b.step : 2 * b.step + n / RA_LANES;
   return b.group == 0 && n % RA_LANES == 0 && column == 0 ? UINT32_MAX : column;
 }
 
 // lanes [8][32] += phi times column.
 RA_KERNEL void pack_strip(const ra_toeplitz *e, const ra_side *z, batch b, size_t at, float *lanes) {
   for (uint32_t n = 0; n < RA_COLUMNS; n++, lanes += STRIP) {
-    uint32_t column = column_of(e, b, n);
+    uint32_t column = column_of(b, n);
     if (column < e->columns)
-      ra_add_products(z->phi + part_of(e, n) * z->length + at, z->w_t + column * z->length + at, lanes);
+      ra_add_products(z->phi + part_of(b, n) * z->length + at, z->w_t + column * z->length + at, lanes);
   }
 }
 
@@ -156,9 +181,9 @@ RA_KERNEL void pack_strip(const ra_toeplitz *e, const ra_side *z, batch b, size_
 RA_KERNEL void unpack_strip(const ra_toeplitz *e, const ra_side *z, batch b, size_t at, const float *lanes, float *sums,
                             uint32_t first, int gradient) {
   for (uint32_t n = 0; n < RA_COLUMNS; n++, lanes += STRIP) {
-    uint32_t column = column_of(e, b, n);
+    uint32_t column = column_of(b, n);
     if (column >= e->columns) continue;
-    size_t part = part_of(e, n) * z->length + at;
+    size_t part = part_of(b, n) * z->length + at;
     if (sums && column >= first) ra_add_products(z->phi + part, lanes, sums + (column - first) * z->length + at);
     if (gradient) ra_add_products(z->w_t + column * z->length + at, lanes, z->dphi + part);
   }
@@ -550,8 +575,6 @@ static void finish(const ra_toeplitz *e, const ra_arrays *x, uint32_t pass, head
 //
 // For each job: one to prepare, one for each batch, one to finish.
 
-static uint64_t batches_of(const ra_toeplitz *e) { return (uint64_t)e->groups * e->steps; }
-
 static uint64_t count_units(const ra_problem *p) {
   ra_toeplitz e = measure(p);
   uint64_t jobs = (uint64_t)p->batch * p->heads / e.together, each = batches_of(&e) + 2;
@@ -606,10 +629,10 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
       finish(&e, x, pass, own);
       continue;
     }
-    batch b = {(at - 1) / e.steps, (at - 1) % e.steps};
+    batch b = batch_at(&e, at - 1);
     if (b.step == 0) begin_group(&e, pass, b.group);
     run_batch(&e, pass, b);
-    if (pass == RA_BACKWARD && b.step + 1 == e.steps) end_group(&e, b.group, dbias_of(&e, x, own), dweights_of(&e, x));
+    if (pass == RA_BACKWARD && b.step + 1 == b.steps) end_group(&e, b.group, dbias_of(&e, x, own), dweights_of(&e, x));
   }
   return last == units(p, pass) && e.state->not_positive > 0 ? RA_NOT_POSITIVE : RA_OK;
 }

@@ -47,9 +47,10 @@ typedef struct ra_toeplitz {
   uint32_t D, Dv, columns; // Dv + 1
   int own, complex;        // each term has a kernel of its own, which is complex where the map is a rotation
   uint32_t parts;          // rows of phi: 4, or 8 when complex
-  uint32_t terms, groups;  // groups of four terms, one in each lane
-  uint32_t steps;          // batches of a group: one for each column of u, or for two of them
-  uint32_t together;       // query heads that share a key/value head and a bias
+  uint32_t groups;         // groups of four terms, one in each lane
+  uint32_t
+      real_groups; // those of real terms, which come first: all, or when complex most terms that are their own conjugates
+  uint32_t together;                   // query heads that share a key/value head and a bias
   size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays
   size_t Nq, Nk, lags;
   char *q_space, *k_space;
@@ -57,7 +58,7 @@ typedef struct ra_toeplitz {
   float *weights;            // [rank] w_r, of two conjugate terms where one stands for both
   uint8_t *run;              // [rank]
   uint16_t *variables;       // [rank][degree] of each monomial
-  uint32_t *monomial;        // [terms]
+  uint32_t *monomial;        // [groups][4]; UINT32_MAX where the last group of its kind has no term
   float *phases;             // complex: [rotary_dim/2][2][lags] cos, sin of relative_positions
   float *near, *far;         // [RA_EDGE + lags + RA_EDGE] E / exp(top), pairs that are done exactly and the others
   float *kernels;            // own: [8][lags] of the terms at hand
@@ -82,8 +83,10 @@ RA_INLINE void ra_add_products(const float *a, const float *b, float *y) {
 
 // --- Terms (terms.c) ------------------------------------------------------------------------------------------------------
 
-// Terms of the expansion, and variables that it is one in; RA_SIZE_OVERFLOW past 2^32 - 2 monomials.
+// Terms of the expansion, and variables that it is one in; RA_SIZE_OVERFLOW past 2^32 - 2 monomials. Real ones are those whose
+// features and matrices are: all, but for rotations those that are their own conjugates.
 size_t ra_terms_count(const ra_problem *p);
+size_t ra_terms_real(const ra_problem *p);
 uint32_t ra_terms_variables(const ra_problem *p);
 
 // Fills f, variables, monomial; O(rank g).

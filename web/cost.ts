@@ -3,10 +3,10 @@
 // What a pass costs: useful floating-point operations, counted in closed form, over the share of the machine's peak that
 // each engine reaches. Only ratios of costs decide, so the peak itself is not needed. Counts are numbers, exact to 2^53.
 
-import { batchesOf, blocksOf } from './blocks.js';
+import { batchesOf, blocksOf, rank, termsAndReal } from './blocks.js';
 import { productsOfPair } from './relative.js';
 import { seenKeys, type Features } from './scores.js';
-import { cost as products, pairs, rank, terms, transforms } from './theory.js';
+import { cost as products, pairs, transforms } from './theory.js';
 import type { Geometry } from './validate.js';
 
 export type Pass = 'forward' | 'backward';
@@ -167,9 +167,13 @@ export function outlierPairs(g: Geometry, { queries, keys }: OutlierCounts): num
 
 /** Terms of the Toeplitz engine. */
 export function termsOf(g: Geometry, degree: number): number {
-  const { headDim, rotaryDim, relativePositions, relative } = g;
-  if (relative) return terms({ headDim, degree, places: relative.support.length / 2 });
-  return terms({ headDim, degree, rotaryDim: relativePositions ? rotaryDim : 0 });
+  return termsAndReal(expansionOf(g, degree)).count;
+}
+
+/** What its terms depend on. */
+function expansionOf({ headDim, rotaryDim, relativePositions, relative }: Geometry, degree: number) {
+  const places = relative ? relative.support.length / 2 : undefined;
+  return { headDim, degree, rotaryDim: relativePositions ? rotaryDim : 0, places };
 }
 
 /** How often all batches of the Toeplitz engine are run: for each key/value head, or each head with a bias of its own. */
@@ -179,9 +183,9 @@ function jobsOf(g: Geometry): number {
 
 /** Whether the engine can count its terms and its units of work (ra_toeplitz_fits). */
 export function countable(g: Geometry, degree: number): boolean {
-  const { groups, steps } = batchesOf(termsOf(g, degree), g.valueDim, g.relativePositions !== null);
+  const { batches } = batchesOf(termsAndReal(expansionOf(g, degree)), g.valueDim);
   const monomials = rank(g.relative ? g.relative.support.length / 2 : g.headDim, degree);
-  return monomials < 2 ** 32 - 1 && jobsOf(g) * (groups * steps + 2) < 2 ** 32;
+  return monomials < 2 ** 32 - 1 && jobsOf(g) * (batches + 2) < 2 ** 32;
 }
 
 /**
@@ -189,14 +193,13 @@ export function countable(g: Geometry, degree: number): boolean {
  * complex columns at a time. Query heads that share a key/value head and a bias share all of it.
  */
 export function toeplitzFlops(g: Geometry, pass: Pass, degree: number): number {
-  const { relative, relativePositions, bias } = g;
-  const { groups, steps } = batchesOf(termsOf(g, degree), g.valueDim, relativePositions !== null);
+  const { relative, bias } = g;
+  const map = expansionOf(g, degree);
+  const { batches } = batchesOf(termsAndReal(map), g.valueDim);
   const { rows, columns, block } = blocksOf(g);
-  const rotaryDim = relativePositions ? g.rotaryDim : 0;
-  const places = relative ? relative.support.length / 2 : undefined;
-  const { count } = transforms({ ...g, degree, rotaryDim, places, bias: bias !== null, pass });
+  const { count } = transforms({ ...g, ...map, bias: bias !== null, pass });
   const times = pass === 'forward' ? 1 : bias || relative ? 3 : 2;
-  const products = groups * steps * times * rows * columns * 64 * block * (g.causal ? 0.5 : 1);
+  const products = batches * times * rows * columns * 64 * block * (g.causal ? 0.5 : 1);
   return jobsOf(g) * (count * 5 * block * Math.log2(block) + products);
 }
 

@@ -11,16 +11,11 @@
 // with head size O(log n) and entries below o(sqrt(log n)) attention takes n^(1+o(1)) operations, and with entries above
 // order sqrt(log n) it cannot be done in n^(2-e) for any e > 0 unless SETH fails. `frontier` puts numbers to it.
 
-import { batchesOf, blocksOf } from './blocks.js';
+import { batchesOf, blocksOf, rank, termsAndReal } from './blocks.js';
 import { MAX_DEGREE, minimax, TURNOVER } from './polynomial.js';
 import type { Options, Shape } from './types.js';
 
-/** Features of the polynomial engine: the monomials of degree 0 to g in D variables, C(D + g, g). Exact below 2^53. */
-export function rank(headDim: number, degree: number): number {
-  let count = 1;
-  for (let m = 1; m <= degree; m++) count = (count * (headDim + m)) / m;
-  return count;
-}
+export { rank };
 
 /**
  * Terms of the Toeplitz engine: the monomials of degree 0 to g in the variables that a score is the sum of, each with one Toeplitz
@@ -39,12 +34,7 @@ export function rank(headDim: number, degree: number): number {
  * @param args.places |S| of `relative`, its support's length / 2.
  */
 export function terms(args: { headDim: number; degree: number; rotaryDim?: number; places?: number }): number {
-  const { headDim, degree, rotaryDim = 0, places } = args;
-  if (places !== undefined) return rank(places, degree);
-  if (rotaryDim === 0) return rank(headDim, degree);
-  let conjugate = 0;
-  for (let m = 0; 2 * m <= degree; m++) conjugate += rank(rotaryDim / 2 - 1, m) * rank(headDim - rotaryDim, degree - 2 * m);
-  return (rank(headDim, degree) + conjugate) / 2;
+  return termsAndReal(args).count;
 }
 
 /**
@@ -52,8 +42,8 @@ export function terms(args: { headDim: number; degree: number; rotaryDim?: numbe
  * how many, and of how many numbers, S. Sequences are cut into blocks of S, each filled up to 2 S, which is two transforms of S
  * (src/convolution.h):
  *
- *   columns     two for each block of queries and of keys, each term and each column of values, with one of ones; two real
- *               columns are one complex one, four terms go together. Backward as many again, of the gradients
+ *   columns     two for each block of queries and of keys, each term and each column of values, with one of ones; two columns are one
+ *               complex one where terms are real, four terms go together. Backward as many again, of the gradients
  *   matrices    two for each diagonal of blocks: of the one matrix that all terms share, four diagonals together, or of each term's own;
  *               backward as many again where there is a gradient by the matrices
  *
@@ -76,11 +66,11 @@ export function transforms(args: {
 }): { count: number; length: number } {
   const { queryLength, keyLength = queryLength, headDim, valueDim = headDim, rotaryDim = 0, places, bias = false } = args;
   const { rows, columns, block } = blocksOf({ queryLength, keyLength });
-  const { groups, steps } = batchesOf(terms(args), valueDim, rotaryDim > 0);
+  const { groups, batches } = batchesOf(termsAndReal(args), valueDim);
   const backward = args.pass === 'backward';
   const diagonals = rows + columns - 1;
   const matrices = rotaryDim > 0 || places !== undefined ? groups * diagonals : Math.ceil(diagonals / 4);
-  const ofColumns = groups * steps * (rows + columns) * (backward ? 2 : 1);
+  const ofColumns = batches * (rows + columns) * (backward ? 2 : 1);
   const ofMatrices = matrices * (backward && (bias || places !== undefined) ? 2 : 1);
   return { count: 2 * 4 * (ofColumns + ofMatrices), length: block };
 }
