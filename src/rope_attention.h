@@ -287,7 +287,7 @@ typedef struct ra_distance {
   float out, out_entry, lse, lse_entry, dq, dq_size;
 } ra_distance;
 
-// Up to 8 rows of the forward pass, and of dq unless dq is NULL, with exp (coefficients NULL) or with the polynomial
+// Rows of the forward pass, eight at a time, and of dq unless dq is NULL, with exp (coefficients NULL) or with the polynomial
 // coefficients[degree + 1] as the polynomial engine would use it (exact at the edges of causal masks and windows, and for
 // outliers), times exp(bias), directly from the scores: O(count Nk (D + Dv)). out [count][Dv], lse [count], dq [count][D]; and
 // *distance unless that is NULL. The gradient itself reads x->dout only.

@@ -594,16 +594,17 @@ typedef struct spans {
   float first[LANES], end[LANES], from[LANES], to[LANES];
 } spans;
 
-// Those of keys j0 .. j0 + count - 1, and how these are weighed by all lanes that see any: by exp, by the polynomial, or as it comes.
+// Those of keys j0 .. j0 + count - 1, and how these, but outliers, are weighed by all lanes that see any: by exp, by the polynomial,
+// or as it comes.
 static int weighed_how(const lanes *l, const weigher *w, uint32_t j0, uint32_t count, spans *t) {
   int by_exp = 0, by_polynomial = 0, mixed = l->bias[0] || l->sloped;
-  int outliers = w->polynomial && ra_outliers_within(w->outliers, j0, j0 + count).count > 0;
   for (int i = 0; i < LANES; i++) {
     t->first[i] = (float)ra_place(l->keys[i].first, j0, count), t->end[i] = (float)ra_place(l->keys[i].end, j0, count);
-    t->from[i] = (float)ra_place(l->state[i].first, j0, count), t->to[i] = (float)ra_place(l->state[i].end, j0, count);
+    ra_range state = w->polynomial ? l->state[i] : (ra_range){0, 0};
+    t->from[i] = (float)ra_place(state.first, j0, count), t->to[i] = (float)ra_place(state.end, j0, count);
     if (!(t->first[i] < t->end[i])) continue;
-    if (!w->polynomial || !(t->from[i] < t->to[i])) by_exp = 1;
-    else if (t->from[i] > t->first[i] || t->to[i] < t->end[i] || outliers) mixed = 1;
+    if (!(t->from[i] < t->to[i])) by_exp = 1;
+    else if (t->from[i] > t->first[i] || t->to[i] < t->end[i]) mixed = 1;
     else by_polynomial = 1;
   }
   return mixed || (by_exp && by_polynomial) ? MIXED : by_exp ? BY_EXP : BY_POLYNOMIAL;
@@ -614,14 +615,15 @@ RA_INLINE f32x4 where_seen(f32x4 n, const float *first, const float *end, f32x4 
   return f32x4_where_less(n, f32x4_load(first), y, f32x4_where_less(n, f32x4_load(end), x, y));
 }
 
-RA_KERNEL void weigh_by_exp(const lanes *l, const weigher *w, const spans *t, const float *s, uint32_t count,
-                            float *weight) {
+// Of keys first .. end - 1.
+RA_KERNEL void weigh_by_exp(const lanes *l, const weigher *w, const spans *t, const float *s, uint32_t first,
+                            uint32_t end, float *weight) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0), most = f32x4_splat(128);
   for (int h = 0; h < (int)l->count; h += 4) {
-    f32x4 reference = f32x4_load(w->reference + h), key = zero;
+    f32x4 reference = f32x4_load(w->reference + h), key = f32x4_splat((float)first);
     RA_ROLLED
-    for (uint32_t n = 0; n < count; n++, key = f32x4_add(key, f32x4_splat(1))) {
+    for (uint32_t n = first; n < end; n++, key = f32x4_add(key, f32x4_splat(1))) {
       f32x4 x = f32x4_mul(f32x4_sub(f32x4_load(s + n * LANES + h), reference), to_log2);
       x = ra_exp2(f32x4_min(most, x), constants); // from 2^128 on: infinity
       f32x4_store(weight + n * LANES + h, where_seen(key, t->first + h, t->end + h, x, zero));
@@ -653,8 +655,13 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
   for (int h = 0; w->polynomial && h < LANES; h += 4)
     divided[h / 4] = ra_exp2(f32x4_mul(f32x4_sub(zero, f32x4_load(w->reference + h)), to_log2), constants);
   int how = weighed_how(l, w, j0, count, &t);
-  if (how == BY_EXP) weigh_by_exp(l, w, &t, s, count, weight);
-  if (how == BY_POLYNOMIAL) weigh_by_polynomial(l, w, &t, divided, s, count, derivative, weight);
+  if (how == BY_EXP) weigh_by_exp(l, w, &t, s, 0, count, weight);
+  if (how == BY_POLYNOMIAL) {
+    weigh_by_polynomial(l, w, &t, divided, s, count, derivative, weight);
+    ra_outliers exact = ra_outliers_within(w->outliers, j0, j0 + count);
+    for (uint32_t m = 0; m < exact.count; m++)
+      weigh_by_exp(l, w, &t, s, exact.rows[m] - j0, exact.rows[m] - j0 + 1, weight);
+  }
   if (how != MIXED) return;
   for (uint32_t n = 0, outliers = 0; n < count; n++, outliers >>= 1) {
     if (n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, ra_min_u32(32, count - n));
@@ -682,25 +689,29 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
 static void look_at_scores(const lanes *l, const weigher *w, const float *s, uint32_t j0, uint32_t count, float *most,
                            float *top) {
   spans t;
-  float largest[LANES];
   f32x4 none = f32x4_splat(-FLT_MAX);
-  int how = weighed_how(l, w, j0, count, &t);
-  for (int h = 0; how == BY_EXP && h < (int)l->count; h += 4) {
-    f32x4 x = none;
+  int how = weighed_how(l, w, j0, count, &t), plain = !l->bias[0] && !l->sloped;
+  for (int h = 0; plain && how != BY_POLYNOMIAL && h < (int)l->count; h += 4) {
+    f32x4 x = f32x4_load(most + h);
     for (uint32_t n = 0; n < count; n++) {
-      f32x4 s_n = f32x4_load(s + n * LANES + h);
-      x = f32x4_max(where_seen(f32x4_splat((float)n), t.first + h, t.end + h, s_n, none), x);
+      f32x4 key = f32x4_splat((float)n), s_n = f32x4_load(s + n * LANES + h);
+      if (how == MIXED) s_n = where_seen(key, t.from + h, t.to + h, none, s_n);
+      x = f32x4_max(where_seen(key, t.first + h, t.end + h, s_n, none), x);
     }
-    f32x4_store(largest + h, x);
+    f32x4_store(most + h, x);
   }
+  ra_outliers exact = ra_outliers_within(w->outliers, j0, j0 + count);
   for (int i = 0; i < (int)l->count; i++) {
-    float *value = how == BY_EXP ? most + i : top + i, own = how == BY_EXP ? largest[i] : 0;
-    if (how != MIXED && t.first[i] < t.end[i] && own > *value) *value = own;
-    uint32_t first = l->keys[i].first > j0 ? l->keys[i].first : j0, end = ra_min_u32(l->keys[i].end, j0 + count);
-    for (uint32_t j = first, outliers = 0; how == MIXED && j < end; j++, outliers >>= 1) {
-      if (j == first || j % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j, 32 - j % 32);
-      int polynomial = w->polynomial && l->state[i].first <= j && j < l->state[i].end && !(outliers & 1);
-      float bias = (l->bias[i] ? *(l->bias[i] - j) : 0) + alibi(l, i, j), score = s[(j - j0) * LANES + i] + bias;
+    uint32_t first = (uint32_t)t.first[i], end = (uint32_t)t.end[i];
+    if (plain && t.from[i] < t.to[i] && top[i] < 0) top[i] = 0;
+    for (uint32_t m = 0; plain && w->polynomial && m < exact.count; m++) {
+      uint32_t n = exact.rows[m] - j0;
+      if (first <= n && n < end && s[n * LANES + i] > most[i]) most[i] = s[n * LANES + i];
+    }
+    for (uint32_t n = first, outliers = 0; !plain && n < end; n++, outliers >>= 1) {
+      if (n == first || n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, 32 - n % 32);
+      int polynomial = t.from[i] <= (float)n && (float)n < t.to[i] && !(outliers & 1);
+      float bias = (l->bias[i] ? *(l->bias[i] - j0 - n) : 0) + alibi(l, i, j0 + n), score = s[n * LANES + i] + bias;
       if (polynomial) top[i] = bias > top[i] ? bias : top[i];
       else if (score > most[i]) most[i] = score;
     }
@@ -738,9 +749,9 @@ static void add_weights(const float *weight, uint32_t count, double *sum) {
 static float larger(float most, float x) { return fabsf(x) > most ? fabsf(x) : x == x ? most : INFINITY; }
 
 // How far rows are from x->out and x->lse.
-static ra_distance distance_of(const sample *e, const ra_arrays *x, const lanes *l, const float *out,
-                               const float *lse) {
-  ra_distance most = {0, 0, 0, 0, 0, 0};
+static void add_distance(const sample *e, const ra_arrays *x, const lanes *l, const float *out, const float *lse,
+                         ra_distance *distance) {
+  ra_distance most = *distance;
   for (uint32_t n = 0; n < l->count; n++, out += e->Dv) {
     const float *there = x->out + ra_head(e->p, l->head[n], e->p->heads, e->Nq, e->Dv) + l->i[n] * e->out_row;
     for (size_t d = 0; d < e->Dv; d++) {
@@ -752,7 +763,7 @@ static ra_distance distance_of(const sample *e, const ra_arrays *x, const lanes 
     most.lse = larger(most.lse, lse[n] - lse_there);
     most.lse_entry = larger(most.lse_entry, lse[n]);
   }
-  return most;
+  *distance = most;
 }
 
 // How far gradients by x->out and x->lse are from those of rows, in d_t, whose out.dout is delta: with r = exp(lse - lse there),
@@ -761,7 +772,7 @@ static ra_distance distance_of(const sample *e, const ra_arrays *x, const lanes 
 static void add_gradient_distance(const sample *e, const ra_arrays *x, const lanes *l, int by_exp, const float *lse,
                                   const float *delta, const float *inverse, ra_distance *distance) {
   const float *means = e->d_t + e->Dp * LANES;
-  double difference = 0, size = 0;
+  double difference = (double)distance->dq * distance->dq, size = (double)distance->dq_size * distance->dq_size;
   for (uint32_t n = 0; n < l->count; n++) {
     size_t row = ra_head(e->p, l->head[n], e->p->heads, e->Nq, e->Dv) + l->i[n] * e->out_row;
     double lse_there = x->lse[l->head[n] * e->Nq + l->i[n]], delta_there = 0;
@@ -778,73 +789,87 @@ static void add_gradient_distance(const sample *e, const ra_arrays *x, const lan
   distance->dq_size = (float)sqrt(size);
 }
 
-int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
-                   const float *coefficients, uint32_t degree, float *out, float *lse, float *dq, ra_distance *distance,
-                   void *workspace) {
-  if (ra_check(p) != RA_OK || count == 0 || count > LANES || degree > RA_MAX_DEGREE) return RA_ERROR_PROBLEM;
-  ra_workspace_cursor cursor = {workspace, 0, 0};
-  sample e = arrange(p, &cursor);
-  lanes l = load_lanes(&e, x, kv_head, rows, count);
-  const float *v = x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv);
-  weigher w = weigher_of(p, kv_head, coefficients, degree);
+// Up to eight rows.
+static int sample_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
+                        weigher *w, float *out, float *lse, float *dq, ra_distance *distance) {
+  const ra_problem *p = e->p;
+  lanes l = load_lanes(e, x, kv_head, rows, count);
+  const float *v = x->v + ra_head(p, kv_head, p->kv_heads, e->Nk, e->Dv);
   double sum[LANES] = {0};
 
   // pass 1: scores
-  score_all(&e, &l, &w);
+  score_all(e, &l, w);
 
   // pass 2: weights, their sums, weighted values; exp being its own derivative, pass 3 finds its weights in the place of scores
-  ra_fill(e.sum_t, e.Dv * LANES, 0);
+  ra_fill(e->sum_t, e->Dv * LANES, 0);
   for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE)) {
     uint32_t keys = ra_min_u32(TILE, l.end - j);
-    float *s = e.s + (size_t)j * LANES, *weight = coefficients ? e.weight : s;
-    weigh(&l, &w, s, j, keys, 0, weight);
+    float *s = e->s + (size_t)j * LANES, *weight = w->polynomial ? e->weight : s;
+    weigh(&l, w, s, j, keys, 0, weight);
     add_weights(weight, keys, sum);
-    ra_add_columns(v + j * e.v_row, e.v_row, (uint32_t)e.Dv, weight, LANES, keys, e.sum_t, LANES);
+    ra_add_columns(v + j * e->v_row, e->v_row, (uint32_t)e->Dv, weight, LANES, keys, e->sum_t, LANES);
   }
   int status = RA_OK;
   for (uint32_t n = 0; n < count; n++) {
     double shift = 0, inverse = sum[n] > 0 ? 1 / sum[n] : 0;
-    if (coefficients && w.seen[n] && !(sum[n] > 0 && sum[n] <= (double)FLT_MAX)) status = RA_NOT_POSITIVE;
-    for (size_t d = 0; d < e.D; d++) shift += (double)e.rows[n * e.Dp + d] * e.k_mean[d];
+    if (w->polynomial && w->seen[n] && !(sum[n] > 0 && sum[n] <= (double)FLT_MAX)) status = RA_NOT_POSITIVE;
+    for (size_t d = 0; d < e->D; d++) shift += (double)e->rows[n * e->Dp + d] * e->k_mean[d];
     shift -= l.slope[n] * (double)l.near[n];
-    lse[n] = sum[n] > 0 ? (float)(log(sum[n]) + w.reference[n] + shift) : -INFINITY;
-    for (size_t d = 0; d < e.Dv; d++) out[n * e.Dv + d] = (float)(e.sum_t[d * LANES + n] * inverse);
+    lse[n] = sum[n] > 0 ? (float)(log(sum[n]) + w->reference[n] + shift) : -INFINITY;
+    for (size_t d = 0; d < e->Dv; d++) out[n * e->Dv + d] = (float)(e->sum_t[d * LANES + n] * inverse);
   }
-  if (distance) *distance = distance_of(&e, x, &l, out, lse);
+  if (distance) add_distance(e, x, &l, out, lse, distance);
   if (!dq) return status;
 
   // pass 3: dS = weight' / sum (dout.v - dout.out), dq = scale R^T sum_j dS k
   float delta[LANES] = {0}, inverse[LANES] = {0};
-  sample means = e;
-  means.d_t += e.Dp * LANES;
-  ra_fill(e.v_strip, e.Dv * LANES, 0);
-  ra_fill(e.d_t, 2 * e.Dp * LANES, 0);
+  sample means = *e;
+  means.d_t += e->Dp * LANES;
+  ra_fill(e->v_strip, e->Dv * LANES, 0);
+  ra_fill(e->d_t, 2 * e->Dp * LANES, 0);
   for (uint32_t n = 0; n < count; n++) {
-    const float *dout = x->dout + ra_head(p, l.head[n], p->heads, e.Nq, e.Dv) + l.i[n] * e.out_row;
+    const float *dout = x->dout + ra_head(p, l.head[n], p->heads, e->Nq, e->Dv) + l.i[n] * e->out_row;
     double dot = 0;
-    for (size_t d = 0; d < e.Dv; d++) dot += (double)dout[d] * out[n * e.Dv + d], e.v_strip[d * LANES + n] = dout[d];
+    for (size_t d = 0; d < e->Dv; d++) dot += (double)dout[d] * out[n * e->Dv + d], e->v_strip[d * LANES + n] = dout[d];
     delta[n] = (float)dot;
     inverse[n] = sum[n] > 0 ? (float)(1 / sum[n]) : 0;
   }
   for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE)) {
     uint32_t keys = ra_min_u32(TILE, l.end - j);
-    float *s = e.s + (size_t)j * LANES, *weights = coefficients ? e.weight : s;
-    if (coefficients) weigh(&l, &w, s, j, keys, 1, weights);
+    float *s = e->s + (size_t)j * LANES, *weights = w->polynomial ? e->weight : s;
+    if (w->polynomial) weigh(&l, w, s, j, keys, 1, weights);
     if (distance) add_query_gradients(&means, &l, j, keys, weights);
-    ra_set_rows(v + j * e.v_row, e.v_row, keys, e.v_strip, LANES, (uint32_t)e.Dv, e.ds, LANES);
+    ra_set_rows(v + j * e->v_row, e->v_row, keys, e->v_strip, LANES, (uint32_t)e->Dv, e->ds, LANES);
     for (uint32_t n = 0; n < keys; n++)
       for (int h = 0; h < LANES; h += 4) {
-        float *at = e.ds + n * LANES + h;
+        float *at = e->ds + n * LANES + h;
         f32x4 weight = f32x4_mul(f32x4_load(weights + n * LANES + h), f32x4_load(inverse + h));
         f32x4_store(at, f32x4_mul(weight, f32x4_sub(f32x4_load(at), f32x4_load(delta + h))));
       }
-    add_query_gradients(&e, &l, j, keys, e.ds);
+    add_query_gradients(e, &l, j, keys, e->ds);
   }
-  if (distance) add_gradient_distance(&e, x, &l, !coefficients, lse, delta, inverse, distance);
-  ra_transpose(e.d_t, LANES, e.D, LANES, e.rows, e.Dp);
+  if (distance) add_gradient_distance(e, x, &l, !w->polynomial, lse, delta, inverse, distance);
+  ra_transpose(e->d_t, LANES, e->D, LANES, e->rows, e->Dp);
   for (uint32_t n = 0; n < count; n++)
-    ra_rotary_rows(&e.state->q_rotary, e.rows + n * e.Dp, e.Dp, dq + n * e.D, e.D, 1, l.i[n], RA_ROTATE_TRANSPOSE,
+    ra_rotary_rows(&e->state->q_rotary, e->rows + n * e->Dp, e->Dp, dq + n * e->D, e->D, 1, l.i[n], RA_ROTATE_TRANSPOSE,
                    p->scale);
+  return status;
+}
+
+int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
+                   const float *coefficients, uint32_t degree, float *out, float *lse, float *dq, ra_distance *distance,
+                   void *workspace) {
+  if (ra_check(p) != RA_OK || count == 0 || degree > RA_MAX_DEGREE) return RA_ERROR_PROBLEM;
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  sample e = arrange(p, &cursor);
+  weigher w = weigher_of(p, kv_head, coefficients, degree);
+  int status = RA_OK;
+  if (distance) *distance = (ra_distance){0, 0, 0, 0, 0, 0};
+  for (uint32_t n = 0; n < count; n += LANES) {
+    int some = sample_lanes(&e, x, kv_head, rows + n, ra_min_u32(LANES, count - n), &w, out + n * e.Dv, lse + n,
+                            dq ? dq + n * e.D : NULL, distance);
+    if (some != RA_OK) status = some;
+  }
   return status;
 }
 

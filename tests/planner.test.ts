@@ -183,7 +183,7 @@ const repeated = (rotary: Rotary): Rotary =>
 describe('the choice', () => {
   test.each([
     ['full', { shape: SHAPE }],
-    ['causal', { shape: SHAPE, causal: true }],
+    ['causal', { shape: { ...SHAPE, queryLength: 4096 }, causal: true }],
     [
       'grouped heads, other lengths',
       { shape: { batch: 2, heads: 4, kvHeads: 2, queryLength: 1500, keyLength: 1777, headDim: 16, valueDim: 24 } },
@@ -240,8 +240,8 @@ describe('the choice', () => {
   });
 
   test.each([false, true])('packed sequences keep the tolerance, causal %p', (causal) => {
-    const shape = { heads: 1, queryLength: 4096, headDim: 8 };
-    const segments = [0, 700, 750, 2000, 4000];
+    const shape = { heads: 1, queryLength: 8192, headDim: 8 };
+    const segments = [0, 1400, 1450, 4000, 8000];
     const args = problem({ shape, segments, causal }, 16, uniform(0.5));
     const exact = attention.forward({ ...withoutGradient(args), method: 'exact' });
     const { output, report } = attention.forward(withoutGradient(args));
@@ -528,8 +528,8 @@ describe('when a prediction fails', () => {
   test('the next degree or exact takes over where gradients turn out worse than predicted, and no miss is returned', () => {
     // Columns of dk are seen only after the forward pass.
     const outcomes = [
-      ...[0.06, 0.055, 0.05, 0.046].map((tolerance) => ({ kind: 'aligned', headDim: 16, tolerance })),
-      ...[0.11, 0.1, 0.05, 0.045].map((tolerance) => ({ kind: 'heavy tails', headDim: 8, tolerance })),
+      ...[0.06, 0.055, 0.05, 0.045].map((tolerance) => ({ kind: 'aligned', headDim: 16, tolerance })),
+      ...[0.041, 0.04, 0.039].map((tolerance) => ({ kind: 'hidden', headDim: 8, tolerance })),
     ].map(({ kind, headDim, tolerance }) => {
       const shape = { heads: 1, queryLength: 2048, headDim };
       const args = instance({ kind, bound: 0.5, seed: 1, shape, causal: true });
@@ -554,7 +554,7 @@ describe('when a prediction fails', () => {
     const shape = { heads: 1, queryLength: 4096, headDim: 8 };
     const args = instance({ kind: 'aligned', bound: 1, seed: 1, shape, causal: true });
     const { output, lse } = attention.forward({ ...withoutGradient(args), method: 'exact' });
-    for (const tolerance of [0.032, 0.03]) {
+    for (const tolerance of [0.01, 0.0098]) {
       // Not those of the polynomial, but not why it misses.
       const given = { ...args, output, lse: lse.map((x) => x + 0.1 * tolerance) };
       const { report, ...got } = attention.backward({ ...given, tolerance });
@@ -963,7 +963,8 @@ describe('outliers', () => {
     ['the same in packed sequences', { segments: [0, 1900] }, [7, 8, 3000], [0, 77, 4095]],
   ] as [string, object, number[], number[]][])('%s: a polynomial within the tolerance', (_, options, keys, queries) => {
     for (const factor of [50, 5000]) {
-      const full = { ...problem({ shape, ...options }, 1, entries), ...options };
+      const length = 'causal' in options || 'segments' in options ? 8192 : 4096;
+      const full = { ...problem({ shape: { ...shape, queryLength: length }, ...options }, 1, entries), ...options };
       enlarge(full.k, keys, factor);
       enlarge(full.q, queries, factor);
       const args = { ...withoutGradient(full), tolerance: 1e-2 };

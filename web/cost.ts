@@ -14,8 +14,9 @@ export type Pass = 'forward' | 'backward';
 /** Queries and keys of one chunk of the causal polynomial engine, inside which exp is exact; keys that join a state together. */
 export const CHUNK = 32;
 
-/** When errors are sampled: rows at a time in a key/value head, drawn rows in all of these heads (if few). */
+/** When errors are sampled: rows at a time in a key/value head, of those that see few keys, and drawn rows in all heads (if few). */
 export const SAMPLE_ROWS = 8;
+export const SHORT_ROWS = 32;
 /** Keys whose gradients are sampled together, at most: RA_SAMPLE_KEYS. */
 export const SAMPLE_KEYS = 32;
 export const DRAWN_ROWS = 32;
@@ -45,11 +46,29 @@ export const NO_OUTLIERS: OutlierCounts = { queries: 0, keys: 0 };
 /** Of the rows; with as many queries and keys the gain over exact is below 12. */
 const OUTLIER_SHARE = 0.04;
 
-/** Share of the multiply-add peak, by head size: the first row whose `upTo` is not below headDim. */
+/** Share of the multiply-add peak, by head size: the first row whose `upTo` is not below headDim. `higher`: from degree 3 on. */
 const EFFICIENCY = [
-  { upTo: 16, exact: { forward: 0.73, backward: 0.8 }, polynomial: { forward: 0.5, backward: 0.45 }, outliers: { forward: 0.45, backward: 0.45 } },
-  { upTo: 32, exact: { forward: 0.83, backward: 0.87 }, polynomial: { forward: 0.65, backward: 0.62 }, outliers: { forward: 0.55, backward: 0.55 } },
-  { upTo: Infinity, exact: { forward: 0.88, backward: 0.9 }, polynomial: { forward: 0.8, backward: 0.8 }, outliers: { forward: 0.65, backward: 0.65 } },
+  {
+    upTo: 16,
+    exact: { forward: 0.73, backward: 0.8 },
+    polynomial: { forward: 0.55, backward: 0.52 },
+    higher: { forward: 0.75, backward: 0.72 },
+    outliers: { forward: 0.45, backward: 0.45 },
+  },
+  {
+    upTo: 32,
+    exact: { forward: 0.83, backward: 0.87 },
+    polynomial: { forward: 0.74, backward: 0.72 },
+    higher: { forward: 0.83, backward: 0.82 },
+    outliers: { forward: 0.55, backward: 0.55 },
+  },
+  {
+    upTo: Infinity,
+    exact: { forward: 0.88, backward: 0.9 },
+    polynomial: { forward: 0.8, backward: 0.83 },
+    higher: { forward: 0.83, backward: 0.83 },
+    outliers: { forward: 0.65, backward: 0.65 },
+  },
 ] as const;
 
 /** The same for the states beside a first one, of the same features. */
@@ -68,29 +87,32 @@ const MAP_EFFICIENCY = { bias: 1, rotation: 0.87, matrices: 0.45 } as const;
 const ALIKE = 512;
 
 /**
- * What sampling takes, in operations at peak speed (5e4 a microsecond), measured: for each pair of a sampled row or column, so many and
+ * What sampling takes, in operations at peak speed (6.7e4 a microsecond), measured: for each pair of a sampled row or column, so many and
  * so many for each entry; for each row of the arrays that is looked at, likewise.
  */
 const PAIR = {
-  rows: { forward: { each: 40, entry: 2 }, backward: { each: 40, entry: 4 } },
-  columns: { each: 130, entry: 4.5 },
+  rows: { forward: { each: 55, entry: 2.6 }, backward: { each: 85, entry: 5 } },
+  columns: { each: 170, entry: 5 },
 } as const;
 const ROW = {
   /** To begin with another head, queries and keys. */
-  prepare: { each: 0, entry: 50 },
+  prepare: { each: 300, entry: 38 },
   /** To find the rows that are likely to be worst. */
-  extremes: { each: 730, entry: 42 },
+  extremes: { each: 1050, entry: 40 },
   /** To rank queries, or keys, by norm. */
-  rank: { each: 800, entry: 15 },
+  rank: { each: 1100, entry: 12 },
 } as const;
 /** Operations of a relative map, which sampling multiplies entry by entry, over useful ones; and of each cos and sin of its table. */
 const [MAP_SAMPLING, MAP_TABLE] = [6, 950];
-/** What JavaScript adds: the fit of one polynomial, a call that computes or compares a portion of rows, and the rest of a plan. */
-export const FIT = 4e5;
-const PORTION = 2.5e5;
-const PLAN = 5e5;
+/**
+ * What JavaScript adds: the scores that polynomials are fitted to, and the fit of one; a call that computes or compares a portion of
+ * rows; and the rest of a plan.
+ */
+export const FIT = { scores: 2e6, polynomial: 7e5 } as const;
+const PORTION = 4e5;
+const PLAN = 1e6;
 /** Portions that hold these, about: without a mask, and when causal (most of them short). */
-const HARD_PORTIONS = { full: 2, causal: 18 } as const;
+const HARD_PORTIONS = { full: 2, causal: 6 } as const;
 /** The same of rows at the beginning of chunks, half as long, where there are slopes: flat ones, and some that are steep. */
 const SLOPE_PORTIONS = { flat: 4, steep: 11 } as const;
 /** From this slope on rows see few keys that count, so that more of them are looked at. */
@@ -222,7 +244,7 @@ export function cost(
   const besides = g.window[0] < 0 ? 0 : 1.5 * CHUNK * flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength;
   const ofOutliers = (flopsOfPair(g, pass) * outlierPairs(g, outliers)) / share.outliers[pass];
   const more = ((g.decays?.count ?? 1) - 1) * flopsOfState(g, pass, degree);
-  const first = (polynomialFlops(g, pass, degree) - more + besides) / share.polynomial[pass];
+  const first = (polynomialFlops(g, pass, degree) - more + besides) / share[degree > 2 ? 'higher' : 'polynomial'][pass];
   return first + more / WIDE_EFFICIENCY[pass] + ofOutliers;
 }
 
@@ -282,7 +304,7 @@ export function rowsCost(g: Geometry, rows: ArrayLike<number>, pass: Pass): numb
   let last = 0;
   for (let n = 0; n < rows.length; n++) last = Math.max(last, rows[n] % g.queryLength);
   const seen = g.causal ? Math.max(0, last + g.queryOffset + 1) : g.keyLength;
-  return portionCost(g, pass, Math.min(seen, keysOfPortion(g)));
+  return portionCost(g, pass, Math.min(seen, keysOfPortion(g)), Math.ceil(rows.length / SAMPLE_ROWS));
 }
 
 /** The same for a portion of columns, ascending, up to SAMPLE_KEYS of them. */
@@ -302,14 +324,14 @@ export function changesCost(g: Geometry, rows: number): number {
   return PORTION + SAMPLE_ROWS * rows * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, 'backward'));
 }
 
-/** The same for a portion of rows that see so many keys, by default as many as one may. */
-export function portionCost(g: Geometry, pass: Pass, keys = keysOfPortion(g)): number {
+/** The same for a portion of rows that see so many keys, by default as many as one may; of so many times SAMPLE_ROWS. */
+export function portionCost(g: Geometry, pass: Pass, keys = keysOfPortion(g), times = 1): number {
   const { each, entry } = PAIR.rows[pass];
-  return PORTION + SAMPLE_ROWS * keys * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, pass));
+  return PORTION + times * SAMPLE_ROWS * keys * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, pass));
 }
 
 /** Every refusal takes this, at least. */
-export const LEAST_REFUSAL = PLAN + FIT + 2 * PORTION;
+export const LEAST_REFUSAL = PLAN + FIT.scores + FIT.polynomial + 2 * PORTION;
 
 /**
  * The same for what `auto` does before and after a polynomial, beyond the bounds that the exact engine is given too.
@@ -328,10 +350,11 @@ export function samplingCost(g: Geometry, pass: Pass, candidates: number): { ref
   const long = HARD_PORTIONS.full + drawn + slopes / 2 + Number(g.decays !== null && pass === 'backward');
   const short = g.causal ? HARD_PORTIONS.causal - HARD_PORTIONS.full : 0;
   const columns = pass === 'backward' ? 3 * columnsCost(g, [0]) : 0;
-  const refusal = PLAN + prepare + table + FIT * candidates + 2 * portion;
+  const fits = FIT.scores + FIT.polynomial * candidates;
+  const refusal = PLAN + prepare + table + fits + extremesCost(g) + 2 * portion;
   // Exact, by the polynomial, and compared with what the engine did
-  const rest = extremesCost(g) + 2 * long * portion + (long + 3 * short) * PORTION + columns;
-  return { refusal, all: refusal + heads * rest + (heads - 1) * (prepare + FIT * candidates) };
+  const rest = 2 * long * portion + (long + 3 * short) * PORTION + columns;
+  return { refusal, all: refusal + heads * rest + (heads - 1) * (prepare + fits) };
 }
 
 /** Keys that rows of a portion see between them, wherever they are. */
@@ -341,7 +364,7 @@ function keysOfPortion(g: Geometry): number {
 
 /** The same for a look at one choice of outliers. */
 export function trialCost(g: Geometry, pass: Pass): number {
-  return g.batch * g.kvHeads * prepareCost(g) + samplingCost(g, pass, 2).refusal;
+  return g.batch * g.kvHeads * prepareCost(g) + samplingCost(g, pass, 1).refusal;
 }
 
 function queriesOfHead(g: Geometry): number {

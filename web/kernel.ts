@@ -13,6 +13,7 @@ import {
   rowsCost,
   SAMPLE_KEYS,
   SAMPLE_ROWS,
+  SHORT_ROWS,
   type Pass,
 } from './cost.js';
 import { Arena, ARRAYS, BOUNDS, DISTANCE, MEMORY_LIMIT, PROBLEM, sizeOf, type Values } from './memory.js';
@@ -422,16 +423,16 @@ export class Session {
       lags: g.decays ? floats(5 * SAMPLE_LAGS + 9) : 0,
       coefficients: floats(this.heads * MAX_COEFFICIENTS),
       own: floats(MAX_COEFFICIENTS),
-      rows: floats(SAMPLE_KEYS),
+      rows: floats(Math.max(SHORT_ROWS, SAMPLE_KEYS)),
       changes: floats(SAMPLE_CHANGES * (3 + g.valueDim)),
       extremes: floats(4 * EXTREMES),
       outlierQueries: floats(this.heads * this.outlierLimits.queries),
       outlierKeys: floats(this.heads * this.outlierLimits.keys),
       largest: floats(2 * Math.max(this.outlierLimits.queries, this.outlierLimits.keys)),
       scores: floats(SAMPLE_ROWS * g.keyLength),
-      out: floats(SAMPLE_ROWS * g.valueDim),
-      lse: floats(SAMPLE_ROWS),
-      dq: floats(SAMPLE_ROWS * g.headDim),
+      out: floats(SHORT_ROWS * g.valueDim),
+      lse: floats(SHORT_ROWS),
+      dq: floats(SHORT_ROWS * g.headDim),
       dk: floats(SAMPLE_KEYS * g.headDim),
       dv: floats(SAMPLE_KEYS * g.valueDim),
     };

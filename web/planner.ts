@@ -77,19 +77,17 @@ const BESIDE = 0.6;
 const ONLY_DQ = 1 / 3;
 
 /**
- * Shares of the exact engine's cost that may be lost: to looking for a polynomial, all in all; to one that runs and misses, without
- * having been looked at closely; to a look at the output and lse that were given.
+ * Shares of the exact engine's cost that may be lost: to looking for a polynomial, all in all, and with a choice of outliers that will
+ * most likely do; to one that runs and misses, without having been looked at closely; to a look at the output and lse that were given.
+ * And what a first look may take, counted generously.
  */
-const [LOSS, TRIAL_RUN, GIVEN] = [0.08, 0.03, 0.004];
+const [LOSS, LOSS_SAFE, TRIAL_RUN, GIVEN, FIRST_LOOK] = [0.07, 0.12, 0.03, 0.004, 0.1];
 
 /** Any look at given output and lse takes 3 to 5 us, in operations as cost.ts counts them; more than so much of exact would show. */
 const [LOOK, SHOWS] = [2e5, 0.06];
 
 /** Rows of given output and lse that are looked at. */
 const GIVEN_ROWS = { least: 2, most: 4 * SAMPLE_ROWS };
-
-/** What sampling takes may be so many times what is counted: caches are cold between its calls. */
-const SAMPLING_ROOM = 1.25;
 
 /** Polynomials with outliers are looked for where one would save a fifth, three times at most, as long as `LOSS` allows. */
 const [GAIN, TRIALS] = [0.8, 3];
@@ -183,13 +181,14 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const room = roomOf(pass, 'pilot', split);
   // Rows are predicted with the bias itself: what decays make of it comes on top.
   const limit = Math.sqrt((room * problem.tolerance) ** 2 - (problem.decays?.error ?? 0) ** 2);
-  const budget = auto ? session.spent + LOSS * costOf(problem, task.passes, null) : Infinity;
-  const predictions = yield* predict(task, split, degrees, limit, budget);
+  const start = session.spent;
+  const budgetOf = (share: number) => (auto ? start + share * costOf(problem, task.passes, null) : Infinity);
+  const predictions = yield* predict(task, split, degrees, limit, budgetOf(LOSS));
   const errorOf = (degree: number) => predictions.get(degree)?.error ?? Infinity;
   const upperOf = (degree: number) => predictions.get(degree)?.upper ?? Infinity;
   const attemptOf = (degree: number) => attempt(task, degree, split, { predicted: predictions.get(degree) ?? null });
   const first = degrees.find((degree) => upperOf(degree) <= limit) ?? null;
-  const cheaper = yield* tryOutliers(session, task, degrees, limit, errorOf, first, budget);
+  const cheaper = yield* tryOutliers(session, task, degrees, limit, errorOf, first, budgetOf);
   if (first !== null || cheaper.length > 0) {
     const others = first === null ? [] : degrees.filter((degree) => degree >= first);
     return {
@@ -256,7 +255,7 @@ function* tryOutliers(
   limit: number,
   errorOf: (degree: number) => number,
   degree: number | null,
-  budget: number,
+  budgetOf: (share: number) => number,
 ): Generator<number, Attempt[]> {
   const { problem, pass, passes } = task;
   // Transforms take all rows; and states that stand for a bias have no outliers beside them.
@@ -264,9 +263,10 @@ function* tryOutliers(
   const than = costToBeat(task, degree);
   const ranks = session.heads * (rankCost(problem, 'queries') + rankCost(problem, 'keys'));
   // Not more than what there is to gain allows, nor than what is left
-  const most = session.spent + LOSS * than;
-  const affordable = (cost: number) => session.spent + cost <= Math.min(budget, most);
-  if (!affordable(ranks + trialCost(problem, pass))) return [];
+  const start = session.spent;
+  const budget = (share: number) => Math.min(budgetOf(share), start + share * than);
+  const affordable = (cost: number, share: number) => session.spent + cost <= budget(share);
+  if (!affordable(ranks + trialCost(problem, pass), LOSS_SAFE)) return [];
   if (!degrees.some((one) => costOf(problem, passes, one) < GAIN * than)) return [];
   const ranking = yield* rank(session);
   let left = candidatesBeside(task, choicesOf(problem, session, ranking), degrees, than);
@@ -278,14 +278,16 @@ function* tryOutliers(
     errorOf(degree) < FAILED
       ? errorOf(degree) * shrinks ** (pass === 'forward' ? degree + 1 : Math.max(degree, 1))
       : worstCase(degree, radius * shrinks) / TYPICAL;
-  for (let trial = 0; trial < TRIALS && affordable(trialCost(problem, pass)); trial++) {
+  for (let trial = 0; trial < TRIALS; trial++) {
     const within = (share: number) => left.find((one) => worse * guess(one) <= share * room);
-    const next = (best.length > 0 ? undefined : within(SAFE)) ?? within(SLACK);
-    if (!next) break;
+    const safe = best.length > 0 ? undefined : within(SAFE);
+    const next = safe ?? within(SLACK);
+    const share = safe ? LOSS_SAFE : LOSS;
+    if (!next || !affordable(trialCost(problem, pass), share)) break;
     const split = yield* splitOff(session, ranking, next.counts, problem.seed);
     const together = left.filter((one) => one.counts === next.counts).map((one) => one.degree);
     const fitting = together.filter((one) => workspaceOf(session, passes, one) <= session.free).sort((a, b) => a - b);
-    const predictions = yield* predict(task, split, fitting, room, budget);
+    const predictions = yield* predict(task, split, fitting, room, budget(share));
     const found = fitting.find((one) => (predictions.get(one)?.upper ?? Infinity) <= room);
     if (found !== undefined) {
       best = fitting
@@ -331,7 +333,7 @@ export function short(error: number): string {
 function candidates(session: Session, { problem, pass, passes }: Task): number[] {
   const exact = costOf(problem, passes, null);
   const auto = problem.method === 'auto';
-  if (auto && LEAST_REFUSAL > LOSS * exact) return []; // short calls have no time for more
+  if (auto && LEAST_REFUSAL > FIRST_LOOK * exact) return []; // short calls have no time for more
   const all =
     problem.degree === null ? Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree) : [problem.degree];
   const fitting = (degrees: number[]) =>
@@ -342,11 +344,13 @@ function candidates(session: Session, { problem, pass, passes }: Task): number[]
     return some.length === 0 ? all.slice(0, 1) : some;
   }
   const { refusal, all: sampling } = samplingCost(problem, pass, 1);
-  if (refusal > LOSS * exact) return [];
-  const most = exact - SAMPLING_ROOM * sampling;
+  if (refusal > FIRST_LOOK * exact) return [];
+  const most = exact - sampling;
   // A constant has no gradient by q and k.
   const least = pass === 'backward' && problem.tolerance < 1 ? 1 : 0;
-  return fitting(all.filter((degree) => degree >= least && costOf(problem, passes, degree) < most));
+  // Costs rise with the degree, as degrees do here
+  const dear = all.findIndex((degree) => costOf(problem, passes, degree) >= most);
+  return fitting(all.slice(0, dear < 0 ? all.length : dear).filter((degree) => degree >= least));
 }
 
 /** Little is lost if this degree runs and misses. */

@@ -10,7 +10,8 @@
 // Rows are drawn by a generator seeded with the call's seed and the head, so a call repeated gives the same choice, and
 // `backward` finds the polynomials of its `forward`. Only rows that may see a key are drawn.
 
-import { CHUNK, DRAWN_ROWS, FIT, LOOKED_SEGMENTS, SAMPLE_KEYS, SAMPLE_ROWS, SAMPLE_SCORES, STEEP, type Pass } from './cost.js';
+import { CHUNK, DRAWN_ROWS, FIT, LOOKED_SEGMENTS, portionCost, SAMPLE_KEYS, SAMPLE_ROWS, SAMPLE_SCORES } from './cost.js';
+import { SHORT_ROWS, STEEP, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
 import { SAMPLE_CHANGES, type Bounds, type Change, type Outliers, type Rows, type Session } from './kernel.js';
 import { condense, evaluate, fitToScores } from './polynomial.js';
@@ -41,11 +42,14 @@ const HOPELESS = 3;
 /** Gradients whose error is too large by this share, or on n portions an nth of it, may yet turn out well. */
 const CHANCE = 0.8;
 
-/** Once looking has taken so many budgets, an error that is to stay within a limit must be seen to be within that share of it so far. */
-const WELL_WITHIN = [
-  { budgets: 2, share: 0.5 },
-  { budgets: 1, share: 0.8 },
-] as const;
+/**
+ * Once looking has taken its budget it ends: an error that is to stay within a limit must be seen to be within this share of it, of
+ * the largest error and of sums of squares.
+ */
+const SURE = { forward: 0.6, backward: 0.75 } as const;
+
+/** Beyond the budget one more degree is tried where it is likely to have an error below this share of the limit. */
+const LIKELY = 0.2;
 
 const NONE: ReadonlySet<number> = new Set();
 
@@ -87,7 +91,7 @@ export class Sampler {
   readonly #scores = new Map<number, ReturnType<typeof condense> | null>();
   readonly #fits = new Map<string, Float32Array | null>();
   readonly #drawn = new Map<number, { all: Drawn[]; first: Portion[] }>();
-  readonly #rest = new Map<number, { hard: Portion[]; others: Portion[] }>();
+  readonly #rest = new Map<string, Portion[]>();
   readonly #extremes = new Map<number, ReturnType<Session['extremes']>>();
   readonly #columns = new Map<number, ColumnPortion[]>();
 
@@ -133,7 +137,8 @@ export class Sampler {
    *   tried at all, and its error is where that was seen, or an estimate.
    * @param short degrees for which most of the drawn rows, of gradients all but the first ones where these leave no doubt, may wait for
    *   the check.
-   * @param budget once sampling has taken so much in all, a degree is left unless it is well within `limit` so far; so are others then.
+   * @param budget once sampling has taken so much in all, it ends: with a degree that is well within `limit` so far, or with none but
+   *   one that is likely to be.
    */
   *pilot(
     pass: Pass,
@@ -144,7 +149,7 @@ export class Sampler {
     this.#session.setOutliers(this.#outliers);
     const found = new Map<number, Measured>();
     let failed: { error: number; residual: number; fell: number } | null = null;
-    const allowed = () => WELL_WITHIN.find(({ budgets }) => this.#session.spent > budgets * budget)?.share ?? Infinity;
+    const over = (next: number) => this.#session.spent + next / 2 > budget;
     for (const degree of degrees) {
       const residual = thorough ? 0 : this.#residual(pass, degree);
       const least = residual * this.#leastError(pass);
@@ -156,11 +161,13 @@ export class Sampler {
         found.set(degree, { error, upper: error, relative: error });
         continue;
       }
-      if (likely > allowed() * limit) {
+      // without the means for a second look the first must do
+      const needed = over(0) ? LIKELY : over(2 * portionCost(this.#session.geometry, pass)) ? SURE[pass] : Infinity;
+      if (likely > needed * limit) {
         found.set(degree, { error, upper: Infinity, relative: error });
         continue;
       }
-      const measured = yield* this.#pilotOne(pass, degree, limit, thorough, short.has(degree), allowed);
+      const measured = yield* this.#pilotOne(pass, degree, limit, thorough, short.has(degree), over);
       found.set(degree, measured);
       if (measured.upper <= limit) break;
       failed = { error: measured.error, residual, fell: failed ? measured.error / failed.error : 0 };
@@ -177,30 +184,39 @@ export class Sampler {
     return (this.#session.geometry.causal ? 2 : 0.7) / Math.sqrt(Math.max(1, seenKeys(this.#session.geometry)));
   }
 
-  /** The same of one degree; not within `limit` when it was left, whatever was seen until then. */
+  /** The same of one degree, as far as the budget goes; not within `limit` when it was left, whatever was seen until then. */
   *#pilotOne(
     pass: Pass,
     degree: number,
     limit: number,
     thorough: boolean,
     short: boolean,
-    allowed: () => number,
+    over: (next: number) => boolean,
   ): Generator<number, Measured> {
     if (short && pass === 'backward') {
       const first = yield* this.#pilotFirst(degree);
       if (first.upper <= limit || first.error > 2 * limit) return first;
     }
     const tally = new Tally(hiddenFactor(this.#session));
-    let portions = 0;
-    for (const known of this.#known(pass, short)) {
-      this.#predict(pass, degree, known, tally);
-      yield 0;
-      if (thorough) continue;
+    const sure = (): Measured => {
       const { error, upper, relative } = tally.result();
-      if (short && pass === 'backward' && upper <= limit) break; // the check sees the others
-      // Gradients may still come down: the fewer rows, the more of it is chance.
-      if (error > limit * (pass === 'forward' ? 1 : 1 + CHANCE / ++portions)) return { error, upper, relative };
-      if (upper > allowed() * limit) return { error, upper: Infinity, relative };
+      return { error, upper: upper > SURE[pass] * limit ? Infinity : upper, relative };
+    };
+    let [portions, last] = [0, 0];
+    for (const must of [true, false]) {
+      if (!must && over(last)) return sure();
+      for (const portion of this.#allPortions(pass, must, short)) {
+        if (!must && over(last)) return sure();
+        const before = this.#session.spent;
+        this.#predict(pass, degree, this.#withExact(portion, pass), tally);
+        yield 0;
+        last = this.#session.spent - before;
+        if (thorough) continue;
+        const { error, upper, relative } = tally.result();
+        if (short && pass === 'backward' && upper <= limit) return { error, upper, relative }; // the check sees the others
+        // Gradients may still come down: the fewer rows, the more of it is chance.
+        if (error > limit * (pass === 'forward' ? 1 : 1 + CHANCE / ++portions)) return { error, upper, relative };
+      }
     }
     return tally.result();
   }
@@ -222,13 +238,9 @@ export class Sampler {
     return portion as Known;
   }
 
-  /** The sampled rows with their exact values, each computed when it is first asked for; `short`: without most of the drawn ones. */
-  *#known(pass: Pass, short = false): Generator<Known, void> {
-    for (const head of this.#heads()) {
-      for (const portion of this.#rowPortions(head, pass, short)) {
-        yield this.#withExact(portion, pass);
-      }
-    }
+  /** The sampled rows of all heads: those that have to be seen, or the others. `short`: see `#others`. */
+  *#allPortions(pass: Pass, must: boolean, short = false): Generator<Portion, void> {
+    for (const head of this.#heads()) yield* must ? this.#musts(head, pass) : this.#others(head, pass, short);
   }
 
   /** What a degree would make of known rows. */
@@ -307,7 +319,8 @@ export class Sampler {
   *check(pass: Pass, limit: number): Generator<number, Measured> {
     this.#session.setOutliers(this.#outliers);
     const tally = new Tally(hiddenFactor(this.#session));
-    for (const { head, rows, weights, exact } of this.#known(pass)) {
+    for (const portion of [...this.#allPortions(pass, true), ...this.#allPortions(pass, false)]) {
+      const { head, rows, weights, exact } = this.#withExact(portion, pass);
       if (pass === 'forward') {
         tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range, weights);
       } else {
@@ -364,10 +377,10 @@ export class Sampler {
    */
   changedRows(head: number, limit: number): Change[] {
     const { first } = this.#drawnRows(head);
-    const { hard, others } = this.#rest.get(head) ?? { hard: [], others: [] };
+    const rest = (['few', 'most', 'drawn'] as const).flatMap((of) => this.#rest.get(`${head} ${of}`) ?? []);
     const { valueDim } = this.#session.geometry;
     const there = this.#session.lseOfHead(head);
-    return [...first, ...hard, ...others].flatMap(({ rows, weights, exact }) =>
+    return [...first, ...rest].flatMap(({ rows, weights, exact }) =>
       rows.flatMap((row, n): Change[] => {
         const lse = exact?.lse[n] ?? -Infinity; // nothing is seen
         if (lse === -Infinity) return [];
@@ -417,7 +430,7 @@ export class Sampler {
     let own = this.#fits.get(name);
     if (own === undefined) {
       const some = this.#scoresOf(head);
-      this.#session.spend(FIT);
+      this.#session.spend(FIT.polynomial);
       own = some && fitToScores(some.scores, degree, some.weights);
       if (!own?.every(Number.isFinite)) own = null;
       this.#fits.set(name, own);
@@ -429,6 +442,7 @@ export class Sampler {
   #scoresOf(head: number): ReturnType<typeof condense> | null {
     let scores = this.#scores.get(head);
     if (scores === undefined) {
+      this.#session.spend(FIT.scores);
       const stride = Math.ceil((SAMPLE_ROWS * seenKeys(this.#session.geometry)) / SAMPLE_SCORES);
       const rows = this.#drawnRows(head).first.flatMap(({ rows }) => rows);
       const all = rows.length > 0 ? this.#session.scores(head, rows, stride) : new Float32Array(0);
@@ -515,46 +529,65 @@ export class Sampler {
   }
 
   /**
-   * The rows of a head that are looked at: first those that its polynomial is fitted to; then those that are likely to be the
-   * worst, each for itself, and the other drawn ones: in this order where the largest error decides, the other way round where
-   * sums of squares do. `short`: where the largest error decides, without these last ones.
+   * The rows of a head that have to be looked at. Where the largest error decides the first of those that see few keys, which costs
+   * next to nothing, and of the largest scores; where sums of squares do, rows that the polynomial is fitted to and the largest scores.
+   * Beside outliers all of these: what else is large decides there.
    */
-  *#rowPortions(head: number, pass: Pass, short: boolean): Generator<Portion, void> {
+  *#musts(head: number, pass: Pass): Generator<Portion, void> {
+    if (pass === 'backward') yield* this.#drawnRows(head).first;
+    else yield* this.#portions(head, pass, 'few').slice(0, 1);
+    yield* this.#largest(head, pass).musts;
+  }
+
+  /** The others; `short`: where the largest error decides, without most of the drawn ones. */
+  *#others(head: number, pass: Pass, short: boolean): Generator<Portion, void> {
+    const [few, most] = [this.#portions(head, pass, 'few'), this.#largest(head, pass).others];
+    if (pass === 'backward') yield* [...this.#portions(head, pass, 'drawn'), ...few, ...most];
+    else yield* [...most, ...this.#drawnRows(head).first, ...few.slice(1), ...(short ? [] : this.#portions(head, pass, 'drawn'))];
+  }
+
+  #largest(head: number, pass: Pass): { musts: Portion[]; others: Portion[] } {
+    const all = this.#portions(head, pass, 'most');
+    const count = this.#outliers ? all.length : 1;
+    return { musts: all.slice(0, count), others: all.slice(count) };
+  }
+
+  /** Rows that see few keys or most likely have the largest scores, each for itself; and drawn ones that are none of these. A sampler serves one pass. */
+  #portions(head: number, pass: Pass, of: 'few' | 'most' | 'drawn'): Portion[] {
+    const name = `${head} ${of}`;
+    let portions = this.#rest.get(name);
+    if (portions) return portions;
+    const { queryLength } = this.#session.geometry;
+    const byPlace = (rows: Drawn[]) => rows.sort((a, b) => (a.row % queryLength) - (b.row % queryLength));
     const { all, first } = this.#drawnRows(head);
-    yield* first;
-    let rest = this.#rest.get(head);
-    if (!rest) {
-      const { queryLength } = this.#session.geometry;
-      const byPlace = (rows: Drawn[]) => rows.sort((a, b) => (a.row % queryLength) - (b.row % queryLength));
-      const hard = this.#hardRows(head, pass); // a sampler serves one pass
-      for (const { rows, weights } of first) rows.forEach((row, n) => hard.has(row) && (weights[n] = 1));
-      const known = new Set(first.flatMap(({ rows }) => rows));
-      const slope = this.#slopeRows(head);
-      const weight = (row: number) => (slope.rows.has(row) ? slope.weight : 1);
-      const certain = Array.from(hard, (row) => ({ row, weight: weight(row) })).filter(({ row }) => !known.has(row));
-      const others = all.slice(SAMPLE_ROWS).filter(({ row }) => !hard.has(row) && !slope.stands(row));
-      // What fails should fail soon: the first that see few keys, and the largest scores
-      const extreme = new Set(this.#extremeRows(head));
-      const [few, most] = [false, true].map((yes) =>
-        inPortions(head, byPlace(certain.filter(({ row }) => extreme.has(row) === yes))),
-      );
-      rest = { hard: [...few.slice(0, 1), ...most, ...few.slice(1)], others: inPortions(head, byPlace(others)) };
-      this.#rest.set(head, rest);
+    const known = new Set(first.flatMap(({ rows }) => rows));
+    const few = this.#fewKeyRows(head, pass);
+    const slope = this.#slopeRows(head);
+    const weight = (row: number) => (slope.rows.has(row) ? slope.weight : 1);
+    const alone = (rows: Iterable<number>) =>
+      Array.from(rows, (row) => ({ row, weight: weight(row) })).filter(({ row }) => !known.has(row));
+    if (of === 'few') portions = inPortions(head, byPlace(alone(few)), SHORT_ROWS);
+    else {
+      const extreme = this.#extremeRows(head);
+      if (of === 'most') portions = inPortions(head, alone(new Set(extreme.filter((row) => !few.has(row)))));
+      else {
+        const hard = new Set([...few, ...extreme]);
+        for (const { rows, weights } of first) rows.forEach((row, n) => hard.has(row) && (weights[n] = 1));
+        portions = inPortions(head, byPlace(all.slice(SAMPLE_ROWS).filter(({ row }) => !hard.has(row) && !slope.stands(row))));
+      }
     }
-    if (pass === 'backward') yield* rest.others;
-    yield* rest.hard;
-    if (pass === 'forward' && !short) yield* rest.others;
+    this.#rest.set(name, portions);
+    return portions;
   }
 
   /**
-   * Rows where a polynomial is likely to be worst: the largest queries, those with the largest scores against the largest keys,
-   * and rows that see few keys through the polynomial (errors average out over many): when causal, the first ones that see any;
+   * Rows that see few keys through the polynomial (errors average out over many): when causal, the first ones that see any;
    * the first or the last two chunks where a window ends there; first rows of chunks where slopes are steep; some of packed sequences; of
    * gradients those behind the largest key where a bias decays.
    */
-  #hardRows(head: number, pass: Pass): ReadonlySet<number> {
+  #fewKeyRows(head: number, pass: Pass): ReadonlySet<number> {
     const { causal, queryOffset, queryLength, decays } = this.#session.geometry;
-    const rows = new Set(this.#extremeRows(head));
+    const rows = new Set<number>();
     const near = decays ? decays.near : 0; // which are exact
     const start = Math.ceil(Math.max(near + 1 - queryOffset, 0) / CHUNK) * CHUNK;
     if (causal && start + queryOffset <= near + 2 * CHUNK) {
@@ -588,7 +621,12 @@ export class Sampler {
     const { number } = this.#seeing();
     const { large, aligned, opposed } = this.#extremesOf(head);
     const next = (this.#next[head] ?? []).map((n) => this.#rowOf(n));
-    const extreme = [...large.slice(0, SAMPLE_ROWS / 2), ...aligned, ...opposed.slice(0, SAMPLE_ROWS / 2), ...next];
+    const [half, quarter] = [SAMPLE_ROWS / 2, SAMPLE_ROWS / 4];
+    // A few of each kind first
+    const extreme = [
+      ...[...aligned.slice(0, half), ...opposed.slice(0, quarter), ...large.slice(0, quarter)],
+      ...[...next, ...aligned.slice(half), ...opposed.slice(quarter, half), ...large.slice(quarter, half)],
+    ];
     return extreme.filter((row) => number(row) !== null);
   }
 
@@ -744,7 +782,7 @@ export class Sampler {
   }
 }
 
-/** Up to SAMPLE_ROWS rows of a head, each standing for `weights` rows. */
+/** Up to SAMPLE_ROWS rows of a head, or SHORT_ROWS that see few keys, each standing for `weights` rows. */
 interface Portion {
   head: number;
   rows: number[];
@@ -775,7 +813,7 @@ interface Drawn {
   weight: number;
 }
 
-function inPortions(head: number, all: readonly Drawn[], size = SAMPLE_ROWS): Portion[] {
+function inPortions(head: number, all: readonly Drawn[], size: number = SAMPLE_ROWS): Portion[] {
   return Array.from({ length: Math.ceil(all.length / size) }, (_, n) => {
     const some = all.slice(n * size, (n + 1) * size);
     return { head, rows: some.map(({ row }) => row), weights: some.map(({ weight }) => weight), exact: null };

@@ -840,9 +840,18 @@ static void samples_match_the_oracle(const shape *s) {
       distance_is_largest(s, want, kv, rows, count, &out, &lse, &distance);
       float *there = want->lse.data + kv * group * s->Nq + rows[count - 1], kept = *there;
       *there = NAN;
-      CHECK(ra_sample_rows(&want->p, &want->x, kv, rows, count, c, 2, out.data, lse.data, NULL, &distance, workspace) ==
-                RA_OK,
+      uint32_t twice[16]; // more than go together
+      guarded more = guarded_new(2 * (size_t)count * s->Dv, 1, 1), more_lse = guarded_new(2 * count, 1, 1);
+      for (uint32_t n = 0; n < 2 * count; n++) twice[n] = rows[n % count];
+      CHECK(ra_sample_rows(&want->p, &want->x, kv, twice, 2 * count, c, 2, more.data, more_lse.data, NULL, &distance,
+                           workspace) == RA_OK,
             "rows again");
+      for (size_t n = 0, once = count * (size_t)s->Dv; n < 2 * once; n++) {
+        float value = more.data[n], before = out.data[n < once ? n : n - once];
+        CHECK(fabsf(value - before) < 1e-5f * (1 + fabsf(value)), "out again");
+      }
+      CHECK(guarded_intact(&more) && guarded_intact(&more_lse), "canary");
+      guarded_free(&more), guarded_free(&more_lse);
       CHECK(distance.lse == INFINITY && distance.out < 1, "NaN is infinitely far");
       *there = kept;
       CHECK(guarded_intact(&out) && guarded_intact(&lse) && guarded_intact(&dq), "canary");
