@@ -7,6 +7,8 @@ import { describe, expect, test } from '@jest/globals';
 
 import { reference } from '../dist/index.js';
 import { fitDecays } from '../dist/decays.js';
+import { DecayFits } from '../dist/states.js';
+import { readCall } from '../dist/validate.js';
 import { add, describeSetting, eachBinary, forwardArgs, fullShape, inner } from './support.js';
 import { maxDifference, problem, random, relativeFrobenius, slopeError } from './support.js';
 import { instance } from './promise/instances.mjs';
@@ -105,6 +107,25 @@ describe('the fit', () => {
     const own = lags(SMOOTH['logarithmic (KERPLE)']);
     expect(fitDecays([own], 1.6e-3, cost, true).decays!.floored).toBe(true);
     expect(fitDecays([own], 5e-2, cost, false).decays!.floored).toBe(false);
+  });
+});
+
+describe('what an instance has found', () => {
+  const shape = { heads: 1, queryLength: 300, headDim: 4 };
+  const args = { ...problem({ shape, causal: true, bias: biasOf({ shape }, SMOOTH['power law']) }, 121, uniform(0.5)), method: 'polynomial', tolerance: 1e-2 } as const;
+  const found = (fits: DecayFits, more: object = {}) => readCall('backward', { ...args, ...more }, fits).problem.decays;
+
+  test('serves the next call with the same bias, of this instance only, until it is disposed of', () => {
+    const [one, other] = [new DecayFits(), new DecayFits()];
+    const first = found(one);
+    expect(first).not.toBeNull();
+    expect(readCall('forward', forwardArgs(args), one).problem.decays).toBe(first);
+    expect(found(other)).not.toBe(first);
+    expect(found(other)).toEqual(first);
+    expect(found(one, { tolerance: 2e-2 })).not.toBe(first);
+    const again = found(one);
+    one.clear();
+    expect(found(one)).not.toBe(again);
   });
 });
 

@@ -34,6 +34,7 @@ import {
 } from './planner.js';
 import type { Measured } from './sampling.js';
 import { featuresOf, unsampledOnly } from './scores.js';
+import { DecayFits } from './states.js';
 import { StreamingState } from './streaming.js';
 import { lossSteps } from './training.js';
 import type { BackwardArgs, BackwardResult, CreateOptions, ForwardArgs, ForwardResult, PlanArgs } from './types.js';
@@ -76,6 +77,7 @@ export async function createAttention(options: CreateOptions): Promise<Attention
 export class Attention implements RopeAttention {
   readonly simd: 'simd128' | 'relaxed-simd';
   readonly #kernel: Kernel;
+  readonly #fits = new DecayFits();
   /** Operations at peak speed per millisecond, as the last run of some size had it. */
   #rate: number | null = null;
 
@@ -122,20 +124,21 @@ export class Attention implements RopeAttention {
   }
 
   dispose(): void {
+    this.#fits.clear();
     this.#kernel.dispose();
   }
 
   *forwardSteps(args: ForwardArgs): Generator<number, ForwardResult> {
-    return yield* this.#forward('forward', readCall('forward', args));
+    return yield* this.#forward('forward', readCall('forward', args, this.#fits));
   }
 
   *backwardSteps(args: BackwardArgs): Generator<number, BackwardResult> {
-    return yield* this.#backward('backward', readCall('backward', args));
+    return yield* this.#backward('backward', readCall('backward', args, this.#fits));
   }
 
   *attentionLossSteps(args: AttentionLossArgs): Generator<number, AttentionLossResult> {
     const name = 'attentionLoss';
-    return yield* lossSteps(name, readLoss(args), {
+    return yield* lossSteps(name, readLoss(args, this.#fits), {
       kernel: this.#kernel,
       forward: (call) => this.#forward(name, call),
       backward: (call) => this.#backward(name, call),
@@ -155,7 +158,7 @@ export class Attention implements RopeAttention {
   }
 
   *planSteps(args: PlanArgs): Generator<number, Report> {
-    const { problem, inputs } = readCall('plan', args);
+    const { problem, inputs } = readCall('plan', args, this.#fits);
     const pass: Pass = inputs.dOutput ? 'backward' : 'forward';
     const pieces = piecesOf(problem, pass === 'backward' ? ['forward', 'backward'] : ['forward']);
     if (!pieces) return yield* this.#planWhole({ problem, inputs });

@@ -18,20 +18,29 @@ const LOSS = 0.05;
 /** Positions behind the last key times the smallest rate: past that weights leave the range of float32. */
 const MOST_EXCESS = 40;
 
-/** What came of the last bias: backward comes after forward, and one step after another. Larger biases are not kept. */
-let last: { bias: Float32Array; rest: string; found: ReturnType<typeof fitDecays> } | null = null;
+/** Larger biases are not kept. */
 const MOST_KEPT = 2 ** 21;
 
-/** As fitDecays, from memory where bias and all else are the same. The cost of both passes decides, so that both get the same. */
-function fitOnce(problem: Problem, target: number): ReturnType<typeof fitDecays> {
-  const bias = problem.bias!;
-  const inside = isInside(problem);
-  const rest = JSON.stringify([shapeOf(problem), inside, target]);
-  const same = last?.rest === rest && last.bias.length === bias.length;
-  if (same && last!.bias.every((value, n) => value === bias[n])) return last!.found;
-  const found = fitDecays(lagsOf(problem), target, costOfDecays(problem), inside);
-  last = bias.length <= MOST_KEPT ? { bias: bias.slice(), rest, found } : null;
-  return found;
+/** What came of the last bias of an instance: backward comes after forward, and one step after another. */
+export class DecayFits {
+  #last: { bias: Float32Array; rest: string; found: ReturnType<typeof fitDecays> } | null = null;
+
+  /** As fitDecays, from memory where bias and all else are the same. The cost of both passes decides, so that both get the same. */
+  of(problem: Problem, target: number): ReturnType<typeof fitDecays> {
+    const bias = problem.bias!;
+    const inside = isInside(problem);
+    const rest = JSON.stringify([shapeOf(problem), inside, target]);
+    const same = this.#last?.rest === rest && this.#last.bias.length === bias.length;
+    if (same && this.#last!.bias.every((value, n) => value === bias[n])) return this.#last!.found;
+    const found = fitDecays(lagsOf(problem), target, costOfDecays(problem), inside);
+    this.#last = bias.length <= MOST_KEPT ? { bias: bias.slice(), rest, found } : null;
+    return found;
+  }
+
+  /** Forgets it. */
+  clear(): void {
+    this.#last = null;
+  }
 }
 
 /** All that a fit depends on beside the bias. */
@@ -49,14 +58,14 @@ function isInside({ queryOffset, queryLength, keyLength, guarantee }: Problem): 
  *
  * @throws RangeError for method 'polynomial' with a bias that no decays fit.
  */
-export function decaysOf(name: string, problem: Problem, pass: Pass): Pick<Problem, 'decays' | 'misfit'> {
+export function decaysOf(name: string, problem: Problem, pass: Pass, fits: DecayFits): Pick<Problem, 'decays' | 'misfit'> {
   const none = { decays: null, misfit: null };
   const { bias, causal, method, tolerance } = problem;
   if (!bias || !causal || (method !== 'auto' && method !== 'polynomial')) return none;
   if (foreignTo('polynomial', { ...problem, bias: null }).length > 0 || problem.segments.length > 1 || problem.alibi) return none;
   if (method === 'auto' && FIT_DECAYS > LOSS * exactCost(problem, pass)) return none;
   const target = SHARE * tolerance;
-  const { decays, error } = fitOnce(problem, target);
+  const { decays, error } = fits.of(problem, target);
   const usable = decays && isUsable(problem, decays);
   if (!usable && method === 'polynomial') {
     const what = decays ? 'which takes weights out of the range of float32' : `the best of ${MAX_DECAYS} or fewer is off by ${error.toExponential(1)}, above ${target.toExponential(1)}`;

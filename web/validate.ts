@@ -7,7 +7,7 @@ import { readBoolean, readChoice, readFinite, readFloats, readInteger, readNumbe
 import { readRelative, rotaryBeside, type Relative } from './relative.js';
 import { readRotary, type Rotation } from './rotation.js';
 import { foreignTo, readScores, type Scores } from './scores.js';
-import { decaysOf } from './states.js';
+import { DecayFits, decaysOf } from './states.js';
 import type { AttentionLossArgs, BackwardArgs, CreateOptions, ForwardArgs, Layout, Method, PlanArgs, RotateArgs, Shape } from './types.js';
 
 /** The largest headDim and valueDim (RA_MAX_HEAD_DIM), and degree (RA_MAX_DEGREE). */
@@ -98,10 +98,14 @@ export const ARGUMENTS = {
 } as const;
 export type CallName = keyof typeof ARGUMENTS;
 
-/** Checks the arguments of `forward`, `backward` or `plan`. */
-export function readCall(name: 'forward' | 'backward' | 'plan', args: ForwardArgs | BackwardArgs | PlanArgs): Call {
+/** Checks the arguments of `forward`, `backward` or `plan`. @param fits what the instance has found for a bias. */
+export function readCall(
+  name: 'forward' | 'backward' | 'plan',
+  args: ForwardArgs | BackwardArgs | PlanArgs,
+  fits = new DecayFits(),
+): Call {
   const given = readRecord(name, 'its argument', args, ARGUMENTS[name]);
-  const problem = readProblem(name, given);
+  const problem = readProblem(name, given, fits);
   const size = sizesOf(name, problem);
   const array = (option: keyof Inputs, values: number) =>
     given[option] === undefined ? null : readFloats(name, option, given[option], values);
@@ -151,12 +155,12 @@ export function readRotate(args: RotateArgs): { geometry: Geometry; x: Float32Ar
   return { geometry, x, inverse: readBoolean('rotate', 'inverse', given['inverse'], false) };
 }
 
-/** Checks the arguments of `attentionLoss`. */
-export function readLoss(args: AttentionLossArgs): Training {
+/** Checks the arguments of `attentionLoss`, likewise. */
+export function readLoss(args: AttentionLossArgs, fits: DecayFits): Training {
   const name = 'attentionLoss';
   const given = readRecord(name, 'its argument', args, ARGUMENTS[name]);
   const { modelDim: width, ...shape } = readRecord(name, 'shape', given['shape'], [...SHAPE, 'modelDim']);
-  const problem = readProblem(name, { ...given, shape, layout: 'bnhd' });
+  const problem = readProblem(name, { ...given, shape, layout: 'bnhd' }, fits);
   const { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim } = problem;
   const modelDim = width === undefined ? heads * headDim : readInteger(name, 'shape.modelDim', width, 1, INT32_MAX);
   for (const [array, values] of Object.entries(sizesOf(name, problem))) {
@@ -219,7 +223,7 @@ function valuesOf(name: string, array: string, ...factors: number[]): number {
   return values;
 }
 
-function readProblem(name: string, given: Given): Problem {
+function readProblem(name: string, given: Given, fits: DecayFits): Problem {
   const geometry = readGeometry(name, given);
   const tolerance = given['tolerance'] === undefined ? 1e-3 : readNumber(name, 'tolerance', given['tolerance']);
   if (!(tolerance >= TOLERANCE_FLOOR && tolerance < Infinity)) {
@@ -245,7 +249,7 @@ function readProblem(name: string, given: Given): Problem {
     seed: given['seed'] === undefined ? 0 : readInteger(name, 'seed', given['seed'], 0, 2 ** 32 - 1),
     onMiss: readChoice(name, 'onMiss', given['onMiss'], ['error', 'report'] as const),
   };
-  Object.assign(problem, decaysOf(name, problem, name === 'forward' ? 'forward' : 'backward'));
+  Object.assign(problem, decaysOf(name, problem, name === 'forward' ? 'forward' : 'backward', fits));
   const [foreign] = method === 'polynomial' || method === 'toeplitz' ? foreignTo(method, problem) : [];
   if (foreign !== undefined)
     throw new RangeError(`${name}: method '${method}' has no ${foreign}; 'auto' and 'exact' have it`);

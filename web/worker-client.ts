@@ -15,6 +15,7 @@ import type {
   PlanArgs,
 } from './types.js';
 import type { RemoteControls, RemoteRopeAttention, Report, RopeAttention, RotateArgs } from './types.js';
+import { DecayFits } from './states.js';
 import { readCall, readCreate, readLoss, readRotate, type CallName } from './validate.js';
 import type { Reply, Request } from './worker.js';
 
@@ -60,6 +61,7 @@ class Remote implements RemoteRopeAttention, Listener {
   simd: RopeAttention['simd'] = 'simd128';
   readonly #address: string;
   readonly #pending = new Map<number, Pending>();
+  readonly #fits = new DecayFits();
   #channel: Channel | null = null;
   /** Makes the error of every call once there is no channel any more. */
   #ended: ((name: string) => Error) | null = null;
@@ -82,11 +84,11 @@ class Remote implements RemoteRopeAttention, Listener {
   }
 
   forward(args: ForwardArgs & RemoteControls): Promise<ForwardResult> {
-    return this.#call('forward', args, (rest) => readCall('forward', rest as ForwardArgs));
+    return this.#call('forward', args, (rest) => readCall('forward', rest as ForwardArgs, this.#fits));
   }
 
   backward(args: BackwardArgs & RemoteControls): Promise<BackwardResult> {
-    return this.#call('backward', args, (rest) => readCall('backward', rest as BackwardArgs));
+    return this.#call('backward', args, (rest) => readCall('backward', rest as BackwardArgs, this.#fits));
   }
 
   rotate(args: RotateArgs & RemoteControls): Promise<Float32Array> {
@@ -94,14 +96,15 @@ class Remote implements RemoteRopeAttention, Listener {
   }
 
   plan(args: PlanArgs & RemoteControls): Promise<Report> {
-    return this.#call('plan', args, (rest) => readCall('plan', rest as PlanArgs));
+    return this.#call('plan', args, (rest) => readCall('plan', rest as PlanArgs, this.#fits));
   }
 
   attentionLoss(args: AttentionLossArgs & RemoteControls): Promise<AttentionLossResult> {
-    return this.#call('attentionLoss', args, (rest) => readLoss(rest as AttentionLossArgs));
+    return this.#call('attentionLoss', args, (rest) => readLoss(rest as AttentionLossArgs, this.#fits));
   }
 
   dispose(): void {
+    this.#fits.clear();
     this.#end((name) => new Error(`${name}: this worker was disposed`));
   }
 
