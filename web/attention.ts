@@ -323,7 +323,7 @@ export class Attention implements RopeAttention {
    * are. With a tolerance to keep (`auto`) a few of their rows are compared with exact ones, or those of the polynomial: half the
    * tolerance serves gradients whose check is to come, as errors of rows differ in sign. `difference` is what may be owed to these of an
    * error: 0 up to a quarter. Not so where
-   * scores are modified, which the sampling of rows does not know, nor in a call of some 70 us, whose own forward pass would be exact;
+   * scores are modified, which the sampling of rows does not know, nor in a call of some 150 us, whose own forward pass would be exact;
    * and a forced method finds out by the gradients.
    */
   *#checkGiven(

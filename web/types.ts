@@ -225,7 +225,7 @@ export interface BackwardArgs extends ForwardArgs {
   dOutput: Float32Array;
   /**
    * What `forward` returned; with `lse` it spares a forward pass. Both or neither. `auto` looks at a few rows and computes anew what is
-   * wrong, but for calls of some 70 us and where sampled rows do not know an option; the report says when it did not look.
+   * wrong, but for calls of some 150 us and where sampled rows do not know an option; the report says when it did not look.
    */
   output?: Float32Array;
   lse?: Float32Array;
