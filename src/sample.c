@@ -22,12 +22,14 @@ enum {
   LANES = 8,
   TILE = 128, // keys, or queries, that are weighed together
   GROUPS = RA_SAMPLE_KEYS / LANES,
+  SMALL = 40, // exp of scores as large, 2^22 of them, and times values up to 2^40, still fits a float
 };
 
 typedef struct sample_state {
   ra_rotary q_rotary, k_rotary;
   ra_relative map;
   int map_ready;
+  float reach; // the largest norm of k_rows
 } sample_state;
 
 typedef struct sample {
@@ -146,13 +148,12 @@ RA_KERNEL void extend(extent *t, const float *x, size_t x_row, uint32_t first, u
     if (squares[n] > t->squares) t->squares = squares[n], t->at = first + n;
 }
 
-// The same, those whose bit n is set in `outliers` apart, or nowhere when `far` is NULL.
+// The same, those whose bit n is set in `outliers` apart.
 RA_KERNEL void extend_apart(extent *t, extent *far, uint32_t outliers, const float *x, size_t x_row, uint32_t first,
                             uint32_t count, size_t columns) {
   if (outliers == 0) extend(t, x, x_row, first, count, columns);
   for (uint32_t n = 0; n < count && outliers != 0; n++) {
-    extent *own = outliers >> n & 1 ? far : t;
-    if (own) extend(own, x + n * x_row, x_row, first + n, 1, columns);
+    extend(outliers >> n & 1 ? far : t, x + n * x_row, x_row, first + n, 1, columns);
   }
 }
 
@@ -270,7 +271,7 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   measure_queries(&e, x->q, kv_head, bounds);
   if (x->v) measure_values(x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv), e.v_row, e.Nk, e.Dv, bounds);
   rotate_keys(&e, k, kv_head);
-  extent all = no_extent(), centred = no_extent();
+  extent all = no_extent(), centred = no_extent(), far = no_extent();
   for (uint32_t j = 0; j < e.Nk; j += RA_CHUNK) {
     uint32_t count = ra_min_u32(RA_CHUNK, p->key_length - j);
     float *k_j = e.k_rows + j * e.Dp;
@@ -280,13 +281,14 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
         f32x4_store(y, f32x4_sub(f32x4_load(y), f32x4_load(e.k_mean + d)));
       }
     extend(&all, k + j * e.k_row, e.k_row, j, count, e.D);
-    extend_apart(&centred, NULL, key_outliers(&e, kv_head, j), k_j, e.Dp, j, count, e.D);
+    extend_apart(&centred, &far, key_outliers(&e, kv_head, j), k_j, e.Dp, j, count, e.D);
   }
   if (!is_finite(&all)) bounds->finite = 0;
   bounds->k_entry = entry_of(&all);
   bounds->k_argmax = centred.at;
   bounds->k_norm = norm(all.squares, bounds->k_entry, e.D);
   bounds->k_centred_norm = norm(centred.squares, entry_of(&centred), e.D);
+  e.state->reach = fmaxf(bounds->k_centred_norm, norm(far.squares, entry_of(&far), e.D));
   return RA_OK;
 }
 
@@ -718,6 +720,17 @@ static void look_at_scores(const lanes *l, const weigher *w, const float *s, uin
   }
 }
 
+// Whether scores are small enough, in all lanes and whatever the key, to be measured by 0.
+static int are_small(const sample *e, const lanes *l) {
+  if (l->bias[0] || l->sloped || ra_is_relative(e->p)) return 0;
+  float squares[LANES];
+  extent ignored = no_extent();
+  measure_rows(e->rows, e->Dp, LANES, e->D, squares, &ignored);
+  for (int i = 0; i < LANES; i++)
+    if (!(sqrtf(squares[i]) * e->state->reach < SMALL)) return 0;
+  return 1;
+}
+
 // Scores of all tiles, and what to measure them by: the largest that exp weighs; where a polynomial is beside it and that is not
 // large the largest bias, or 0.
 static void score_all(const sample *e, const lanes *l, weigher *w) {
@@ -797,14 +810,17 @@ static int sample_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, c
   const float *v = x->v + ra_head(p, kv_head, p->kv_heads, e->Nk, e->Dv);
   double sum[LANES] = {0};
 
-  // pass 1: scores
-  score_all(e, &l, w);
+  // pass 1: scores; small ones come with pass 2
+  int small = are_small(e, &l);
+  for (int i = 0; i < LANES && small; i++) w->reference[i] = 0, w->seen[i] = l.keys[i].first < l.keys[i].end;
+  if (!small) score_all(e, &l, w);
 
   // pass 2: weights, their sums, weighted values; exp being its own derivative, pass 3 finds its weights in the place of scores
   ra_fill(e->sum_t, e->Dv * LANES, 0);
   for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE)) {
     uint32_t keys = ra_min_u32(TILE, l.end - j);
-    float *s = e->s + (size_t)j * LANES, *weight = w->polynomial ? e->weight : s;
+    float *s = e->s + (small && !dq ? 0 : (size_t)j * LANES), *weight = w->polynomial ? e->weight : s;
+    if (small) score_keys(e, &l, j, keys, s);
     weigh(&l, w, s, j, keys, 0, weight);
     add_weights(weight, keys, sum);
     ra_add_columns(v + j * e->v_row, e->v_row, (uint32_t)e->Dv, weight, LANES, keys, e->sum_t, LANES);
