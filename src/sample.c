@@ -798,8 +798,8 @@ static void add_gradient_distance(const sample *e, const ra_arrays *x, const lan
       difference += off * off, size += dq * dq;
     }
   }
-  distance->dq = larger(0, (float)sqrt(difference));
-  distance->dq_size = (float)sqrt(size);
+  distance->dq = larger(0, (float)sqrt((double)distance->dq * distance->dq + difference));
+  distance->dq_size = (float)sqrt((double)distance->dq_size * distance->dq_size + size);
 }
 
 // Up to eight rows.
