@@ -110,13 +110,18 @@ export function sizeOf(fields: Fields): number {
   return 4 * layoutOf(fields).size;
 }
 
-const layouts = new WeakMap<Fields, Map<string, { at: number; float: boolean }>>();
+interface Place {
+  at: number;
+  kind: Fields[string];
+}
+
+const layouts = new WeakMap<Fields, Map<string, Place>>();
 
 /** Where each field is, kept for every struct. */
-function layoutOf(fields: Fields): Map<string, { at: number; float: boolean }> {
+function layoutOf(fields: Fields): Map<string, Place> {
   let known = layouts.get(fields);
   if (!known) {
-    known = new Map(Object.entries(fields).map(([name, kind], n) => [name, { at: 4 * n, float: kind === 'f32' }]));
+    known = new Map(Object.entries(fields).map(([name, kind], n) => [name, { at: 4 * n, kind }]));
     layouts.set(fields, known);
   }
   return known;
@@ -217,17 +222,20 @@ export class Arena {
     const view = new DataView(this.#memory.buffer, address, sizeOf(fields));
     const layout = layoutOf(fields);
     for (const name in values) {
-      const { at, float } = layout.get(name)!;
-      if (float) view.setFloat32(at, values[name]!, true);
-      else view.setUint32(at, values[name]!, true); // modulo 2^32, so right for i32 too
+      const value = values[name];
+      if (value === undefined) continue;
+      const { at, kind } = layout.get(name)!;
+      if (kind === 'f32') view.setFloat32(at, value, true);
+      else view.setUint32(at, value, true); // modulo 2^32, so right for i32 too
     }
   }
 
   readStruct<F extends Fields>(address: number, fields: F): Values<F> {
     const view = new DataView(this.#memory.buffer, address, sizeOf(fields));
     const values: Record<string, number> = {};
-    for (const [name, { at, float }] of layoutOf(fields)) {
-      values[name] = float ? view.getFloat32(at, true) : view.getUint32(at, true);
+    for (const [name, { at, kind }] of layoutOf(fields)) {
+      const number = kind === 'i32' ? view.getInt32(at, true) : view.getUint32(at, true);
+      values[name] = kind === 'f32' ? view.getFloat32(at, true) : number;
     }
     return values as Values<F>;
   }
