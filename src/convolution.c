@@ -271,18 +271,25 @@ void ra_convolution_change(const ra_convolution *c, float *dlags) {
 
 // --- Products in the frequency domain -----------------------------------------------------------------------------
 
+// Which blocks of a kernel are read: that of row r and input n is d + step (r - n) blocks behind the first one that is not zero, of `span`
+// and one more; modulo 2^32, so that what is before the first is far behind the last.
+typedef struct live {
+  uint32_t d, step, span;
+} live;
+
 // y[r] = sum_n t[r - n] z[n] for R rows at one frequency, imaginary parts times `sign`; t goes on by `t_row` with r, the other
 // way with n; it is a number, or `own` numbers, one for each lane. z [count][TILE][8].
 RA_INLINE void multiply_at(const int own, const int R, const float *t, ptrdiff_t t_row, const float *z, uint32_t count,
-                           f32x4 sign, float *y, size_t y_row) {
+                           live l, f32x4 sign, float *y, size_t y_row) {
   f32x4 re[TOGETHER], im[TOGETHER], zero = f32x4_splat(0);
   RA_UNROLLED
   for (int r = 0; r < R; r++) re[r] = im[r] = zero;
   RA_ROLLED
-  for (uint32_t n = 0; n < count; n++, t -= t_row, z += TILE * 8) {
+  for (uint32_t n = 0; n < count; n++, t -= t_row, z += TILE * 8, l.d -= l.step) {
     f32x4 z_r = f32x4_load(z), z_i = f32x4_load(z + 4), minus = f32x4_sub(zero, z_i);
     RA_UNROLLED
     for (int r = 0; r < R; r++) {
+      if (l.d + (uint32_t)r * l.step > l.span) continue; // zeros
       const float *t_n = t + r * t_row;
       f32x4 t_r = own ? f32x4_load(t_n) : f32x4_load_splat(t_n);
       f32x4 t_i = own ? f32x4_load(t_n + 4) : f32x4_load_splat(t_n + 1);
@@ -296,25 +303,26 @@ RA_INLINE void multiply_at(const int own, const int R, const float *t, ptrdiff_t
 
 // The same at all frequencies of a tile.
 RA_INLINE void multiply_frequencies(const int own, int R, const float *t, ptrdiff_t t_row, const float *z,
-                                    uint32_t count, f32x4 sign, float *y, size_t y_row) {
+                                    uint32_t count, live l, f32x4 sign, float *y, size_t y_row) {
   for (uint32_t f = 0; f < TILE; f++, t += own ? 8 : 2, z += 8, y += 8) {
-    if (R == TOGETHER) multiply_at(own, TOGETHER, t, t_row, z, count, sign, y, y_row);
-    else
-      for (int r = 0; r < R; r++) multiply_at(own, 1, t + r * t_row, t_row, z, count, sign, y + r * y_row, y_row);
+    if (R == TOGETHER) multiply_at(own, TOGETHER, t, t_row, z, count, l, sign, y, y_row);
+    live one = l;
+    for (int r = 0; R < TOGETHER && r < R; r++, one.d += l.step)
+      multiply_at(own, 1, t + r * t_row, t_row, z, count, one, sign, y + r * y_row, y_row);
   }
 }
 
-typedef void multiply_tile(int R, const float *t, ptrdiff_t t_row, const float *z, uint32_t count, f32x4 sign, float *y,
-                           size_t y_row);
+typedef void multiply_tile(int R, const float *t, ptrdiff_t t_row, const float *z, uint32_t count, live l, f32x4 sign,
+                           float *y, size_t y_row);
 
-RA_KERNEL void multiply_common(int R, const float *t, ptrdiff_t t_row, const float *z, uint32_t count, f32x4 sign,
-                               float *y, size_t y_row) {
-  multiply_frequencies(0, R, t, t_row, z, count, sign, y, y_row);
+RA_KERNEL void multiply_common(int R, const float *t, ptrdiff_t t_row, const float *z, uint32_t count, live l,
+                               f32x4 sign, float *y, size_t y_row) {
+  multiply_frequencies(0, R, t, t_row, z, count, l, sign, y, y_row);
 }
 
-RA_KERNEL void multiply_own(int R, const float *t, ptrdiff_t t_row, const float *z, uint32_t count, f32x4 sign,
+RA_KERNEL void multiply_own(int R, const float *t, ptrdiff_t t_row, const float *z, uint32_t count, live l, f32x4 sign,
                             float *y, size_t y_row) {
-  multiply_frequencies(1, R, t, t_row, z, count, sign, y, y_row);
+  multiply_frequencies(1, R, t, t_row, z, count, l, sign, y, y_row);
 }
 
 // tile [blocks][TILE][8] = frequencies f .. of all blocks, imaginary parts times `sign`.
@@ -348,7 +356,9 @@ void ra_convolution_multiply(const ra_convolution *c, int adjoint, float *spectr
       ptrdiff_t d = adjoint ? (ptrdiff_t)first - a : (ptrdiff_t)a - first;
       if (first == end) d = 0;
       const float *t = c->kernel + (d + (ptrdiff_t)c->columns - 1) * t_block + f * (c->own ? 8 : 2);
-      multiply((int)R, t, t_row, c->tile + (size_t)first * TILE * 8, end - first, sign_out,
+      uint32_t least = (uint32_t)c->least;
+      live l = {(uint32_t)d - least, adjoint ? UINT32_MAX : 1, (uint32_t)c->most - least};
+      multiply((int)R, t, t_row, c->tile + (size_t)first * TILE * 8, end - first, l, sign_out,
                spectra + a * row + (size_t)f * 8, row);
     }
   }
