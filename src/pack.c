@@ -45,3 +45,21 @@ void ra_add(const float *x, size_t count, float *y) {
   for (; i + 4 <= count; i += 4) f32x4_store(y + i, f32x4_add(f32x4_load(y + i), f32x4_load(x + i)));
   for (; i < count; i++) y[i] += x[i];
 }
+
+void ra_sum_rows(const float *x, size_t x_row, uint32_t count, size_t columns, uint32_t skipped, double *sum) {
+  size_t d = 0;
+  for (; d + 4 <= columns; d += 4) {
+    f32x4 some = f32x4_splat(0);
+    float lane[4];
+    for (uint32_t n = 0; n < count; n++)
+      if (!(skipped >> n & 1)) some = f32x4_add(some, f32x4_load(x + n * x_row + d));
+    f32x4_store(lane, some);
+    for (size_t i = 0; i < 4; i++) sum[d + i] += lane[i];
+  }
+  for (; d < columns; d++) {
+    float some = 0;
+    for (uint32_t n = 0; n < count; n++)
+      if (!(skipped >> n & 1)) some += x[n * x_row + d];
+    sum[d] += some;
+  }
+}

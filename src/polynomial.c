@@ -511,23 +511,6 @@ RA_KERNEL void row_shifts(const ra_polynomial *e, float *shift) {
 
 // --- Preparation --------------------------------------------------------------------------------------------------
 
-// sum[d] += x[0][d] + .. + x[count-1][d]: sums of up to 32 rows as floats, of those in double precision.
-static void add_chunk_sums(const float *x, size_t x_row, uint32_t count, uint32_t columns, double *sum) {
-  uint32_t d = 0;
-  for (; d + 4 <= columns; d += 4) {
-    f32x4 chunk = f32x4_splat(0);
-    float lane[4];
-    for (uint32_t n = 0; n < count; n++) chunk = f32x4_add(chunk, f32x4_load(x + n * x_row + d));
-    f32x4_store(lane, chunk);
-    for (uint32_t i = 0; i < 4; i++) sum[d + i] += lane[i];
-  }
-  for (; d < columns; d++) {
-    float chunk = 0;
-    for (uint32_t n = 0; n < count; n++) chunk += x[n * x_row + d];
-    sum[d] += chunk;
-  }
-}
-
 // Means of the rotated keys, without outliers, and of the values.
 RA_KERNEL void take_means(const ra_polynomial *e, size_t kv, const float *k, const float *v) {
   uint32_t Nk = e->p->key_length, plain = Nk - e->p->outlier_key_count;
@@ -537,11 +520,8 @@ RA_KERNEL void take_means(const ra_polynomial *e, size_t kv, const float *k, con
   for (uint32_t j = 0; j < Nk; j += CHUNK) {
     uint32_t count = ra_min_u32(CHUNK, Nk - j);
     ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->y_rows, e->Dp, count, j, RA_ROTATE, 1.0f);
-    uint32_t outliers = ra_outlier_bits(far, 1, 0, j, count);
-    for (uint32_t n = 0; n < count; n++)
-      if (outliers >> n & 1) ra_fill(e->y_rows + n * e->Dp, e->Dp, 0);
-    add_chunk_sums(e->y_rows, e->Dp, count, e->D, k_sum);
-    add_chunk_sums(v + j * e->v_row, e->v_row, count, e->Dv, v_sum);
+    ra_sum_rows(e->y_rows, e->Dp, count, e->D, ra_outlier_bits(far, 1, 0, j, count), k_sum);
+    ra_sum_rows(v + j * e->v_row, e->v_row, count, e->Dv, 0, v_sum);
   }
   ra_fill(e->k_mean, e->Dp, 0), ra_fill(e->v_mean, e->Dvp, 0);
   for (uint32_t d = 0; d < e->D && plain > 0; d++) e->k_mean[d] = (float)(k_sum[d] / plain);
@@ -858,7 +838,7 @@ RA_KERNEL void finish_keys(const ra_polynomial *e, size_t kv, float *dk) {
   double sum[RA_MAX_HEAD_DIM] = {0};
   float less[RA_MAX_HEAD_DIM];
   for (uint32_t j = 0; j < Nk; j += CHUNK)
-    add_chunk_sums(dk + j * e->k_row, e->k_row, ra_min_u32(CHUNK, Nk - j), D, sum);
+    ra_sum_rows(dk + j * e->k_row, e->k_row, ra_min_u32(CHUNK, Nk - j), D, 0, sum);
   for (uint32_t d = 0; d < D; d++) less[d] = (float)(-sum[d] / plain);
   for (uint32_t j = 0; j < Nk; j += CHUNK) {
     uint32_t count = ra_min_u32(CHUNK, Nk - j), outliers = ra_outlier_bits(ra_outlier_keys(e->p, kv), 1, 0, j, count);

@@ -241,15 +241,7 @@ static void rotate_keys(const sample *e, const float *k, size_t kv_head) {
     size_t count = e->Nk - j < RA_CHUNK ? e->Nk - j : RA_CHUNK;
     ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->k_rows + j * e->Dp, e->Dp, (uint32_t)count,
                    (uint32_t)j, RA_ROTATE, 1.0f);
-    uint32_t outliers = key_outliers(e, kv_head, (uint32_t)j);
-    for (size_t d = 0; d < e->Dp; d += 4) {
-      f32x4 chunk = f32x4_splat(0);
-      for (size_t n = 0; n < count; n++)
-        if (!(outliers >> n & 1)) chunk = f32x4_add(chunk, f32x4_load(e->k_rows + (j + n) * e->Dp + d));
-      float lane[4];
-      f32x4_store(lane, chunk);
-      for (size_t i = 0; i < 4; i++) sum[d + i] += lane[i];
-    }
+    ra_sum_rows(e->k_rows + j * e->Dp, e->Dp, (uint32_t)count, e->Dp, key_outliers(e, kv_head, (uint32_t)j), sum);
   }
   for (size_t d = 0; d < e->Dp; d++)
     e->k_mean[d] = plain > 0 && !ra_is_relative(e->p) ? (float)(sum[d] / (double)plain) : 0;
