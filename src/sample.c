@@ -152,9 +152,8 @@ RA_KERNEL void extend(extent *t, const float *x, size_t x_row, uint32_t first, u
 RA_KERNEL void extend_apart(extent *t, extent *far, uint32_t outliers, const float *x, size_t x_row, uint32_t first,
                             uint32_t count, size_t columns) {
   if (outliers == 0) extend(t, x, x_row, first, count, columns);
-  for (uint32_t n = 0; n < count && outliers != 0; n++) {
+  for (uint32_t n = 0; n < count && outliers != 0; n++)
     extend(outliers >> n & 1 ? far : t, x + n * x_row, x_row, first + n, 1, columns);
-  }
 }
 
 // |x| from the sum of squares, or a bound of it where squares fall below what a float holds (1e-30: what is lost of larger
@@ -790,8 +789,8 @@ static void add_gradient_distance(const sample *e, const ra_arrays *x, const lan
       difference += off * off, size += dq * dq;
     }
   }
-  distance->dq = larger(0, (float)sqrt((double)distance->dq * distance->dq + difference));
-  distance->dq_size = (float)sqrt((double)distance->dq_size * distance->dq_size + size);
+  distance->dq = larger(0, (float)sqrt(difference));
+  distance->dq_size = (float)sqrt(size);
 }
 
 // Up to eight rows.

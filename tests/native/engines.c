@@ -641,9 +641,12 @@ static void largest_are_largest(const shape *s, const run *r, uint32_t kv, const
 // What sampled rows know.
 static int is_sampled(const shape *s) { return !s->softcap && !s->mask && !s->sinks; }
 
-// With lse and out that are wrong, dq by these is as far from what it was as is said, dq being the rows `before`.
-static void gradient_distance_is_right(const shape *s, run *wrong, uint32_t kv, const uint32_t *rows, uint32_t count,
-                                       const guarded *before, void *workspace) {
+// With lse and out that are wrong in some rows, dq by these is as far from what it was as is said, dq being the rows `before`: on more
+// rows than go together.
+static void gradient_distance_is_right(const shape *s, run *wrong, uint32_t kv, const guarded *before,
+                                       void *workspace) {
+  uint32_t total = s->heads / s->kv_heads * s->Nq, count = total < 20 ? total : 20, rows[20];
+  for (uint32_t n = 0; n < count; n++) rows[n] = (uint32_t)((uint64_t)n * total / count);
   guarded out = guarded_new((size_t)count * s->Dv, 1, 1), lse = guarded_new(count, 1, 1);
   guarded dq = guarded_new((size_t)count * s->D, 1, 1);
   ra_distance distance;
@@ -700,7 +703,7 @@ static void changes_undo_errors(const shape *s, run *oracle, uint32_t kv, const 
         "wrong columns");
   guarded before = guarded_new(oracle->dq.count, 1, 1);
   memcpy(before.data, oracle->dq.data, before.count * sizeof(float));
-  gradient_distance_is_right(s, oracle, kv, rows, count, &before, workspace);
+  gradient_distance_is_right(s, oracle, kv, &before, workspace);
   guarded_free(&before);
   for (int halves = 0; halves < 2; halves++) {
     for (uint32_t n = 0; n < count; n++) shares.data[n] = halves ? 0.5f : 1;
