@@ -8,13 +8,13 @@
 //   --passes forward,backward        --seconds 1 (of samples for each row of figures)   --functions 10 (the largest ones)
 //   --binary build/relaxed/named.wasm
 
-import { Session } from 'node:inspector/promises';
 import { readFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
 
 import { createRopeAttention } from '../../dist/index.js';
 import { uniform } from '../bench/peers/problem.mjs';
 import { peakOf } from '../bench/tools/peak.mjs';
+import { selfTimes } from '../bench/tools/self-times.mjs';
 import { KINDS, loopsOf } from './loops.mjs';
 
 const { values: given } = parseArgs({
@@ -56,27 +56,17 @@ function argumentsOf(name) {
 }
 
 /** Self times in milliseconds by function, of calls for some seconds, and how many these were. */
-async function profile(session, call) {
+async function profile(call) {
   for (let n = 0; n < 10; n++) call();
-  await session.post('Profiler.setSamplingInterval', { interval: 100 });
-  await session.post('Profiler.start');
-  const end = performance.now() + 1000 * Number(given.seconds);
   let calls = 0;
-  for (; performance.now() < end; calls++) call();
-  const { profile: got } = await session.post('Profiler.stop');
-  const names = new Map(got.nodes.map(({ id, callFrame }) => [id, callFrame]));
-  const times = new Map();
-  got.samples.forEach((id, n) => {
-    const { functionName, url } = names.get(id);
-    const name = url.startsWith('wasm') ? functionName : `${functionName || 'anonymous'} (JavaScript)`;
-    times.set(name, (times.get(name) ?? 0) + got.timeDeltas[n] / 1000);
+  const { wasm, javascript } = await selfTimes(() => {
+    const end = performance.now() + 1000 * Number(given.seconds);
+    for (; performance.now() < end; calls++) call();
   });
-  return { times, calls };
+  const others = [...javascript].map(([name, ms]) => [`${name || 'anonymous'} (JavaScript)`, ms]);
+  return { times: new Map([...wasm, ...others]), calls };
 }
 
-const session = new Session();
-session.connect();
-await session.post('Profiler.enable');
 const seen = new Set();
 console.log(`Node ${process.versions.node}, one thread, entries in [-0.5, 0.5); peak ${peak.toFixed(1)} GFLOP/s${given.with && `; with ${given.with}`}`);
 for (const name of given.cases.split(',')) {
@@ -86,7 +76,7 @@ for (const name of given.cases.split(',')) {
     const saved = pass === 'backward' ? attention.forward({ q, k, v, ...args }) : null;
     const call = saved ? () => attention.backward({ q, k, v, ...args, dOutput, saved }) : () => attention.forward({ q, k, v, ...args });
     const { flops } = call().report;
-    const { times, calls } = await profile(session, call);
+    const { times, calls } = await profile(call);
     const sum = [...times.values()].reduce((a, b) => a + b, 0);
     const share = flops / ((sum / calls) * 1e6) / peak;
     console.log(`\n${name}, ${pass}: ${(sum / calls).toFixed(2)} ms a call, ${(100 * share).toFixed(0)}% of the peak\n\n| share | ms | function |\n| --- | --- | --- |`);
@@ -97,7 +87,6 @@ for (const name of given.cases.split(',')) {
     }
   }
 }
-session.disconnect();
 console.log(`\nInner loops, instructions a turn:\n\n| function | ${KINDS.join(' | ')} |\n| --- | ${KINDS.map(() => '---').join(' | ')} |`);
 for (const name of seen)
   for (const counts of loops.get(name) ?? []) console.log(`| ${name} | ${KINDS.map((kind) => counts[kind] ?? 0).join(' | ')} |`);

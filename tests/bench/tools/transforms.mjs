@@ -3,36 +3,13 @@
 // How fast the Fourier transforms inside the Toeplitz engine are, beside the same transforms of the same binary alone. V8's sampling
 // profiler says how long each function runs; the functions of transforms are those that run while nothing but transforms does.
 
-import { Session } from 'node:inspector/promises';
-
+import { selfTimes } from './self-times.mjs';
 import { median } from './step.mjs';
-
-/** Microseconds between samples. */
-const INTERVAL = 100;
 
 /** Functions that take a smaller share of transforms alone are none of theirs. */
 const SHARE = 0.01;
 
 const TURNS = 3;
-
-/** Microseconds that each WebAssembly function takes by itself while `work` runs. */
-async function selfTimes(work) {
-  const session = new Session();
-  session.connect();
-  await session.post('Profiler.enable');
-  await session.post('Profiler.setSamplingInterval', { interval: INTERVAL });
-  await session.post('Profiler.start');
-  work();
-  const { profile } = await session.post('Profiler.stop');
-  session.disconnect();
-  const functions = new Map(profile.nodes.map(({ id, callFrame: { url, functionName } }) => [id, url.startsWith('wasm:') ? functionName : '']));
-  const times = new Map();
-  profile.samples.forEach((id, n) => {
-    const name = functions.get(id);
-    times.set(name, (times.get(name) ?? 0) + profile.timeDeltas[n]);
-  });
-  return times;
-}
 
 const operations = (count, length) => count * 5 * length * Math.log2(length);
 
@@ -67,13 +44,13 @@ export async function ratesOf(binary, work, { count, length, blocks }) {
   const turns = [];
   for (let n = 0; n < TURNS; n++) {
     const apart = rateOf(transforms);
-    const known = await selfTimes(transforms.run);
+    const { wasm: known } = await selfTimes(transforms.run);
     const all = [...known.values()].reduce((sum, time) => sum + time, 0);
-    const names = [...known].filter(([name, time]) => name !== '' && time > SHARE * all).map(([name]) => name);
+    const names = [...known].filter(([, time]) => time > SHARE * all).map(([name]) => name);
     const start = performance.now();
-    const times = await selfTimes(work);
+    const { wasm: times } = await selfTimes(work);
     const milliseconds = performance.now() - start;
-    const time = names.reduce((sum, name) => sum + (times.get(name) ?? 0), 0) / 1e3;
+    const time = names.reduce((sum, name) => sum + (times.get(name) ?? 0), 0);
     const inside = operations(count, length) / time / 1e6;
     turns.push({ inside, apart, share: inside / apart, ofCall: time / milliseconds });
   }
