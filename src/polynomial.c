@@ -18,7 +18,7 @@
 //   dphi(x_i) = Z h_i                       a sweep forwards, with the same Z
 //   Y = W sum_i phi(x_i) h_i^T,   dphi(y_j) = Y u_j,   du_j = Y^T phi(y_j)      a sweep backwards
 //
-// and the Jacobian of phi takes dphi to dx, dy. Nothing of size N x rank is ever stored.
+// and the Jacobian of phi takes dphi to dx, dy. Nothing of size N x rank is ever stored. So dx and dy go by p', and du may too.
 //
 // ALiBi, causal: exp(-m (i - j)) = exp(-m (i - r)) exp(-m (r - j)), so Z decays by exp(-m (r' - r)) as its origin r goes on,
 // and tokens join it, or read it, with such a factor. For dm = sum_ij dS_ij (j - i) there is a second state, of keys times j - r.
@@ -804,6 +804,22 @@ static uint32_t drop_queries(const ra_polynomial *e, const ra_arrays *x, size_t 
   return top > staying.first ? first : s->edge;
 }
 
+// sum_t += what the states give to dv for a chunk of keys. By the derivative: w_r for p' is (m + 1) c_{m+1} / c_m times that for p.
+RA_KERNEL void read_values_backward(const ra_polynomial *e, uint32_t kv, uint32_t count) {
+  ra_polynomial below = *e;
+  const ra_features *f = &e->f;
+  const float *c = e->p->coefficients + (size_t)kv * (f->degree + 1);
+  if (e->p->dv_by_derivative && f->degree > 0) {
+    below.f.rank = f->lower, below.lower = e->dlower;
+    for (uint32_t m = 0; m < f->degree; m++) {
+      f32x4 ratio = f32x4_splat((float)(m + 1) * c[m + 1] / c[m]);
+      for (size_t n = (size_t)f->first[m] * CHUNK; n < (size_t)f->first[m + 1] * CHUNK; n += 4)
+        f32x4_store(e->dlower + n, f32x4_mul(ratio, f32x4_load(e->lower + n)));
+    }
+  }
+  read_decayed(&below, e->y_t, count);
+}
+
 // The sweep backwards: keys start .. edge-1 take their gradients from the state of the queries that saw them through Z.
 RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t state, uint32_t start) {
   size_t head = state * sharing(e->p), kv = head / ra_group(e->p);
@@ -820,7 +836,7 @@ RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t st
     ra_fill(e->sum_t, (size_t)e->columns * CHUNK, 0);
     ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
     set_key_factors(e, j, count);
-    read_decayed(e, e->y_t, count);
+    read_values_backward(e, (uint32_t)kv, count);
     ra_transpose(e->sum_t, CHUNK, e->Dvp, CHUNK, e->d_rows, e->Dvp);
     ra_add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + at.v, e->v_row, NULL, j);
     ra_transpose(e->u_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);

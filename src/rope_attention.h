@@ -164,6 +164,11 @@ typedef struct ra_problem {
   // For the gradient of the far part of bias a polynomial of its own, like coefficients: [B * kv_heads][lag_degree + 1].
   const float *lag_coefficients;
   uint32_t lag_degree; // 0 .. 2
+
+  // Polynomial, backward, g >= 1: 1 takes dv by p' in the place of p, as dq and dk are, which is near exp as well: of a degree less, so
+  // that a fifth of the products is saved. Gradients are no longer the derivative of this forward pass then, but no farther
+  // from exact ones. c_0 .. c_{g-1} are not 0.
+  uint32_t dv_by_derivative;
 } ra_problem;
 
 // All contiguous, row-major, shapes as in layout 0. A pointer that the pass does not name may be NULL.

@@ -1083,6 +1083,7 @@ int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   sample e = arrange(p, &cursor), own[GROUPS];
   columns c[GROUPS];
   weigher w = weigher_of(p, kv_head, coefficients, degree);
+  if (p->dv_by_derivative && degree > 0) memcpy(w.c[0], w.c[1], sizeof w.c[0]);
   uint32_t groups = load_columns(&e, x, kv_head, keys, count, &w, own, c);
   for (size_t head = kv_head * e.group; head < (kv_head + 1) * e.group; head++)
     for (uint32_t i = ra_query_start(p, keys[0]), end = ra_query_end(p, keys[count - 1]), some; i < end; i += some) {

@@ -6,7 +6,7 @@
 import { afterAll, beforeAll, describe, expect, jest, test } from '@jest/globals';
 
 import { createRopeAttention, reference, theory } from '../dist/index.js';
-import { allowedPairs, cost, exactFlops, polynomialFlops, prepareCost } from '../dist/cost.js';
+import { allowedPairs, cost, exactFlops, NO_OUTLIERS, polynomialFlops, prepareCost } from '../dist/cost.js';
 import type { ForwardArgs, Guarantee, Report, Rotary, RopeAttention } from '../dist/index.js';
 import { Session } from '../dist/kernel.js';
 import { costOf } from '../dist/planner.js';
@@ -151,6 +151,9 @@ describe('counts', () => {
     const full = sizes({ queryLength: 40, keyLength: 50 });
     expect(polynomialFlops(full, 'forward', degree)).toBe(2 * features * (3 + 1) * (keys + queries));
     expect(polynomialFlops(full, 'backward', degree)).toBe(2 * features * (3 + 1) * (3 * keys + 2 * queries));
+    expect(polynomialFlops(full, 'backward', degree, NO_OUTLIERS, 0)).toBe(
+      2 * (3 + 1) * (features * (2 * keys + 2 * queries) + keys),
+    );
     // Causal: 16.5 exact pairs a query besides.
     const causal = { ...full, causal: true, queryOffset: 10 };
     expect(polynomialFlops(causal, 'forward', degree) - polynomialFlops(full, 'forward', degree)).toBe(
@@ -583,6 +586,23 @@ describe('when a prediction fails', () => {
     const again = attention.backward({ ...args, ...off, tolerance });
     expect(again.report.reason).toMatch(/^polynomial .*; degree 2 has a predicted error .* given output and lse, which were computed again$/);
     expect(errorOf(again)).toBeLessThanOrEqual(tolerance);
+  });
+
+  test('dv has weights of a degree less where it keeps its tolerance by these, and those of the polynomial where not', () => {
+    const args = instance({ kind: 'uniform', bound: 0.4, seed: 1, shape: { heads: 1, queryLength: 4096, headDim: 16 } });
+    const call = { ...args, tolerance: 1e-2, saved: attention.forward({ ...withoutGradient(args), method: 'exact' }) };
+    const forced = attention.backward({ ...call, method: 'polynomial', degree: 2 });
+    // What one weight gives to dv counts for little beside the sum of all, unless this is next to nothing.
+    const alike = args.dOutput.map((x) => x + 1);
+    const mean = Array.from({ length: 16 }, (_, d) => args.dOutput.reduce((sum, x, n) => (n % 16 === d ? sum + x : sum), 0) / 4096);
+    const apart = args.dOutput.map((x, n) => x - mean[n % 16]);
+    for (const dOutput of [alike, apart]) {
+      const exact = attention.backward({ ...call, dOutput, method: 'exact' });
+      const got = attention.backward({ ...call, dOutput });
+      for (const name of ['dq', 'dk', 'dv'] as const) expect(relativeFrobenius(got[name], exact[name])).toBeLessThanOrEqual(1e-2);
+      expect(got.report.degree).toBe(2);
+      expect(got.report.flops - forced.report.flops).toBe(dOutput === apart ? 0 : -2 * 17 * 4096 * (theory.rank(16, 2) - 17));
+    }
   });
 
   test('a given lse counts by what it does to weights, not by its own size', () => {

@@ -280,22 +280,25 @@ export class Attention implements RopeAttention {
         if (outcome.miss !== null) {
           const miss = `degree ${attempt.degree} ${outcome.miss}`;
           const room = roomOf(task.pass, 'check', attempt.split) * problem.tolerance;
+          const inDv = missesInDv(outcome.dvDegree, attempt.degree, outcome.measured, room);
           const owed = doubt > 0 && !((outcome.measured?.error ?? 0) - doubt > room);
-          if (outcome.coefficients && goesByGiven(task, attempt) && owed) {
+          if (outcome.coefficients && goesByGiven(task, attempt) && owed && !inDv) {
             list.unshift(withForward(attempt));
             notes.push(`${miss} with the given output and lse, which were computed again`);
             continue;
           }
-          if (list.length === 0) refuseMiss(task, miss, !outcome.coefficients);
-          notes.push(miss);
-          const left = yield* promising(task, list, attempt, outcome.measured);
+          if (list.length === 0 && !inDv) refuseMiss(task, miss, !outcome.coefficients);
+          notes.push(inDv ? `${miss}, all of it in dv, whose weights were those of degree ${outcome.dvDegree}` : miss);
+          const left = inDv
+            ? [{ ...attempt, dvDegree: attempt.degree! }, ...list]
+            : yield* promising(task, list, attempt, outcome.measured);
           // A forward pass may serve others as well, if there is none that was given.
           const serves = outcome.sound && !inputs.output && task.pass === 'backward' && problem.method === 'auto';
           if (serves) there = `the output and lse of degree ${attempt.degree}`;
           list.splice(0, list.length, ...(serves ? left.map((one): Attempt => ({ ...one, passes: ['backward'] })) : left));
           if (list.length > 0) continue;
         }
-        const ran = { ...attempt, coefficients: outcome.coefficients };
+        const ran = { ...attempt, coefficients: outcome.coefficients, dvDegree: outcome.dvDegree };
         const bound = boundOf(task, ran);
         const reason = explain(task, { ...ran, bound }, outcome.measured, 'sampled', plan.because, notes);
         const report = reportOf(task, ran, bound, outcome.measured, session.bytes, null, reason);
@@ -358,18 +361,20 @@ export class Attention implements RopeAttention {
     const { problem, pass } = task;
     const { degree, passes, split } = attempt;
     const { sampler } = split;
+    let { dvDegree } = attempt;
     session.setOutliers(split.outliers);
     const coefficients = degree === null ? null : (attempt.coefficients ?? (yield* sampler.coefficients(degree)));
     let positive = true;
     const missed = (miss: string | null, measured: Measured | null): Outcome => ({
       coefficients,
+      dvDegree,
       measured,
       miss,
       sound: positive && measured !== null && passes.length > 1,
     });
     if (degree !== null && !coefficients) return missed('has coefficients beyond float32', null);
     session.setWorkspace(workspaceOf(session, passes, degree));
-    session.setEngine(degree, coefficients ?? undefined);
+    session.setEngine(degree, coefficients ?? undefined, dvDegree < (degree ?? 0));
     if (degree === null) {
       session.boundScores(scoreBound(problem, split.bounds));
       yield* this.#run(session, task, attempt, passes, from, to);
@@ -381,10 +386,11 @@ export class Attention implements RopeAttention {
     // Gradients of keys are foreseen once output and lse are there; what would miss is not run to its end.
     const room = roomOf(pass, 'check', split);
     const limit = room * problem.tolerance;
-    if (pass === 'backward' && problem.method === 'auto' && !task.part && !attempt.trial) {
-      const foreseen = yield* sampler.foresee(degree, limit);
-      if (!(foreseen.upper <= limit)) {
-        return missed(`has ${missing(foreseen, 'predicted', room, ' in the gradients of keys')}`, foreseen);
+    if (pass === 'backward' && problem.method === 'auto' && !task.part) {
+      const foreseen = yield* this.#foresee(session, { ...attempt, degree }, limit);
+      dvDegree = foreseen.dvDegree;
+      if (foreseen.measured && !(foreseen.measured.upper <= limit)) {
+        return missed(`has ${missing(foreseen.measured, 'predicted', room, ' in the gradients of keys')}`, foreseen.measured);
       }
     }
     const lags = pass === 'backward' && problem.decays ? new LagSampler(session, problem, split.bounds) : null;
@@ -399,6 +405,22 @@ export class Attention implements RopeAttention {
     const measured = worst(yield* sampler.check(pass, limit), lags?.check(sampler, limit));
     if (!positive) return missed('has rows whose weights do not add up to a positive number', measured);
     return missed(measured.upper <= limit ? null : `has ${missing(measured, 'sampled', room)}`, measured);
+  }
+
+  /**
+   * Errors to expect of the gradients of keys, and the degree of the weights of dv, set for the run: less than that of p only where
+   * that will do. A trial is spared all but a first look, at the latter.
+   */
+  *#foresee(
+    session: Session,
+    { degree, dvDegree, trial, split: { sampler } }: Attempt & { degree: number },
+    limit: number,
+  ): Generator<number, { measured: Measured | null; dvDegree: number }> {
+    if (trial && dvDegree === degree) return { measured: null, dvDegree };
+    const first = yield* sampler.foresee(degree, limit, trial ? 1 : Infinity, false);
+    if (trial ? first.upper <= limit : !missesInDv(dvDegree, degree, first, limit)) return { measured: trial ? null : first, dvDegree };
+    session.setEngine(degree);
+    return { measured: trial ? null : yield* sampler.foresee(degree, limit, Infinity, true), dvDegree: degree };
   }
 
   /** Runs all units of the passes; false when the polynomial's weights are not positive. */
@@ -437,6 +459,8 @@ export class Attention implements RopeAttention {
 interface Outcome {
   /** null: exact, or nothing was run. */
   coefficients: Float32Array | null;
+  /** As it was in the end. */
+  dvDegree: number;
   measured: Measured | null;
   /** What went wrong; null when the tolerance is met. */
   miss: string | null;
@@ -463,6 +487,12 @@ function goesByGiven({ problem, pass, part }: Task, { passes }: Attempt): boolea
   if (part) return false; // they are those of the whole
   const forced = problem.method === 'exact' || (problem.method !== 'auto' && problem.degree !== null);
   return pass === 'backward' && passes.length === 1 && !forced;
+}
+
+/** Whether gradients miss only in dv, whose weights were of a lower degree. */
+function missesInDv(dvDegree: number, degree: number | null, measured: Measured | null, room: number): boolean {
+  if (degree === null || dvDegree === degree || !measured) return false;
+  return !(measured.upper <= room) && (measured.besideDv ?? Infinity) <= room;
 }
 
 /** A forced polynomial that would miss: by its proof where that was asked for, else by its prediction and the room of the check. */
@@ -523,7 +553,12 @@ function explain(
 /** The larger of two errors. */
 function worst(a: Measured, b: Measured | undefined): Measured {
   const larger = (of: (one: Measured) => number) => (b ? Math.max(of(a), of(b)) : of(a));
-  return { error: larger((one) => one.error), upper: larger((one) => one.upper), relative: larger((one) => one.relative) };
+  return {
+    error: larger((one) => one.error),
+    upper: larger((one) => one.upper),
+    relative: larger((one) => one.relative),
+    besideDv: larger((one) => one.besideDv ?? one.upper),
+  };
 }
 
 /** Terms of a polynomial, in words. */
@@ -566,7 +601,7 @@ function reportOf(
     errorEstimate: measured && measured.error,
     gradientErrorEstimate: pass === 'backward' && measured ? measured.error : null,
     relativeErrorEstimate: measured && measured.relative,
-    flops: flopsOf(problem, passes, degree, countsOf(attempt)),
+    flops: flopsOf(problem, passes, degree, countsOf(attempt), attempt.dvDegree),
     bytes,
     milliseconds,
     reason,

@@ -135,23 +135,25 @@ export function exactFlops(g: Geometry, pass: Pass): number {
  * Useful operations of the polynomial engine, with (CHUNK + 1) / 2 exact pairs for each query at each edge of what it sees, and the
  * pairs of outliers.
  */
-export function polynomialFlops(g: Geometry, pass: Pass, degree: number, outliers = NO_OUTLIERS): number {
+export function polynomialFlops(g: Geometry, pass: Pass, degree: number, outliers = NO_OUTLIERS, dvDegree = degree): number {
   const edges = Number(g.causal || g.window[1] >= 0) + Number(g.window[0] >= 0);
   const near = g.decays ? g.decays.near - 1 : 0;
   const beside = Math.min((near + (edges * (CHUNK + 1)) / 2) * g.batch * g.heads * g.queryLength, allowedPairs(g));
-  return stateFlops(g, pass, degree) + flopsOfPair(g, pass) * (beside + outlierPairs(g, outliers));
+  return stateFlops(g, pass, degree, dvDegree) + flopsOfPair(g, pass) * (beside + outlierPairs(g, outliers));
 }
 
 /** Of these the products with states; with decays one for each, and in the backward pass the gradient of the bias. */
-function stateFlops(g: Geometry, pass: Pass, degree: number): number {
-  const one = flopsOfState(g, pass, degree);
+function stateFlops(g: Geometry, pass: Pass, degree: number, dvDegree: number): number {
+  const one = flopsOfState(g, pass, degree, dvDegree);
   return one * (g.decays?.count ?? 1) + (g.decays && pass === 'backward' ? lagFlops(g) : 0);
 }
 
-/** Of one state; heads with a bias of their own, where decays stand for it, have a state of their own. */
-function flopsOfState(g: Geometry, pass: Pass, degree: number): number {
+/** Of one state; heads with slopes, or with a bias that decays stand for, of their own have a state of their own. */
+function flopsOfState(g: Geometry, pass: Pass, degree: number, dvDegree: number): number {
   const kvHeads = g.decays && hasOwnBiases(g) ? g.heads : g.kvHeads;
-  return products({ ...g, kvHeads, method: 'polynomial', degree, pass });
+  const states = g.batch * (g.alibi ? g.heads : kvHeads);
+  const saved = pass === 'forward' ? 0 : rank(g.headDim, degree) - rank(g.headDim, dvDegree);
+  return products({ ...g, kvHeads, method: 'polynomial', degree, pass }) - 2 * saved * (g.valueDim + 1) * g.keyLength * states;
 }
 
 /** Products for the gradient of a far bias by correlations (lags.c), of features of degree 1. */
@@ -166,7 +168,7 @@ function lagFlops(g: Geometry): number {
 export function costOfDecays(g: Geometry): (count: number, near: number) => number {
   const share = EFFICIENCY.find((row) => g.headDim <= row.upTo)!;
   const both = (of: (pass: Pass) => number) => of('forward') + of('backward');
-  const state = both((pass) => flopsOfState(g, pass, 2) / WIDE_EFFICIENCY[pass]);
+  const state = both((pass) => flopsOfState(g, pass, 2, 2) / WIDE_EFFICIENCY[pass]);
   const pair = both((pass) => (flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength) / share.outliers[pass]);
   return (count, near) => count * state + near * pair;
 }
@@ -225,13 +227,14 @@ export function toeplitzFlops(g: Geometry, pass: Pass, degree: number): number {
   return jobsOf(g) * (count * 5 * block * Math.log2(block) + products);
 }
 
-/** Operations at peak speed that take as long as the pass: `degree` null for the exact engine. */
+/** Operations at peak speed that take as long as the pass: `degree` null for the exact engine, `dvDegree` that of the weights of dv. */
 export function cost(
   g: Geometry,
   pass: Pass,
   degree: number | null,
   outliers = NO_OUTLIERS,
   features: Features = 'polynomial',
+  dvDegree = degree ?? 0,
 ): number {
   const share = efficiencyOf(g);
   const map = mapOf(g);
@@ -243,8 +246,8 @@ export function cost(
   // The keys at the left edge of a window, and those that leave the state, are rotated once more and weighed in whole blocks.
   const besides = g.window[0] < 0 ? 0 : 1.5 * CHUNK * flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength;
   const ofOutliers = (flopsOfPair(g, pass) * outlierPairs(g, outliers)) / share.outliers[pass];
-  const more = ((g.decays?.count ?? 1) - 1) * flopsOfState(g, pass, degree);
-  const first = (polynomialFlops(g, pass, degree) - more + besides) / share[degree > 2 ? 'higher' : 'polynomial'][pass];
+  const more = ((g.decays?.count ?? 1) - 1) * flopsOfState(g, pass, degree, dvDegree);
+  const first = (polynomialFlops(g, pass, degree, NO_OUTLIERS, dvDegree) - more + besides) / share[degree > 2 ? 'higher' : 'polynomial'][pass];
   return first + more / WIDE_EFFICIENCY[pass] + ofOutliers;
 }
 

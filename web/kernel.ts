@@ -513,6 +513,7 @@ export class Session {
       decay_from: g.decays?.near ?? 0,
       lag_coefficients: at.lagCoefficients,
       lag_degree: 0,
+      dv_by_derivative: 0,
     } satisfies Omit<Values<typeof PROBLEM>, 'method' | 'degree'>);
   }
 
@@ -533,14 +534,18 @@ export class Session {
     this.#arena.reset();
   }
 
-  /** Chooses the engine of the calls that follow: null is exact. `coefficients` [heads][degree + 1] belong to a degree. */
-  setEngine(degree: number | null, coefficients?: Float32Array): void {
+  /**
+   * Chooses the engine of the calls that follow: null is exact. `coefficients` [heads][degree + 1] belong to a degree; their derivative is
+   * what dv goes by if so asked.
+   */
+  setEngine(degree: number | null, coefficients?: Float32Array, dvByDerivative = false): void {
     this.#check();
     const at = this.#at;
     if (coefficients) this.#arena.writeFloats(at.coefficients, coefficients);
     this.#arena.writeStruct(at.problem, PROBLEM, {
       method: degree === null ? EXACT : this.features === 'toeplitz' ? TOEPLITZ : POLYNOMIAL,
       degree: degree ?? 0,
+      dv_by_derivative: Number(dvByDerivative),
     });
   }
 

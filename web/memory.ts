@@ -68,6 +68,7 @@ export const PROBLEM = {
   decay_from: 'u32',
   lag_coefficients: 'address',
   lag_degree: 'u32',
+  dv_by_derivative: 'u32',
 } as const satisfies Fields;
 
 /** ra_arrays. */

@@ -18,6 +18,7 @@ import {
   samplingCost,
   toeplitzFlops,
   trialCost,
+  type OutlierCounts,
   type Pass,
 } from './cost.js';
 import type { Session } from './kernel.js';
@@ -38,6 +39,8 @@ export interface Attempt {
   /** Proved bound of the output error; null when there is none or when it was not asked for. */
   bound: number | null;
   predicted: Measured | null;
+  /** The degree of the weights of dv. */
+  dvDegree: number;
   /** So cheap that it may run without a closer look. */
   trial: boolean;
   /** Rows that are exact beside the polynomial; all of them ordinary for exact. */
@@ -105,12 +108,21 @@ export function workspaceOf(session: Session, passes: readonly Pass[], degree: n
   return Math.max(...passes.map((pass) => session.workspaceBytes(pass, degree)));
 }
 
+/**
+ * Where the degree is free, gradients are to be near exact ones, and need not be the derivative of a forward pass: those of q and k have
+ * weights of degree g - 1, by the derivative of p, and so does dv.
+ */
+function dvDegree(problem: Problem, degree: number | null): number {
+  const free = problem.degree === null && problem.guarantee === 'sampled' && featuresOf(problem) === 'polynomial';
+  return Math.max(0, (degree ?? 0) - Number(free));
+}
+
 /** Costs without outliers that were asked for before: a short call should not count its pairs ten times. */
 const costs = new WeakMap<Problem, Map<number, number>>();
 
 export function costOf(problem: Problem, passes: readonly Pass[], degree: number | null, outliers = NO_OUTLIERS): number {
   const count = () =>
-    passes.reduce((sum, pass) => sum + cost(problem, pass, degree, outliers, featuresOf(problem)), 0);
+    passes.reduce((sum, pass) => sum + cost(problem, pass, degree, outliers, featuresOf(problem), dvDegree(problem, degree)), 0);
   if (outliers !== NO_OUTLIERS) return count();
   let known = costs.get(problem);
   if (!known) costs.set(problem, (known = new Map()));
@@ -120,11 +132,17 @@ export function costOf(problem: Problem, passes: readonly Pass[], degree: number
   return found;
 }
 
-export function flopsOf(problem: Problem, passes: readonly Pass[], degree: number | null, outliers = NO_OUTLIERS): number {
+export function flopsOf(
+  problem: Problem,
+  passes: readonly Pass[],
+  degree: number | null,
+  outliers: OutlierCounts,
+  dvDegree: number,
+): number {
   const flops = (pass: Pass) => {
     if (degree === null) return exactFlops(problem, pass);
     if (featuresOf(problem) === 'toeplitz') return toeplitzFlops(problem, pass, degree);
-    return polynomialFlops(problem, pass, degree, outliers);
+    return polynomialFlops(problem, pass, degree, outliers, dvDegree);
   };
   return passes.reduce((sum, pass) => sum + flops(pass), 0);
 }
@@ -486,5 +504,6 @@ function leastBad({ problem, passes }: Task, degrees: readonly number[], errorOf
 
 function attempt(task: Task, degree: number | null, split: Split, known: Partial<Attempt> = {}): Attempt {
   const trial = degree !== null && mayMiss(task, degree, split.outliers?.counts);
-  return { degree, passes: task.passes, coefficients: null, bound: null, predicted: null, trial, split, ...known };
+  const own = dvDegree(task.problem, degree);
+  return { degree, dvDegree: own, passes: task.passes, coefficients: null, bound: null, predicted: null, trial, split, ...known };
 }

@@ -28,6 +28,8 @@ export interface Measured {
   upper: number;
   /** Relative Frobenius error of the same rows. */
   relative: number;
+  /** `upper` of gradients but dv, where these are what is measured. */
+  besideDv?: number;
 }
 
 /** Differences this small, relative to what was summed, are float32 rounding and count as none (see `outputError`). */
@@ -294,14 +296,18 @@ export class Sampler {
   /**
    * Errors to expect of dk and dv, on the columns of the check, given the output and lse that are there; as soon as they are seen to
    * be beyond `limit`, only that.
+   *
+   * @param portions of each head that are looked at, at most.
+   * @param again output and lse are those of the last time.
    */
-  *foresee(degree: number, limit: number): Generator<number, Measured> {
+  *foresee(degree: number, limit: number, portions: number, again: boolean): Generator<number, Measured> {
     this.#session.setOutliers(this.#outliers);
-    this.#columns.clear(); // as they are with another output and lse
+    if (!again) this.#columns.clear(); // as they are with another output and lse
     const tally = new Tally(hiddenFactor(this.#session));
-    let portions = 0;
+    let seen = 0;
     for (const head of this.#heads()) {
       const own = this.#fit(head, degree);
+      let left = portions;
       for (const { rows: keys, weights, exact } of this.#exactColumns(head, limit)) {
         const got = own && this.#session.columns(head, keys, own);
         if (got) {
@@ -309,7 +315,8 @@ export class Sampler {
           tally.gradient('dv', exact.dv, got.dv, 0, weights);
         } else tally.fail();
         yield 0;
-        if (tally.result().error > limit * (1 + CHANCE / ++portions)) return tally.result();
+        if (tally.result().error > limit * (1 + CHANCE / ++seen)) return tally.result();
+        if (--left === 0) break;
       }
     }
     return tally.result();
@@ -863,17 +870,20 @@ class Tally {
 
   result(): Measured {
     let [error, upper] = [this.#largest, this.#hidden * this.#largest];
+    let besideDv = upper;
     const total = noSquares();
     for (const [name, squares] of this.#squares) {
       if (name !== 'out') {
+        const own = ratio({ ...squares, difference: squares.difference + 2 * deviation(squares) });
         error = worse(error, ratio(squares));
-        upper = worse(upper, ratio({ ...squares, difference: squares.difference + 2 * deviation(squares) }));
+        upper = worse(upper, own);
+        if (name !== 'dv') besideDv = worse(besideDv, own);
       }
       total.difference += squares.difference;
       total.reference += squares.reference;
       total.rounding += squares.rounding;
     }
-    return { error, upper, relative: worse(ratio(total), this.#largest === Infinity ? Infinity : 0) };
+    return { error, upper, relative: worse(ratio(total), this.#largest === Infinity ? Infinity : 0), besideDv };
   }
 
   #add(name: string, exact: Float32Array, got: Float32Array, rounding: number, weights: readonly number[]): void {

@@ -446,6 +446,56 @@ static void polynomials_match_the_oracle(const shape *s) {
   finish(&oracle), finish(&high), finish(&cut);
 }
 
+// Where row n of a head begins.
+static size_t place(const shape *s, size_t head, uint32_t heads, size_t length, size_t n, size_t width) {
+  return s->layout ? ((head / heads * length + n) * heads + head % heads) * width : (head * length + n) * width;
+}
+
+static int is_sampled(const shape *s) { return !s->softcap && !s->mask && !s->sinks; }
+
+// dv by the derivative of a polynomial is dv by the polynomial that this is, and nothing else changes; sampled columns likewise.
+static void derivative_gives_dv(const shape *given) {
+  shape s = *given;
+  if (s.layout == 0) s.bound = 0.5f; // weights of both signs may add up to little
+  run whole = start(&s, RA_POLYNOMIAL, 3), r = start(&s, RA_POLYNOMIAL, 3), lower = start(&s, RA_POLYNOMIAL, 2);
+  float c[64], derivative[64];
+  for (uint32_t n = 0; n < s.batch * s.kv_heads; n++)
+    for (uint32_t m = 0; m < 4; m++) {
+      c[4 * n + m] = (m < 2 ? 1 : m == 2 ? 0.4f : 0.2f) + 0.01f * (float)(n + m);
+      if (m > 0) derivative[3 * n + m - 1] = (float)m * c[4 * n + m];
+    }
+  whole.p.coefficients = r.p.coefficients = c, lower.p.coefficients = derivative;
+  r.p.dv_by_derivative = 1;
+  compute(&whole, 1000), compute(&r, 1);
+  memcpy(lower.x.out, whole.x.out, whole.out.count * sizeof(float));
+  memcpy(lower.x.lse, whole.x.lse, whole.lse.count * sizeof(float));
+  compute_pass(&lower, RA_BACKWARD, 1000);
+  double others = check_error(r.dq.data, whole.dq.data, r.dq.count) + check_error(r.dk.data, whole.dk.data, r.dk.count);
+  CHECK(others == 0, "dq and dk beside dv by derivative: Nq %u Nk %u D %u: %g", s.Nq, s.Nk, s.D, others);
+  double error = check_error(r.dv.data, lower.dv.data, r.dv.count);
+
+  CHECK(error < 3e-6, "dv by derivative: Nq %u Nk %u D %u: %g", s.Nq, s.Nk, s.D, error); // measured at most 5e-7
+  if (is_sampled(&s)) {
+    uint32_t keys[] = {0, s.Nk / 2, s.Nk - 1}, count = s.Nk > 2 ? 3 : 1;
+    void *workspace = aligned_alloc(16, ra_sample_workspace(&r.p));
+    guarded dk = guarded_new((size_t)count * s.D, 1, 1), dv = guarded_new((size_t)count * s.Dv, 1, 1);
+    ra_bounds bounds;
+    CHECK(ra_sample_prepare(&r.p, &r.x, 0, &bounds, workspace) == RA_OK, "prepare");
+    CHECK(ra_sample_columns(&r.p, &r.x, 0, keys, count, c, 3, dk.data, dv.data, workspace) == RA_OK, "columns");
+    double top = 1e-3;
+    for (size_t n = 0; n < r.dv.count; n++) top = fmax(top, fabs((double)r.dv.data[n]));
+    for (uint32_t n = 0; n < count; n++)
+      for (uint32_t d = 0; d < s.Dv; d++) {
+        double want = r.dv.data[place(&s, 0, s.kv_heads, s.Nk, keys[n], s.Dv) + d];
+        CHECK(fabs(dv.data[n * s.Dv + d] - want) < 1e-5 * top, "sampled dv: Nq %u Nk %u D %u key %u: %g, %g", s.Nq,
+              s.Nk, s.D, keys[n], dv.data[n * s.Dv + d], want);
+      }
+    CHECK(guarded_intact(&dk) && guarded_intact(&dv), "canary");
+    guarded_free(&dk), guarded_free(&dv), free(workspace);
+  }
+  finish(&whole), finish(&r), finish(&lower);
+}
+
 // A small bound and a high degree: polynomial and exact agree to rounding.
 static void polynomial_converges(const shape *given) {
   shape s = *given;
@@ -482,11 +532,6 @@ static void toeplitz_is_polynomial(const shape *given) {
   compute(&polynomial, 10), compute(&r, 10);
   compare("toeplitz as polynomial", &s, &r, &polynomial, 1e-5);
   finish(&polynomial), finish(&r);
-}
-
-// Where row n of a head begins.
-static size_t place(const shape *s, size_t head, uint32_t heads, size_t length, size_t n, size_t width) {
-  return s->layout ? ((head / heads * length + n) * heads + head % heads) * width : (head * length + n) * width;
 }
 
 // Every 9th key and every 11th query of a group, from a place that differs by head, are `factor` times as large, and outliers.
@@ -639,8 +684,6 @@ static void largest_are_largest(const shape *s, const run *r, uint32_t kv, const
 }
 
 // What sampled rows know.
-static int is_sampled(const shape *s) { return !s->softcap && !s->mask && !s->sinks; }
-
 // With lse and out that are wrong in some rows, dq by these is as far from what it was as is said, dq being the rows `before`: on more
 // rows than go together.
 static void gradient_distance_is_right(const shape *s, run *wrong, uint32_t kv, const guarded *before,
@@ -1182,6 +1225,7 @@ int main(void) {
     engines_match_the_oracle(&SHAPES[n]);
     polynomials_match_the_oracle(&SHAPES[n]);
     polynomial_converges(&SHAPES[n]);
+    derivative_gives_dv(&SHAPES[n]);
     outliers_match_the_oracle(&SHAPES[n], 8);
     outliers_match_the_oracle(&SHAPES[n], 40);
     if (is_by_distance(&SHAPES[n])) toeplitz_converges(&SHAPES[n]);
@@ -1200,6 +1244,7 @@ int main(void) {
   for (size_t n = 0; n < sizeof DECAY_SHAPES / sizeof *DECAY_SHAPES; n++) {
     polynomials_match_the_oracle(&DECAY_SHAPES[n]);
     polynomial_converges(&DECAY_SHAPES[n]);
+    derivative_gives_dv(&DECAY_SHAPES[n]);
     lags_match_the_oracle(&DECAY_SHAPES[n]);
   }
   for (size_t n = 0; n < sizeof TOEPLITZ_SHAPES / sizeof *TOEPLITZ_SHAPES; n++) toeplitz_converges(&TOEPLITZ_SHAPES[n]);
