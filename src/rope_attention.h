@@ -62,8 +62,9 @@ enum {
   RA_OK = 0,
   RA_ERROR_PROBLEM = -1, // a field of ra_problem is outside its stated range
   RA_ERROR_UNITS = -2,   // first > last, or last > ra_units()
-  RA_NOT_POSITIVE = -3,  // polynomial, toeplitz: some row's weights do not add up to a positive finite number; the rows
-                         // concerned are zeros, all others are right
+  RA_NOT_POSITIVE =
+      -3, // polynomial, toeplitz: some row's weights do not add up to a positive finite number (toeplitz: to
+          // 2^-80 of the largest exp(bias)); the rows concerned are zeros, all others are right
 };
 
 // A size that does not fit size_t (32 bits in WebAssembly).

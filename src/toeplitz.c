@@ -35,6 +35,10 @@
 
 enum { STRIP = RA_STRIP, NEAR = RA_NEAR, EDGE = RA_EDGE };
 
+// The least sum of weights of a row, over the largest E of all: below it weights, which are floats, have nothing left to lose, nor have
+// gradients, which go by the inverse.
+static const float LEAST_SUM = 0x1p-80f;
+
 static uint32_t heads_together(const ra_problem *p) { return p->bias && p->bias_heads > 1 ? 1 : ra_group(p); }
 
 static void take_side(ra_side *z, uint32_t heads, size_t length, const ra_toeplitz *e, int backward,
@@ -225,6 +229,23 @@ static void give(const ra_toeplitz *e, int queries, uint32_t pass, batch b, cons
   }
 }
 
+// How many of entries first .. end - 1 of the far distances count.
+static size_t count_far(const ra_toeplitz *e, size_t first, size_t end) {
+  size_t count = 0;
+  for (; first < end; first++) count += e->far[EDGE + first] > 0;
+  return count;
+}
+
+// Rows y [rows][length] of queries without far keys, where anything is rounding: 0.
+RA_KERNEL void clear_blind(const ra_toeplitz *e, const ra_side *x, float *y, uint32_t rows) {
+  size_t far = count_far(e, 0, e->Nk - 1);
+  for (size_t i = 0; i < e->Nq; i++) {
+    far += count_far(e, i + e->Nk - 1, i + e->Nk); // key 0
+    for (uint32_t r = 0; far == 0 && r < rows; r++) y[r * x->length + i] = 0;
+    far -= count_far(e, i, i + 1); // the last key
+  }
+}
+
 // All pairs that count are near: there is nothing to transform.
 static int nothing_is_far(const ra_toeplitz *e) { return e->state->convolution.least > e->state->convolution.most; }
 
@@ -237,7 +258,9 @@ static void begin_group(const ra_toeplitz *e, uint32_t pass, uint32_t group) {
   for (uint32_t h = 0; h <= e->together; h++) {
     ra_side z = h < e->together ? queries_of(e, h) : e->keys;
     ra_terms_features(e, &z, group);
-    if (pass == RA_BACKWARD) ra_fill(z.dphi, e->parts * z.length, 0);
+    if (pass == RA_FORWARD) continue;
+    ra_fill(z.dphi, e->parts * z.length, 0);
+    if (z.queries) clear_blind(e, &z, z.phi, e->parts); // whose h may be much larger than that of others
   }
 }
 
@@ -345,6 +368,7 @@ RA_KERNEL void load_gradients(const ra_toeplitz *e, const ra_side *x, const floa
   for (size_t i = 0; i < e->Nq; i++) {
     int seen = lse[i] != -INFINITY;
     float inverse = seen ? (float)exp(shift_of(e, x, i) + e->state->top - lse[i]) : 0;
+    if (inverse * LEAST_SUM > 1) e->state->not_positive++, seen = 0, inverse = 0;
     double delta = 0;
     for (uint32_t d = 0; d < e->Dv; d++) {
       delta += (double)dout[i * e->out_row + d] * (out[i * e->out_row + d] - e->v_mean[d]);
@@ -402,12 +426,14 @@ static heads heads_of(const ra_toeplitz *e, uint32_t job) {
   return at;
 }
 
+static const float *bias_of(const ra_toeplitz *e, heads at) { return e->p->bias ? e->p->bias + at.lags : NULL; }
+
 static void prepare(const ra_toeplitz *e, const ra_arrays *x, uint32_t pass, heads at) {
   const ra_problem *p = e->p;
   ra_terms_weights(e, p->coefficients + at.kv * (e->f.degree + 1));
   ra_rotary_batch(&e->state->q_rotary, p, 1, (uint32_t)(at.kv / p->kv_heads));
   ra_rotary_batch(&e->state->k_rotary, p, 0, (uint32_t)(at.kv / p->kv_heads));
-  load_lags(e, p->bias ? p->bias + at.lags : NULL);
+  load_lags(e, bias_of(e, at));
   if (!e->own) ra_convolution_kernel(&e->state->convolution, e->far + EDGE);
   load_keys(e, x->k + at.k, x->v + at.v);
   if (pass == RA_BACKWARD) ra_fill(e->keys.dz_t, (e->D + e->Dv) * e->keys.length, 0);
@@ -426,80 +452,74 @@ static void prepare(const ra_toeplitz *e, const ra_arrays *x, uint32_t pass, hea
   }
 }
 
-// Keys that query i sees: how many distances count.
-static size_t count_seen(const ra_toeplitz *e, size_t first, size_t end) {
+// Keys that query i sees: how many distances count, those whose E is too small for a float too.
+static size_t count_seen(const ra_toeplitz *e, const float *bias, size_t first, size_t end) {
   size_t seen = 0;
-  for (size_t n = first; n < end; n++) seen += e->near[EDGE + n] > 0 || e->far[EDGE + n] > 0;
+  for (size_t n = first; n < end; n++)
+    seen += (size_t)counts(e->p, bias, e->p->query_offset - (int64_t)e->Nk + 1 + (int64_t)n, n);
   return seen;
 }
 
-// Entries first .. end - 1 of the far distances come or go (sign -1): how many count, and their sum.
-typedef struct far_sum {
-  size_t count;
-  double sum;
-} far_sum;
-
-static void slide(const ra_toeplitz *e, size_t first, size_t end, int sign, far_sum *s) {
-  for (const float *lag = e->far + EDGE + first; first < end; first++, lag++) {
-    s->count += *lag > 0 ? (size_t)sign : 0;
-    s->sum += sign * (double)*lag;
+// y[n - first] += factor times the sum of the last `width` of x[0] .. x[n], for n = first .. end - 1; x[length] and beyond are 0. A window is what
+// is in it before a multiple of its width and what is in it behind: nothing large is added that would have to be subtracted again.
+RA_KERNEL void add_windows(const float *x, size_t length, size_t width, float factor, size_t first, size_t end,
+                           float *y) {
+  double sum = 0;
+  for (size_t n = 0; n < end; n++) {
+    if (n % width == 0) sum = 0;
+    if (n < length) sum += x[n];
+    if (n >= first) y[n - first] += factor * (float)sum;
+  }
+  sum = 0;
+  for (size_t n = length; n-- > 0;) {
+    if ((n + 1) % width == 0) sum = 0;
+    sum += x[n];
+    size_t last = n + width - 1;
+    if (n % width > 0 && last >= first && last < end) y[last - first] += factor * (float)sum;
   }
 }
 
-// What queries have from far keys is complete, but for slot 0 of denominators; where there are no far keys it is rounding.
-RA_KERNEL void settle_queries(const ra_toeplitz *e, uint32_t pass, const ra_side *x) {
-  far_sum far = {0, 0};
-  slide(e, 0, e->Nk - 1, 1, &far);
-  for (size_t i = 0; i < e->Nq; i++) {
-    slide(e, i + e->Nk - 1, i + e->Nk, 1, &far); // key 0
-    uint32_t rows = pass == RA_FORWARD ? e->columns : e->D;
-    float *at = (pass == RA_FORWARD ? x->w_t : x->dz_t) + i;
-    for (uint32_t r = 0; far.count == 0 && r < rows; r++) at[r * x->length] = 0;
-    if (pass == RA_FORWARD && far.count > 0) at[0] += e->state->one * e->weights[0] * (float)far.sum;
-    slide(e, i, i + 1, -1, &far); // the last key
-  }
+// What queries have from far keys is complete, but for slot 0 of denominators.
+static void settle_queries(const ra_toeplitz *e, uint32_t pass, const ra_side *x) {
+  clear_blind(e, x, pass == RA_FORWARD ? x->w_t : x->dz_t, pass == RA_FORWARD ? e->columns : e->D);
+  if (pass == RA_FORWARD)
+    add_windows(e->far + EDGE, e->lags, e->Nk, e->state->one * e->weights[0], e->Nk - 1, e->lags, x->w_t);
 }
 
 // Likewise what keys have from far queries.
 RA_KERNEL void settle_keys(const ra_toeplitz *e) {
-  far_sum far = {0, 0};
-  slide(e, e->Nk - 1, e->Nk - 1 + e->Nq, 1, &far);
+  size_t far = count_far(e, e->Nk - 1, e->Nk - 1 + e->Nq);
   for (size_t j = 0; j < e->Nk; j++) {
-    for (uint32_t r = 0; far.count == 0 && r < e->D + e->Dv; r++) e->keys.dz_t[r * e->keys.length + j] = 0;
+    for (uint32_t r = 0; far == 0 && r < e->D + e->Dv; r++) e->keys.dz_t[r * e->keys.length + j] = 0;
     if (j + 1 == e->Nk) break;
-    slide(e, e->Nk - 2 - j, e->Nk - 1 - j, 1, &far);                  // query 0 to the next key
-    slide(e, e->Nk - 2 - j + e->Nq, e->Nk - 1 - j + e->Nq, -1, &far); // the last query to this one
+    far += count_far(e, e->Nk - 2 - j, e->Nk - 1 - j);                 // query 0 to the next key
+    far -= count_far(e, e->Nk - 2 - j + e->Nq, e->Nk - 1 - j + e->Nq); // the last query to this one
   }
 }
 
-// Slot 0 of dE: for each distance the sum of w_0 h over the queries that have a key at it.
-RA_KERNEL void settle_lags(const ra_toeplitz *e) {
-  double sum = 0;
-  for (size_t n = 0; n < e->lags; n++) { // i - j = n - Nk + 1: queries max(0, n - Nk + 1) .. min(Nq - 1, n)
-    for (uint32_t h = 0; h < e->together; h++) {
-      const float *own = e->queries.w_t + h * e->queries_step;
-      if (n < e->Nq) sum += own[n];
-      if (n >= e->Nk) sum -= own[n - e->Nk];
-    }
-    e->dlags[n] += e->state->one * e->weights[0] * (float)sum;
-  }
+// Slot 0 of dE: for each distance the sum of w_0 h over the queries that have a key at it: i - j = n - Nk + 1 for queries
+// max(0, n - Nk + 1) .. min(Nq - 1, n).
+static void settle_lags(const ra_toeplitz *e) {
+  for (uint32_t h = 0; h < e->together; h++)
+    add_windows(e->queries.w_t + h * e->queries_step, e->Nq, e->Nk, e->state->one * e->weights[0], 0, e->lags,
+                e->dlags);
 }
 
 // Denominators and numerators become out and lse.
-RA_KERNEL void finish_queries(const ra_toeplitz *e, const ra_side *x, float *out, float *lse) {
+RA_KERNEL void finish_queries(const ra_toeplitz *e, const ra_side *x, const float *bias, float *out, float *lse) {
   const float *denominator = x->w_t;
-  size_t seen = count_seen(e, 0, e->Nk - 1);
+  size_t seen = count_seen(e, bias, 0, e->Nk - 1);
   for (size_t i = 0; i < e->Nq; i++) {
-    seen += count_seen(e, i + e->Nk - 1, i + e->Nk); // key 0
+    seen += count_seen(e, bias, i + e->Nk - 1, i + e->Nk); // key 0
     float sum = denominator[i] / e->state->one;
-    int good = seen > 0 && sum > 0 && sum <= 3.4e38f;
+    int good = seen > 0 && sum >= LEAST_SUM && sum <= 3.4e38f;
     if (seen > 0 && !good) e->state->not_positive++;
     lse[i] = good ? (float)(log((double)sum) + shift_of(e, x, i) + e->state->top) : -INFINITY;
     for (uint32_t d = 0; d < e->Dv; d++) {
       float *at = x->w_t + (d + 1) * x->length + i;
       *at = good ? *at / sum + e->v_mean[d] : 0;
     }
-    seen -= count_seen(e, i, i + 1); // the last key
+    seen -= count_seen(e, bias, i, i + 1); // the last key
   }
   ra_transpose(x->w_t + x->length, x->length, e->Dv, e->Nq, out, e->out_row);
 }
@@ -558,7 +578,7 @@ static void finish(const ra_toeplitz *e, const ra_arrays *x, uint32_t pass, head
       else ra_near_backward(e, &z, i, dbias, dweights_of(e, x));
     }
     if (pass == RA_FORWARD)
-      finish_queries(e, &z, x->out + ra_head(p, head, p->heads, e->Nq, e->Dv), x->lse + head * e->Nq);
+      finish_queries(e, &z, bias_of(e, at), x->out + ra_head(p, head, p->heads, e->Nq, e->Dv), x->lse + head * e->Nq);
     else finish_gradients(e, &z, x->dq + ra_head(p, head, p->heads, e->Nq, e->D));
   }
   if (pass == RA_FORWARD) return;
@@ -568,7 +588,8 @@ static void finish(const ra_toeplitz *e, const ra_arrays *x, uint32_t pass, head
   if (e->own) ra_fill(e->dlags, e->lags, 0); // of which all but the first term is in dbias
   else ra_convolution_change(&e->state->convolution, e->dlags);
   settle_lags(e);
-  for (size_t n = 0; n < e->lags; n++) dbias[n] += e->far[EDGE + n] * e->dlags[n];
+  for (size_t n = 0; n < e->lags; n++) // where nothing is far, dE may be beyond a float
+    if (e->far[EDGE + n] > 0) dbias[n] += e->far[EDGE + n] * e->dlags[n];
 }
 
 // --- Units --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 
 import { reference, theory } from '../dist/index.js';
 import { fitToScores } from '../dist/polynomial.js';
+import { readCall } from '../dist/validate.js';
 import { createKernel, runEngine } from './engine.js';
 import { add, binaries, describeSetting, draw, eachBinary, forwardArgs, fullShape, inner, lazy, lengths } from './support.js';
 import { maxAbs, maxDifference, positionsBy, problem, random, relativeFrobenius, relativeMap, rotationMap, slopeError } from './support.js';
@@ -28,6 +29,8 @@ function taylor(degree: number, { shape }: Problem): Float32Array[] {
   const { batch, kvHeads } = fullShape(shape);
   return Array.from({ length: batch * kvHeads }, () => fitToScores([], degree));
 }
+
+const float32 = ({ output, lse }: Record<'output' | 'lse', Float64Array>) => ({ output: Float32Array.from(output), lse: Float32Array.from(lse) });
 
 const toeplitz = (args: Problem) => ({ ...args, method: 'toeplitz' as const });
 
@@ -190,6 +193,50 @@ describe.each(binaries)('$name', (binary) => {
     expect(result.dq.every((x) => x === 0)).toBe(true);
   });
 
+  describe('biases that are far apart', () => {
+    /** Entries by distance. */
+    const byDistance = (length: number, bias: (t: number) => number) =>
+      Float32Array.from({ length: 2 * length - 1 }, (_, n) => bias(n - length + 1));
+
+    // What rows of weights e^-40 give to the gradient at other distances is e^40 times what comes of it in the end.
+    test('a distance that outweighs near ones e^40 times: the gradient by its bias is right, and so are rows that do not see it', () => {
+      const shape = { heads: 1, queryLength: 200, headDim: 2 };
+      const bias = byDistance(200, (t) => (t < 64 ? 0 : t < 133 ? -Infinity : t === 133 ? 40 : 39));
+      const args = problem({ shape, causal: true, bias }, 109, uniform(0.05));
+      const exact = { ...reference.forward(args), ...reference.backward(args) };
+      const got = runEngine(kernel, toeplitz(args), [fitToScores([], 3)]);
+      expect(got.positive).toBe(true);
+      expect(maxDifference(got.lse, exact.lse)).toBeLessThan(1e-5);
+      expect(relativeFrobenius(got.dBias!, exact.dBias!)).toBeLessThan(5e-5);
+      expect(relativeFrobenius(got.dBias!.slice(332), exact.dBias!.slice(332))).toBeLessThan(5e-5);
+    });
+
+    test('sums of weights of rows that do not see the largest ones are not differences of sums that do', () => {
+      const shape = { heads: 1, queryLength: 200, keyLength: 200, headDim: 2 };
+      const bias = byDistance(200, (t) => (t < -100 ? 40 : 0));
+      const args = { ...problem({ shape, bias }, 110), q: new Float32Array(400) };
+      const { lse } = runEngine(kernel, toeplitz(args), [Float32Array.of(1)]);
+      expect(lse.slice(99)).toBeAllclose(new Float32Array(101).fill(Math.log(200)), { atol: 1e-6 });
+    });
+
+    test('weights below what floats hold are not taken for none', () => {
+      const shape = { heads: 1, queryLength: 200, headDim: 2 };
+      const args = problem({ shape, causal: true, bias: byDistance(200, (t) => (t < 100 ? 0 : 120)) }, 111, uniform(0.05));
+      const got = runEngine(kernel, toeplitz(args), [fitToScores([], 3)]);
+      expect(got.positive).toBe(false);
+      expect([got.dq, got.dk, got.dv, got.dBias!].every((x) => x.every(Number.isFinite))).toBe(true);
+      // nor where lse says what they add up to
+      const { problem: own, inputs } = readCall('backward', { ...toeplitz(args), ...float32(reference.forward(args)) });
+      const session = kernel.open('test', own, 'toeplitz');
+      const bytes = session.workspaceBytes('backward', 3);
+      session.load(inputs, 'backward', bytes);
+      session.setEngine(3, Float32Array.from(fitToScores([], 3)));
+      session.setWorkspace(bytes);
+      expect(session.run('backward', 0, session.units('backward'))).toBe(false);
+      session.close();
+    });
+  });
+
   // 2^17 queries: the first rows sum up a few keys, the last ones all; transforms are as inexact in both. Degree 5 leaves 3e-6 of a weight
   // at |s| <= 0.36; a log of 11.8 has a rounding of 5e-7.
   test.each([
@@ -325,6 +372,12 @@ eachBinary((attention) => {
       expect(() => attention().forward({ ...args, method: 'toeplitz', guarantee: 'certified' })).toThrow('is certified to');
       expect(attention().plan({ ...args, method: 'toeplitz', degree: 2, onMiss: 'report' }).errorBound).toBeNull();
     });
+
+    test('nor where near keys, which are exact, have weights at the end of float32', () => {
+      const bias = new Float32Array(2 * 200 - 1).map((_, n) => (n < 199 + 64 ? -50 : 0));
+      const args = forwardArgs(problem({ shape: { heads: 1, queryLength: 200, headDim: 2 }, causal: true, bias }, 112, uniform(0.05)));
+      expect(attention().plan({ ...args, method: 'toeplitz', degree: 2, onMiss: 'report' }).errorBound).toBeNull();
+    });
   });
 
   test('`auto` takes relative maps to where they are cheaper, and says how many terms they have', () => {
@@ -388,6 +441,18 @@ eachBinary((attention) => {
     const { output, report } = attention().forward({ ...wide, degree: 0 });
     expect(report.method).toBe('exact');
     expect(maxDifference(output, reference.forward(wide).output)).toBeLessThan(1e-5);
+  });
+
+  // Ten rows of 300 do not see the distance that outweighs all others e^20 times: drawn rows hardly ever are among them.
+  test.each([0, 1, 2, 3, 4, 5])('rows that a bias leaves next to nothing are looked at: seed %d', (seed) => {
+    const bias = new Float32Array(599).map((_, n) => (n === 299 - 10 ? 20 : 0));
+    const args = forwardArgs(problem({ shape: { heads: 1, queryLength: 300, headDim: 4 }, bias }, 113, uniform(0.2)));
+    const call = { ...args, seed, tolerance: 1e-2 };
+    expect(() => attention().forward({ ...call, method: 'toeplitz', degree: 3 })).toThrow('misses the tolerance');
+    const { output, report } = attention().forward({ ...call, degree: 3, method: 'toeplitz', onMiss: 'report' });
+    const worst = maxDifference(output, reference.forward(args).output);
+    expect(worst).toBeGreaterThan(0.1);
+    expect(report.errorEstimate).toBeGreaterThan(1e-2);
   });
 
   test('a miss is an error, or a report; memory that does not suffice is named', () => {

@@ -16,6 +16,7 @@ import { scoreRadius } from './certificate.js';
 import { SAMPLE_CHANGES, type Bounds, type Change, type Outliers, type Rows, type Session } from './kernel.js';
 import { condense, evaluate, fitToScores } from './polynomial.js';
 import { seeingQueries, seenKeys, segmentsOf } from './scores.js';
+import { drownedRows } from './transforms.js';
 
 /** Sampled errors. */
 export interface Measured {
@@ -590,7 +591,7 @@ export class Sampler {
   /**
    * Rows that see few keys through the polynomial (errors average out over many): when causal, the first ones that see any;
    * the first or the last two chunks where a window ends there; first rows of chunks where slopes are steep; some of packed sequences; of
-   * gradients those behind the largest key where a bias decays.
+   * gradients those behind the largest key where a bias decays; with Fourier transforms those that a bias leaves next to nothing.
    */
   #fewKeyRows(head: number, pass: Pass): ReadonlySet<number> {
     const { causal, queryOffset, queryLength, decays } = this.#session.geometry;
@@ -607,7 +608,7 @@ export class Sampler {
     }
     const slope = this.#slopeRows(head);
     const behind = pass === 'backward' ? this.#rowsBehindBand(head) : [];
-    const others = [slope.rows, slope.next, this.#windowRows(), this.#segmentRows(head), behind];
+    const others = [slope.rows, slope.next, this.#windowRows(), this.#segmentRows(head), behind, this.#drownedRows(head)];
     for (const some of others) for (const row of some) rows.add(row);
     return rows;
   }
@@ -621,6 +622,19 @@ export class Sampler {
     const start = Math.ceil(Math.max(behind, 0) / CHUNK) * CHUNK;
     const count = Math.min(SAMPLE_ROWS, Math.max(queryLength - start, 0));
     return Array.from({ length: count }, (_, n) => first + start + n);
+  }
+
+  /** Of each query head of the group the row that the rounding of transforms shows in first. */
+  #drownedRows(head: number): number[] {
+    const { geometry, features, rowsOfHead } = this.#session;
+    if (features !== 'toeplitz') return [];
+    const { heads, kvHeads, queryLength } = geometry;
+    const rows = drownedRows(geometry);
+    return Array.from({ length: rowsOfHead / queryLength }, (_, h) => {
+      const own = ((head % kvHeads) * heads) / kvHeads + h;
+      const row = rows[own % rows.length];
+      return row === null ? [] : [h * queryLength + row];
+    }).flat();
   }
 
   /** Those of the largest queries, with the largest scores against the largest keys, and next to outliers. */

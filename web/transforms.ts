@@ -57,10 +57,25 @@ export function transformBound(g: Geometry, degree: number, magnitude: number, l
   return denominator * rho < 1 ? (2 * (numerator + denominator) * rho) / (1 - denominator * rho) : Infinity;
 }
 
-/** `worst`: of all rows; `near`: some pairs are done exactly. */
+/** `worst`: of all rows, Infinity where a row's weights are lost; `near`: some pairs are done exactly; `rows`: of each bias the worst one. */
 interface Share {
   worst: number;
   near: boolean;
+  rows: { row: number; share: number }[];
+}
+
+/** Sums of a row's weights, over the largest exp(bias) of all, that nothing is said of: differences of sums of up to 2^22 weights. */
+const LEAST_SUM = 2 ** -24;
+
+/** Rounding is looked for in rows where it counts so many times what it does in a row of equal weights. */
+const DROWNED = 8;
+
+/**
+ * Of each bias (one, or one of each head) the row whose sum of weights is the smallest beside what its blocks hold, which the transforms' rounding
+ * shows in first; null where it counts as little there as anywhere.
+ */
+export function drownedRows(g: Geometry): readonly (number | null)[] {
+  return shareOf(g).rows.map(({ row, share }) => (share > DROWNED ? row : null));
 }
 
 const shares = new WeakMap<Geometry, Share>();
@@ -70,11 +85,12 @@ function shareOf(g: Geometry): Share {
   const known = shares.get(g);
   if (known !== undefined) return known;
   const diagonals = g.queryLength + g.keyLength - 1;
-  const share = { worst: 0, near: false };
+  const share: Share = { worst: 0, near: false, rows: [] };
   for (let first = 0; first < (g.bias?.length ?? diagonals); first += diagonals) {
     const own = shareOfBias(g, g.bias ? g.bias.subarray(first, first + diagonals) : null);
     share.worst = Math.max(share.worst, own.worst);
     share.near ||= own.near;
+    share.rows.push(...own.rows);
   }
   shares.set(g, share);
   return share;
@@ -94,11 +110,12 @@ function shareOfBias(g: Geometry, bias: Float32Array | null): Share {
     nearest = distanceOf(n);
   }
   const apart = -nearest < NEAR; // near pairs are done exactly
-  // sums up to entry n: of exp(bias), of far ones how many, and of their squares
-  const [sums, far, squares] = [0, 1, 2].map(() => new Float64Array(diagonals + 1));
+  // sums up to entry n: how many count, of exp(bias), of far ones how many, and of their squares
+  const [seen, sums, far, squares] = [0, 1, 2, 3].map(() => new Float64Array(diagonals + 1));
   for (let n = 0; n < diagonals; n++) {
     const weight = counts(n) ? Math.exp((bias ? bias[n] : 0) - top) : 0;
     const isFar = weight > 0 && !(apart && distanceOf(n) < NEAR);
+    seen[n + 1] = seen[n] + Number(counts(n));
     sums[n + 1] = sums[n] + weight;
     far[n + 1] = far[n] + Number(isFar);
     squares[n + 1] = squares[n] + (isFar ? weight ** 2 : 0);
@@ -110,12 +127,15 @@ function shareOfBias(g: Geometry, bias: Float32Array | null): Share {
     return Math.sqrt(Math.max(squares[clip(lag + 2 * block - 1)] - squares[clip(lag)], 0));
   });
   const sizes = Array.from({ length: columns }, (_, J) => Math.sqrt(Math.min(block, keyLength - J * block)));
-  let worst = 0;
+  const worst = { row: 0, share: 0 };
   for (let I = 0; I < rows; I++) {
     const rounding = sizes.reduce((sum, size, J) => sum + norms[I - J + columns - 1] * size, 0);
     for (let i = I * block; i < Math.min((I + 1) * block, queryLength); i++) {
-      if (far[i + keyLength] > far[i]) worst = Math.max(worst, rounding / (sums[i + keyLength] - sums[i]));
+      if (seen[i + keyLength] === seen[i]) continue;
+      const sum = sums[i + keyLength] - sums[i];
+      const share = !(sum >= LEAST_SUM) ? Infinity : far[i + keyLength] > far[i] ? rounding / sum : 0;
+      if (!(share <= worst.share)) Object.assign(worst, { row: i, share });
     }
   }
-  return { worst: Number.isNaN(worst) ? Infinity : worst, near: apart };
+  return { worst: Number.isNaN(worst.share) ? Infinity : worst.share, near: apart, rows: [worst] };
 }
