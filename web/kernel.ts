@@ -23,6 +23,9 @@ import { sizesOf, type Geometry, type Inputs } from './validate.js';
 /** ra_bounds of one key/value head. */
 export type Bounds = Values<typeof BOUNDS>;
 
+/** ra_distance. */
+export type Distance = Values<typeof DISTANCE>;
+
 /** Rows that are done exactly beside a polynomial, of all key/value heads one after the other, ascending in each. */
 export interface Outliers {
   /** [heads][counts.queries]: query i of the h-th query head of a group of g is i * g + h. */
@@ -60,6 +63,8 @@ export interface Rows {
   out: Float32Array;
   lse: Float32Array;
   dq: Float32Array;
+  /** By a polynomial, with dq: how far all this is from a given output and lse, and from dq by these; null where there are none. */
+  distance: Distance | null;
 }
 
 interface Exports {
@@ -381,6 +386,7 @@ export class Session {
   #prepared: { head: number; bounds: Bounds } | null = null;
   #outliers: Outliers | null = null;
   #overwritten = false;
+  #given = false;
   #spent = 0;
   #open = true;
 
@@ -628,7 +634,13 @@ export class Session {
     if (dOutput && pass === 'backward') this.#arena.writeFloats(arrays.dout, dOutput);
     if (output) this.#arena.writeFloats(arrays.out, output);
     if (lse) this.#arena.writeFloats(arrays.lse, lse);
+    this.#given = output !== null && lse !== null;
     this.#arena.writeStruct(this.#at.arrays, ARRAYS, arrays);
+  }
+
+  /** Whether the output and lse that are there are those that were given. */
+  get hasGiven(): boolean {
+    return this.#given && !this.#overwritten;
   }
 
   /** Puts the output and lse that were given back in their place, once a forward pass has written its own there. */
@@ -793,12 +805,14 @@ export class Session {
   rows(head: number, rows: ArrayLike<number>, coefficients: Float32Array | null, gradient: boolean): Rows {
     const at = this.#at;
     const { headDim, valueDim } = this.geometry;
-    const positive = this.#sampleRows(head, rows, coefficients, gradient ? at.dq : 0, 0);
+    const there = gradient && coefficients !== null && this.hasGiven;
+    const positive = this.#sampleRows(head, rows, coefficients, gradient ? at.dq : 0, there ? at.distance : 0);
     return {
       positive,
       out: this.#arena.readFloats(at.out, rows.length * valueDim),
       lse: this.#arena.readFloats(at.lse, rows.length),
       dq: gradient ? this.#arena.readFloats(at.dq, rows.length * headDim) : NOTHING,
+      distance: there ? this.#arena.readStruct(at.distance, DISTANCE) : null,
     };
   }
 
@@ -808,7 +822,7 @@ export class Session {
     rows: ArrayLike<number>,
     coefficients: Float32Array | null,
     gradient: boolean,
-  ): Values<typeof DISTANCE> {
+  ): Distance {
     this.#sampleRows(head, rows, coefficients, gradient ? this.#at.dq : 0, this.#at.distance);
     return this.#arena.readStruct(this.#at.distance, DISTANCE);
   }

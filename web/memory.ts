@@ -215,7 +215,7 @@ export class Arena {
 
   /** A copy. */
   readFloats(address: number, count: number): Float32Array {
-    return new Float32Array(this.#memory.buffer, address, count).slice();
+    return new Float32Array(new Float32Array(this.#memory.buffer, address, count)); // slice() fills the new one with zeros first
   }
 
   /** Fields that `values` does not have keep what they held. */

@@ -13,7 +13,7 @@
 import { CHUNK, DRAWN_ROWS, FIT, LOOKED_SEGMENTS, portionCost, SAMPLE_KEYS, SAMPLE_ROWS, SAMPLE_SCORES } from './cost.js';
 import { SHORT_ROWS, STEEP, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
-import { SAMPLE_CHANGES, type Bounds, type Change, type Outliers, type Rows, type Session } from './kernel.js';
+import { SAMPLE_CHANGES, type Bounds, type Change, type Distance, type Outliers, type Rows, type Session } from './kernel.js';
 import { condense, evaluate, fitToScores } from './polynomial.js';
 import { seeingQueries, seenKeys, segmentsOf } from './scores.js';
 import { drownedRows } from './transforms.js';
@@ -247,9 +247,13 @@ export class Sampler {
   }
 
   /** What a degree would make of known rows. */
-  #predict(pass: Pass, degree: number, { head, rows, weights, exact }: Known, tally: Tally): void {
-    const own = this.#fit(head, degree);
-    const got = own && this.#session.rows(head, rows, own, pass === 'backward');
+  #predict(pass: Pass, degree: number, known: Known, tally: Tally): void {
+    const { head, rows, weights, exact } = known;
+    let got = known.predicted.get(degree);
+    if (got === undefined) {
+      const own = this.#fit(head, degree);
+      known.predicted.set(degree, (got = own && this.#session.rows(head, rows, own, pass === 'backward')));
+    }
     if (!got?.positive) tally.fail();
     else if (pass === 'forward') tally.output(exact.out, got.out, this.#bounds[head].v_half_range, weights);
     else tally.gradient('dq', exact.dq, got.dq, this.#rounding(head, rows, exact), weights);
@@ -284,9 +288,11 @@ export class Sampler {
     this.#session.setOutliers(this.#outliers);
     let largest = 0;
     for (const head of this.#heads()) {
-      for (const { rows } of this.#drawnRows(head).first) {
+      for (const { rows, predicted } of this.#drawnRows(head).first) {
         const own = this.#fit(head, degree);
-        largest = own ? worse(largest, this.#distance(head, rows, own)) : Infinity;
+        const known = this.#session.hasGiven ? predicted.get(degree)?.distance : null;
+        const distance = (gradient: boolean) => known ?? this.#session.distance(head, rows, own, gradient);
+        largest = own ? worse(largest, this.#difference(head, distance)) : Infinity;
         if (!(largest <= limit)) return Infinity;
         yield 0;
       }
@@ -414,22 +420,22 @@ export class Sampler {
       // one of each of as many equal shares
       const rows = new Uint32Array(Math.min(SAMPLE_ROWS, all - n));
       for (let m = 0; m < rows.length; m++) rows[m] = place(Math.floor(((n + m + next()) * total) / all));
-      largest = worse(largest, this.#distance(head, rows, null));
+      largest = worse(largest, this.#difference(head, (gradient) => this.#session.distance(head, rows, null, gradient)));
       yield 0;
     }
     return largest;
   }
 
   /**
-   * How far the output and lse that are there are from rows with exp (`coefficients` null) or a polynomial: the largest of the output's
-   * error, lse's, and where there are such that of dq by these, which is small where rows of keys cancel and shows them the more.
+   * How far the output and lse that are there are from rows of a head: the largest of the output's error, lse's, and where there are such
+   * that of dq by these, which is small where rows of keys cancel and shows them the more.
    */
-  #distance(head: number, rows: ArrayLike<number>, coefficients: Float32Array | null): number {
-    const { out, outEntry, lse, lseEntry } = this.#session.distance(head, rows, coefficients, false);
+  #difference(head: number, distance: (gradient: boolean) => Distance): number {
+    const { out, outEntry, lse, lseEntry } = distance(false);
     // Weights are off by as much as lse is, but for float32 rounding.
     const off = worse(overRange(out, outEntry, this.#bounds[head].v_half_range), lse - ROUNDING * Math.max(1, lseEntry));
     if (!(off > 0)) return off;
-    const { dq, dqSize } = this.#session.distance(head, rows, coefficients, true);
+    const { dq, dqSize } = distance(true);
     return worse(off, dq === 0 ? 0 : dq / dqSize - ROUNDING);
   }
 
@@ -809,6 +815,8 @@ interface Portion {
   rows: number[];
   weights: number[];
   exact: Rows | null;
+  /** By degree; null where it has no polynomial. */
+  predicted: Map<number, Rows | null>;
 }
 
 /** A portion with what is exact. */
@@ -837,7 +845,7 @@ interface Drawn {
 function inPortions(head: number, all: readonly Drawn[], size: number = SAMPLE_ROWS): Portion[] {
   return Array.from({ length: Math.ceil(all.length / size) }, (_, n) => {
     const some = all.slice(n * size, (n + 1) * size);
-    return { head, rows: some.map(({ row }) => row), weights: some.map(({ weight }) => weight), exact: null };
+    return { head, rows: some.map(({ row }) => row), weights: some.map(({ weight }) => weight), exact: null, predicted: new Map() };
   });
 }
 
