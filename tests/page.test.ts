@@ -414,6 +414,17 @@ describe('the page', () => {
     await page.fill('#seed', '77');
     await page.keyboard.press('Tab');
     expect(stateOf(page).seed).toBe(77);
+    // What is no seed gives way to the last one that was, which the figure is of.
+    await page.locator('#seed').press('End');
+    await page.keyboard.type('8.5');
+    expect(await page.getAttribute('#seed', 'aria-invalid')).toBe('true');
+    await page.keyboard.press('Tab');
+    expect(await page.inputValue('#seed')).toBe('778');
+    expect(await page.getAttribute('#seed', 'aria-invalid')).toBe('false');
+    expect(stateOf(page).seed).toBe(778);
+    await page.fill('#seed', '-5');
+    await page.keyboard.press('Tab');
+    expect(await page.inputValue('#seed')).toBe('778');
 
     await page.goBack();
     await page.goBack();
@@ -615,6 +626,17 @@ describe('the page', () => {
     }
     expect(looks[0].paper).not.toBe(looks[1].paper);
     expect(looks[0].ink).not.toBe(looks[1].ink);
+  });
+
+  test('with forced colours the key has those of the figure, and one tab is marked', async () => {
+    const page = await open(QUICK, { forcedColors: 'active' });
+    const styles = (selector: string, property: 'borderTopColor' | 'borderBottomColor') =>
+      page.locator(selector).evaluateAll((all, name) => all.map((one) => getComputedStyle(one)[name]), property);
+    const lines = await styles('#key .line', 'borderTopColor');
+    expect(new Set(lines).size).toBe(lines.length);
+    const tabs = await styles('.tabs button', 'borderBottomColor');
+    expect(tabs[1]).toBe(tabs[2]);
+    expect(tabs[0]).not.toBe(tabs[1]);
   });
 
   test('nothing moves for those who asked for that', async () => {

@@ -62,14 +62,16 @@ export function createControls(changed: (change: Partial<Settings>, done: boolea
     const box = element<HTMLInputElement>(id);
     box.addEventListener('change', () => changed({ [id]: box.checked }, true));
   }
+  let own = 0; // the last one that was one
   seed.addEventListener('input', () => {
     const value = parseSeed(seed.value);
     seed.setAttribute('aria-invalid', String(value === undefined));
-    if (value !== undefined) changed({ seed: value }, false);
+    if (value !== undefined) changed({ seed: (own = value) }, false);
   });
   seed.addEventListener('change', () => {
-    const value = parseSeed(seed.value);
-    if (value !== undefined) changed({ seed: value }, true);
+    seed.value = String(own);
+    seed.setAttribute('aria-invalid', 'false');
+    changed({ seed: own }, true);
   });
   element('reseed').addEventListener('click', () => {
     seed.value = String(Math.floor(Math.random() * 10_000) % MAX_SEED);
@@ -82,7 +84,8 @@ export function createControls(changed: (change: Partial<Settings>, done: boolea
     show(settings) {
       for (const slider of SLIDERS) place(slider, settings[slider.key]);
       for (const id of FLAGS) element<HTMLInputElement>(id).checked = settings[id];
-      if (parseSeed(seed.value) !== settings.seed) seed.value = String(settings.seed);
+      own = settings.seed;
+      if (parseSeed(seed.value) !== own) seed.value = String(own);
       seed.setAttribute('aria-invalid', 'false');
     },
   };
