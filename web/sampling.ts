@@ -630,7 +630,7 @@ export class Sampler {
     return Array.from({ length: count }, (_, n) => first + start + n);
   }
 
-  /** Of each query head of the group the row that the rounding of transforms shows in first. */
+  /** Of each query head of the group rows that the rounding of transforms shows in first. */
   #drownedRows(head: number): number[] {
     const { geometry, features, rowsOfHead } = this.#session;
     if (features !== 'toeplitz') return [];
@@ -638,8 +638,7 @@ export class Sampler {
     const rows = drownedRows(geometry);
     return Array.from({ length: rowsOfHead / queryLength }, (_, h) => {
       const own = ((head % kvHeads) * heads) / kvHeads + h;
-      const row = rows[own % rows.length];
-      return row === null ? [] : [h * queryLength + row];
+      return rows[own % rows.length].map((row) => h * queryLength + row);
     }).flat();
   }
 

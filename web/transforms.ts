@@ -57,25 +57,28 @@ export function transformBound(g: Geometry, degree: number, magnitude: number, l
   return denominator * rho < 1 ? (2 * (numerator + denominator) * rho) / (1 - denominator * rho) : Infinity;
 }
 
-/** `worst`: of all rows, Infinity where a row's weights are lost; `near`: some pairs are done exactly; `rows`: of each bias the worst one. */
+/**
+ * `worst`: of all rows, Infinity where a row's weights are lost; `near`: some pairs are done exactly; `drowned`: of each bias rows whose
+ * share is large, the worst one first.
+ */
 interface Share {
   worst: number;
   near: boolean;
-  rows: { row: number; share: number }[];
+  drowned: number[][];
 }
 
-/** Sums of a row's weights, over the largest exp(bias) of all, that nothing is said of: differences of sums of up to 2^22 weights. */
-const LEAST_SUM = 2 ** -24;
+/** Sums of a row's weights, over the largest exp(bias) of all, that nothing is said of: floats end there (LEAST_SUM of toeplitz.c is 2^-80). */
+const LEAST_SUM = 2 ** -60;
 
-/** Rounding is looked for in rows where it counts so many times what it does in a row of equal weights. */
-const DROWNED = 8;
+/** Rounding is looked for in rows where it counts so many times what it does in a row of equal weights: in a few of them. */
+const [DROWNED, LOOKED] = [8, 4];
 
 /**
- * Of each bias (one, or one of each head) the row whose sum of weights is the smallest beside what its blocks hold, which the transforms' rounding
- * shows in first; null where it counts as little there as anywhere.
+ * Of each bias (one, or one of each head) some rows whose sums of weights are small beside what their blocks hold, which the transforms' rounding
+ * shows in first; none where it counts as little there as anywhere.
  */
-export function drownedRows(g: Geometry): readonly (number | null)[] {
-  return shareOf(g).rows.map(({ row, share }) => (share > DROWNED ? row : null));
+export function drownedRows(g: Geometry): readonly (readonly number[])[] {
+  return shareOf(g).drowned;
 }
 
 const shares = new WeakMap<Geometry, Share>();
@@ -85,12 +88,12 @@ function shareOf(g: Geometry): Share {
   const known = shares.get(g);
   if (known !== undefined) return known;
   const diagonals = g.queryLength + g.keyLength - 1;
-  const share: Share = { worst: 0, near: false, rows: [] };
+  const share: Share = { worst: 0, near: false, drowned: [] };
   for (let first = 0; first < (g.bias?.length ?? diagonals); first += diagonals) {
     const own = shareOfBias(g, g.bias ? g.bias.subarray(first, first + diagonals) : null);
     share.worst = Math.max(share.worst, own.worst);
     share.near ||= own.near;
-    share.rows.push(...own.rows);
+    share.drowned.push(...own.drowned);
   }
   shares.set(g, share);
   return share;
@@ -110,16 +113,17 @@ function shareOfBias(g: Geometry, bias: Float32Array | null): Share {
     nearest = distanceOf(n);
   }
   const apart = -nearest < NEAR; // near pairs are done exactly
-  // sums up to entry n: how many count, of exp(bias), of far ones how many, and of their squares
-  const [seen, sums, far, squares] = [0, 1, 2, 3].map(() => new Float64Array(diagonals + 1));
+  const weights = new Float64Array(diagonals); // exp(bias)
+  // sums up to entry n: how many count, of far ones how many, and of squares of their weights
+  const [seen, far, squares] = [0, 1, 2].map(() => new Float64Array(diagonals + 1));
   for (let n = 0; n < diagonals; n++) {
-    const weight = counts(n) ? Math.exp((bias ? bias[n] : 0) - top) : 0;
-    const isFar = weight > 0 && !(apart && distanceOf(n) < NEAR);
+    if (counts(n)) weights[n] = Math.exp((bias ? bias[n] : 0) - top);
+    const isFar = weights[n] > 0 && !(apart && distanceOf(n) < NEAR);
     seen[n + 1] = seen[n] + Number(counts(n));
-    sums[n + 1] = sums[n] + weight;
     far[n + 1] = far[n] + Number(isFar);
-    squares[n + 1] = squares[n] + (isFar ? weight ** 2 : 0);
+    squares[n + 1] = squares[n] + (isFar ? weights[n] ** 2 : 0);
   }
+  const sums = windowSums(weights, keyLength, queryLength);
   const { rows, columns, block } = blocksOf(g);
   const clip = (n: number) => Math.min(Math.max(n, 0), diagonals);
   const norms = Array.from({ length: rows + columns - 1 }, (_, n) => {
@@ -127,15 +131,37 @@ function shareOfBias(g: Geometry, bias: Float32Array | null): Share {
     return Math.sqrt(Math.max(squares[clip(lag + 2 * block - 1)] - squares[clip(lag)], 0));
   });
   const sizes = Array.from({ length: columns }, (_, J) => Math.sqrt(Math.min(block, keyLength - J * block)));
-  const worst = { row: 0, share: 0 };
+  let [worst, largest, worstRow] = [0, 0, 0];
+  const drowned: number[] = [];
   for (let I = 0; I < rows; I++) {
     const rounding = sizes.reduce((sum, size, J) => sum + norms[I - J + columns - 1] * size, 0);
     for (let i = I * block; i < Math.min((I + 1) * block, queryLength); i++) {
       if (seen[i + keyLength] === seen[i]) continue;
-      const sum = sums[i + keyLength] - sums[i];
-      const share = !(sum >= LEAST_SUM) ? Infinity : far[i + keyLength] > far[i] ? rounding / sum : 0;
-      if (!(share <= worst.share)) Object.assign(worst, { row: i, share });
+      if (!(sums[i] >= LEAST_SUM)) worst = Infinity;
+      if (far[i + keyLength] === far[i]) continue;
+      const share = rounding / sums[i];
+      if (!(share <= largest)) [largest, worstRow] = [share, i];
+      if (!(share <= DROWNED)) drowned.push(i);
     }
   }
-  return { worst: Number.isNaN(worst.share) ? Infinity : worst.share, near: apart, rows: [worst] };
+  // the worst one and others evenly, as rounding is by chance
+  const others = Array.from({ length: LOOKED - 1 }, (_, n) => drowned[Math.floor((n * drowned.length) / (LOOKED - 1))]);
+  const some = drowned.length > 0 ? [...new Set([worstRow, ...others])] : [];
+  worst = Math.max(worst, largest);
+  return { worst: Number.isNaN(worst) ? Infinity : worst, near: apart, drowned: [some] };
+}
+
+/** x[i] + .. + x[i + width - 1] for i < count, of what is before a multiple of width and what is behind: large ones are never subtracted. */
+function windowSums(x: Float64Array, width: number, count: number): Float64Array {
+  const sums = new Float64Array(count);
+  for (let n = x.length - 1, sum = 0; n >= 0; n--) {
+    sum = (n + 1) % width === 0 ? x[n] : sum + x[n];
+    if (n < count) sums[n] = sum;
+  }
+  for (let n = 0, sum = 0; n < x.length; n++) {
+    sum = n % width === 0 ? x[n] : sum + x[n];
+    const first = n - width + 1;
+    if (first >= 0 && first < count && first % width !== 0) sums[first] += sum;
+  }
+  return sums;
 }
