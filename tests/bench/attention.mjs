@@ -6,11 +6,11 @@
 //   --dims 16,32,64   --lengths 1024,2048,4096,8192,16384,65536   --masks full,causal   --binaries simd128,relaxed-simd
 //   --beside 16:65536:window-1024,16:16384:alibi,16:65536:alibi (D:N:mask, rows beside these, causal: so many keys back, for which
 //   exact is run whatever the length; or a slope of 0.01)
-//   --degree 2   --bound 0.5   --seconds 0.6 (of samples for each figure)   --exact-up-to 16384   --json build/bench.json
+//   --degree 2   --bound 0.5   --tolerance 1e-2 (of auto)   --seconds 0.6 (of samples for each figure)   --exact-up-to 16384   --json build/bench.json
 //
 // What is counted: a call, copies in and out included, polynomial with its sampled check of eight rows. Useful operations:
 // exact forward 4 D a pair of allowed tokens, backward 10 D; polynomial forward 4 rank (D + 1) a token, backward
-// 10 rank (D + 1), without the exact diagonal blocks. `peak` is the multiply-add rate that the same binary reaches in registers
+// 10 rank (D + 1), without the exact diagonal blocks. `alone` is the engine without copies, planning and checks. `peak` is the multiply-add rate that the same binary reaches in registers
 // or in its micro-kernel, measured before and after the row. Exact and polynomial calls take turns; times are medians, the
 // spread is (third quartile - first) / median. Beyond --exact-up-to exact is not run: its time at that length is scaled by the
 // square of the ratio of lengths, and marked ~.
@@ -21,7 +21,8 @@ import { dirname } from 'node:path';
 import { parseArgs } from 'node:util';
 import { theory } from '../../dist/index.js';
 import { uniform } from './peers/problem.mjs';
-import { open, peakOf } from './tools/peak.mjs';
+import { enginesAlone } from './tools/engine.mjs';
+import { fileOf, open, peakOf } from './tools/peak.mjs';
 
 const { values: given } = parseArgs({
   options: {
@@ -32,6 +33,7 @@ const { values: given } = parseArgs({
     binaries: { type: 'string', default: 'simd128,relaxed-simd' },
     degree: { type: 'string', default: '2' },
     bound: { type: 'string', default: '0.5' },
+    tolerance: { type: 'string', default: '1e-2' },
     seconds: { type: 'string', default: '0.6' },
     'exact-up-to': { type: 'string', default: '16384' },
     json: { type: 'string', default: 'build/bench.json' },
@@ -114,18 +116,20 @@ async function measure(simd, headDim, length, mask, scaleFrom) {
   const shape = { heads: 1, queryLength: length, headDim };
   const call = { ...inputs, shape, causal, window, ...(mask === 'alibi' && { alibi: Float32Array.of(0.01) }) };
   const { dOutput: _, ...forwardCall } = call;
-  const engines = { polynomial: { method: 'polynomial', degree, onMiss: 'report' } };
+  const engines = { polynomial: { method: 'polynomial', degree, onMiss: 'report' }, auto: { tolerance: Number(given.tolerance) } };
   if (length <= exactUpTo || window[0] >= 0) engines.exact = { method: 'exact' };
 
   const runs = {};
   const results = {};
   for (const [name, options] of Object.entries(engines)) {
     const forward = attention.forward({ ...forwardCall, ...options });
-    const saved = { output: forward.output, lse: forward.lse };
     results[name] = { forward };
     runs[`${name} forward`] = () => attention.forward({ ...forwardCall, ...options });
-    runs[`${name} backward`] = () => (results[name].backward = attention.backward({ ...call, ...saved, ...options }));
+    runs[`${name} backward`] = () => (results[name].backward = attention.backward({ ...call, saved: forward, ...options }));
   }
+  const { output, lse } = results.polynomial.forward;
+  const alone = await enginesAlone(fileOf(simd), { ...call, output, lse }, degree);
+  for (const pass of ['forward', 'backward']) runs[`alone ${pass}`] = alone[pass];
   const before = peakOf(binary);
   const times = race(runs);
   const peak = Math.max(before, peakOf(binary));
@@ -138,13 +142,15 @@ async function measure(simd, headDim, length, mask, scaleFrom) {
     'polynomial forward': 4 * rank * (headDim + 1) * length,
     'polynomial backward': 10 * rank * (headDim + 1) * length,
   };
+  for (const pass of ['forward', 'backward']) flops[`alone ${pass}`] = flops[`polynomial ${pass}`];
   const row = { simd, headDim, length, mask, degree, rank, peak, passes: {} };
   for (const pass of ['forward', 'backward']) {
     row.passes[pass] = {};
-    for (const engine of ['exact', 'polynomial']) {
+    for (const engine of ['exact', 'polynomial', 'alone', 'auto']) {
       const time = times[`${engine} ${pass}`];
       const work = flops[`${engine} ${pass}`];
-      if (time) row.passes[pass][engine] = { ...time, gflops: work / time.median / 1e6, ofPeak: work / time.median / 1e6 / peak };
+      if (time && work) row.passes[pass][engine] = { ...time, gflops: work / time.median / 1e6, ofPeak: work / time.median / 1e6 / peak };
+      else if (time) row.passes[pass][engine] = { ...time, degree: results[engine][pass].report.degree };
       else if (scaleFrom) row.passes[pass][engine] = { median: scaleFrom.passes[pass].exact.median * (length / scaleFrom.length) ** 2, scaled: true };
     }
     const { exact, polynomial } = row.passes[pass];
@@ -152,6 +158,7 @@ async function measure(simd, headDim, length, mask, scaleFrom) {
   }
   const both = (engine) => row.passes.forward[engine].median + row.passes.backward[engine].median;
   row.ratio = row.passes.forward.exact ? both('exact') / both('polynomial') : null;
+  row.autoRatio = row.passes.forward.exact ? both('exact') / both('auto') : null;
   const { polynomial, exact } = results;
   row.error = exact
     ? {
@@ -171,11 +178,13 @@ const percent = (x) => (x === undefined ? '' : `${(100 * x).toFixed(0)}%`);
 function line(row) {
   const cells = [row.simd === 'simd128' ? 'simd128' : 'relaxed', row.headDim, row.mask, row.length];
   for (const pass of ['forward', 'backward']) {
-    const { exact, polynomial, ratio } = row.passes[pass];
+    const { exact, polynomial, alone, ratio } = row.passes[pass];
     cells.push(exact ? time(exact) : '', percent(exact?.ofPeak), percent(exact?.spread));
-    cells.push(time(polynomial), percent(polynomial.ofPeak), percent(polynomial.spread), ratio ? `${ratio.toPrecision(3)}x` : '');
+    cells.push(time(polynomial), percent(polynomial.ofPeak), percent(alone.ofPeak), percent(polynomial.spread), ratio ? `${ratio.toPrecision(3)}x` : '');
   }
   cells.push(row.ratio ? `${row.ratio.toPrecision(3)}x` : '');
+  for (const { auto } of [row.passes.forward, row.passes.backward]) cells.push(`${time(auto)} (${auto.degree ?? 'exact'})`);
+  cells.push(row.autoRatio ? `${row.autoRatio.toPrecision(3)}x` : '');
   cells.push(`${row.error.output.toExponential(1)}${row.error.sampled ? '*' : ''}`, `${row.error.gradient.toExponential(1)}${row.error.sampled ? '*' : ''}`);
   cells.push((row.memoryBytes / 2 ** 20).toFixed(1), row.memoryArrays.toFixed(1));
   return `| ${cells.join(' | ')} |`;
@@ -183,9 +192,9 @@ function line(row) {
 
 const machine = `${cpus()[0].model.trim()}, ${arch()}, Node ${process.versions.node} (V8 ${process.versions.v8}), one thread`;
 console.log(`${machine}; degree ${degree}, entries in [-${given.bound}, ${given.bound})`);
-console.log('milliseconds (median), share of the multiply-add peak, spread; times exact/polynomial; ~ scaled, * on sampled rows\n');
-const pass = ['exact ms', 'peak', '+-', `degree ${degree} ms`, 'peak', '+-', 'ratio'];
-const head = ['binary', 'D', 'mask', 'N', ...pass.map((x) => `fwd ${x}`), ...pass.map((x) => `bwd ${x}`), 'both ratio', 'out error', 'grad error', 'MiB', 'arrays N x D'];
+console.log('milliseconds (median), share of the multiply-add peak, spread; times exact/polynomial; ~ scaled, * on sampled rows; auto: (degree)\n');
+const pass = ['exact ms', 'peak', '+-', `degree ${degree} ms`, 'peak', 'alone', '+-', 'ratio'];
+const head = ['binary', 'D', 'mask', 'N', ...pass.map((x) => `fwd ${x}`), ...pass.map((x) => `bwd ${x}`), 'both ratio', 'auto fwd', 'auto bwd', 'auto ratio', 'out error', 'grad error', 'MiB', 'arrays N x D'];
 console.log(`| ${head.join(' | ')} |\n|${head.map(() => ' --- |').join('')}`);
 
 const rows = [];

@@ -20,10 +20,12 @@ export function peakOf(binary) {
   return Math.max(rate(0, 1_000_000, 96), rate(1, 1_920_000, 64));
 }
 
+/** Where a binary is. */
+export const fileOf = (simd) => new URL(`../../../dist/rope-attention${simd === 'simd128' ? '' : '.relaxed'}.wasm`, import.meta.url);
+
 /** An instance of a binary, and the binary's functions; null where the engine refuses it. */
 export async function open(simd) {
-  const file = new URL(`../../../dist/rope-attention${simd === 'simd128' ? '' : '.relaxed'}.wasm`, import.meta.url);
-  const bytes = readFileSync(file);
+  const bytes = readFileSync(fileOf(simd));
   if (!WebAssembly.validate(bytes)) return null;
   return {
     attention: await createRopeAttention({ wasm: bytes }),
