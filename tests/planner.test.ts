@@ -531,8 +531,8 @@ describe('when a prediction fails', () => {
   test('the next degree or exact takes over where gradients turn out worse than predicted, and no miss is returned', () => {
     // Columns of dk are seen only after the forward pass.
     const outcomes = [
-      ...[0.06, 0.055, 0.05, 0.045].map((tolerance) => ({ kind: 'aligned', headDim: 16, tolerance })),
-      ...[0.041, 0.04, 0.039].map((tolerance) => ({ kind: 'hidden', headDim: 8, tolerance })),
+      ...[0.054, 0.0495, 0.045, 0.0405].map((tolerance) => ({ kind: 'aligned', headDim: 16, tolerance })),
+      ...[0.037, 0.036, 0.035].map((tolerance) => ({ kind: 'hidden', headDim: 8, tolerance })),
     ].map(({ kind, headDim, tolerance }) => {
       const shape = { heads: 1, queryLength: 2048, headDim };
       const args = instance({ kind, bound: 0.5, seed: 1, shape, causal: true });
@@ -581,8 +581,8 @@ describe('when a prediction fails', () => {
     expect(got.report.reason).not.toContain('computed again');
     expect(errorOf(got)).toBeLessThanOrEqual(1e-2);
     // What is given may take the room that its own error leaves; then it is not by these that the gradients go.
-    const tolerance = 8e-3;
-    const off = { output: saved.output, lse: saved.lse.map((x) => x + 0.3 * tolerance) };
+    const tolerance = 7.2e-3;
+    const off = { output: saved.output, lse: saved.lse.map((x) => x + 0.2 * tolerance) };
     const again = attention.backward({ ...args, ...off, tolerance });
     expect(again.report.reason).toMatch(/^polynomial .*; degree 2 has a predicted error .* given output and lse, which were computed again$/);
     expect(errorOf(again)).toBeLessThanOrEqual(tolerance);
