@@ -17,6 +17,7 @@ void ra_transpose(const float *x, size_t x_row, size_t rows, size_t columns, flo
       f32x4_store(to, x0), f32x4_store(to + y_row, x1);
       f32x4_store(to + 2 * y_row, x2), f32x4_store(to + 3 * y_row, x3);
     }
+    RA_ROLLED
     for (; c < columns; c++)
       for (size_t i = r; i < r + 4; i++) y[c * y_row + i] = x[i * x_row + c];
   }
@@ -29,21 +30,16 @@ void ra_transpose(const float *x, size_t x_row, size_t rows, size_t columns, flo
       f32x4_store_halves(to, to + y_row, f32x4_zip_low(x0, x1));
       f32x4_store_halves(to + 2 * y_row, to + 3 * y_row, f32x4_zip_high(x0, x1));
     }
+    RA_ROLLED
     for (; c < columns; c++)
       for (size_t i = r; i < r + 2; i++) y[c * y_row + i] = x[i * x_row + c];
   }
-  for (; r < rows; r++)
-    for (size_t c = 0; c < columns; c++) y[c * y_row + r] = x[r * x_row + c];
+  for (; r < rows; r++) RA_ROLLED
+  for (size_t c = 0; c < columns; c++) y[c * y_row + r] = x[r * x_row + c];
 }
 
 void ra_fill(float *y, size_t count, float value) {
   for (size_t i = 0; i < count; i++) y[i] = value;
-}
-
-void ra_add(const float *x, size_t count, float *y) {
-  size_t i = 0;
-  for (; i + 4 <= count; i += 4) f32x4_store(y + i, f32x4_add(f32x4_load(y + i), f32x4_load(x + i)));
-  for (; i < count; i++) y[i] += x[i];
 }
 
 void ra_sum_rows(const float *x, size_t x_row, uint32_t count, size_t columns, uint32_t skipped, double *sum) {
@@ -51,6 +47,7 @@ void ra_sum_rows(const float *x, size_t x_row, uint32_t count, size_t columns, u
   for (; d + 4 <= columns; d += 4) {
     f32x4 some = f32x4_splat(0);
     float lane[4];
+    RA_ROLLED
     for (uint32_t n = 0; n < count; n++)
       if (!(skipped >> n & 1)) some = f32x4_add(some, f32x4_load(x + n * x_row + d));
     f32x4_store(lane, some);
@@ -58,6 +55,7 @@ void ra_sum_rows(const float *x, size_t x_row, uint32_t count, size_t columns, u
   }
   for (; d < columns; d++) {
     float some = 0;
+    RA_ROLLED
     for (uint32_t n = 0; n < count; n++)
       if (!(skipped >> n & 1)) some += x[n * x_row + d];
     sum[d] += some;
