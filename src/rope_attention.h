@@ -254,6 +254,8 @@ typedef struct ra_bounds {
   float k_norm;           // max |k_j|
   float q_plain_norm;     // max |q_i|, outliers left out
   float k_centred_norm;   // max |R k_j - mean of R k|, outliers left out of both; max |k_j| with a relative map
+  float q_squares;        // sum of |q_i|^2, outliers left out
+  float k_squares;        // the same of centred keys
   float v_entry;          // max |entry| of v; 0 when x->v is NULL
   float v_half_range;     // max over columns of (max - min) / 2 of v; 0 when x->v is NULL
   uint32_t q_argmax;      // flat row (head in group * Nq + i) of the largest query that is no outlier
@@ -261,11 +263,12 @@ typedef struct ra_bounds {
   uint32_t finite;        // 1 when q, k (and v unless NULL) have no NaN and no infinity
 } ra_bounds;
 
-// Prepares one key/value head (0 .. B*kv_heads-1) for the calls below, O(Nk D): rotated centred keys are kept in the
-// workspace. Fills *bounds.
+// Prepares one key/value head (0 .. B*kv_heads-1) for the calls below, O((group Nq + Nk) D): rotated centred keys are kept in the
+// workspace. Fills *bounds. `again`: only outliers have changed since *bounds was filled for the same head, so that what does
+// not depend on them is kept.
 size_t RA_API(ra_sample_workspace)(const ra_problem *p);
-int RA_API(ra_sample_prepare)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, ra_bounds *bounds,
-                              void *workspace);
+int RA_API(ra_sample_prepare)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t again,
+                              ra_bounds *bounds, void *workspace);
 
 // Candidates for outliers: the `count` rows, at most as many as there are, of the largest queries (queries = 1, numbered as
 // ra_problem.outlier_queries) or of the largest centred keys (queries = 0), in no order, and their norms. Outliers that are named

@@ -41,6 +41,8 @@ typedef struct sample {
   char *q_space, *k_space;
   float *k_mean;      // [Dp]
   float *k_rows;      // [Nk][Dp] rotated, centred
+  float *k_squares;   // [Nk] their sums of squares
+  float *q_squares;   // [group][Nq] those of queries
   float *rows;        // [TILE][Dp]
   float *strip;       // [Dp][8] the eight rows as lanes; of columns four times that, as of v_strip, sum_t, d_t
   float *v_strip;     // [Dv][8] their values, or their dout
@@ -67,6 +69,8 @@ static sample arrange(const ra_problem *p, ra_workspace_cursor *w) {
   e.k_space = ra_take(w, 1, ra_rotary_bytes(p), 1);
   e.k_mean = ra_take_floats(w, 1, e.Dp);
   e.k_rows = ra_take_floats(w, e.Nk, e.Dp);
+  e.k_squares = ra_take_floats(w, 1, e.Nk);
+  e.q_squares = ra_take_floats(w, e.group, e.Nq);
   e.rows = ra_take_floats(w, TILE, e.Dp);
   e.strip = ra_take_floats(w, e.Dp, RA_SAMPLE_KEYS);
   e.v_strip = ra_take_floats(w, e.Dv, RA_SAMPLE_KEYS);
@@ -93,14 +97,16 @@ size_t ra_sample_workspace(const ra_problem *p) {
 
 // --- Bounds -------------------------------------------------------------------------------------------------------
 
-// Of some rows: the largest sum of squares and where it is, max |x| in lanes, and zeros, or NaN once there was a NaN.
+// Of some rows: sums of squares, all of them and the largest, where that is, and the largest of outliers, which are not in those;
+// of all rows max |x| in lanes, and zeros, or NaN once there was a NaN.
 typedef struct extent {
-  float squares;
+  double sum;
+  float squares, far;
   uint32_t at;
   f32x4 most, nothing;
 } extent;
 
-static extent no_extent(void) { return (extent){0, 0, f32x4_splat(0), f32x4_splat(0)}; }
+static extent no_extent(void) { return (extent){0, 0, 0, 0, f32x4_splat(0), f32x4_splat(0)}; }
 
 static float entry_of(const extent *t) {
   float lane[4];
@@ -140,20 +146,19 @@ RA_KERNEL void measure_rows(const float *x, size_t x_row, uint32_t count, size_t
   t->most = most, t->nothing = nothing;
 }
 
-// Rows `first` .. first + count - 1, up to 32.
-RA_KERNEL void extend(extent *t, const float *x, size_t x_row, uint32_t first, uint32_t count, size_t columns) {
-  float squares[RA_CHUNK];
-  measure_rows(x, x_row, count, columns, squares, t);
-  for (uint32_t n = 0; n < count; n++)
-    if (squares[n] > t->squares) t->squares = squares[n], t->at = first + n;
-}
-
-// The same, those whose bit n is set in `outliers` apart.
-RA_KERNEL void extend_apart(extent *t, extent *far, uint32_t outliers, const float *x, size_t x_row, uint32_t first,
-                            uint32_t count, size_t columns) {
-  if (outliers == 0) extend(t, x, x_row, first, count, columns);
-  for (uint32_t n = 0; n < count && outliers != 0; n++)
-    extend(outliers >> n & 1 ? far : t, x + n * x_row, x_row, first + n, 1, columns);
+// Sums of squares of rows `first` .. first + count - 1, up to 32; bit n of `outliers` is row first + n.
+RA_KERNEL void extend(extent *t, const float *squares, uint32_t first, uint32_t count, uint32_t outliers) {
+  float sum = 0, most = t->squares; // of so few rows
+  uint32_t at = t->at;
+  for (uint32_t n = 0; n < count; n++) {
+    float square = squares[n];
+    if (outliers >> n & 1) t->far = fmaxf(t->far, square);
+    else {
+      sum += square;
+      if (square > most) most = square, at = first + n;
+    }
+  }
+  t->sum += sum, t->squares = most, t->at = at;
 }
 
 // |x| from the sum of squares, or a bound of it where squares fall below what a float holds (1e-30: what is lost of larger
@@ -176,18 +181,23 @@ static const float *query_at(const sample *e, const float *q, size_t head, size_
   return q + ra_head(e->p, head, e->p->heads, e->Nq, e->D) + i * e->q_row;
 }
 
-static void measure_queries(const sample *e, const float *q, size_t kv_head, ra_bounds *b) {
-  extent plain = no_extent(), far = no_extent();
+static void measure_queries(const sample *e, const float *q, size_t kv_head, int again, ra_bounds *b) {
+  extent t = no_extent();
   for (size_t h = 0; h < e->group; h++)
-    for (uint32_t i = 0; i < e->Nq; i += RA_CHUNK)
-      extend_apart(&plain, &far, query_outliers(e, kv_head, h, i), query_at(e, q, kv_head * e->group + h, i), e->q_row,
-                   (uint32_t)(h * e->Nq) + i, ra_min_u32(RA_CHUNK, e->p->query_length - i), e->D);
-  float entry = entry_of(&plain);
-  b->finite = is_finite(&plain) && is_finite(&far);
-  b->q_entry = fmaxf(entry, entry_of(&far));
-  b->q_argmax = plain.at;
-  b->q_norm = norm(fmaxf(plain.squares, far.squares), b->q_entry, e->D);
-  b->q_plain_norm = norm(plain.squares, entry, e->D);
+    for (uint32_t i = 0; i < e->Nq; i += RA_CHUNK) {
+      uint32_t count = ra_min_u32(RA_CHUNK, e->p->query_length - i), row = (uint32_t)(h * e->Nq) + i;
+      float *squares = e->q_squares + row;
+      if (!again) measure_rows(query_at(e, q, kv_head * e->group + h, i), e->q_row, count, e->D, squares, &t);
+      extend(&t, squares, row, count, query_outliers(e, kv_head, h, i));
+    }
+  if (!again) {
+    b->finite = is_finite(&t);
+    b->q_entry = entry_of(&t);
+    b->q_norm = norm(fmaxf(t.squares, t.far), b->q_entry, e->D);
+  }
+  b->q_argmax = t.at;
+  b->q_plain_norm = norm(t.squares, b->q_entry, e->D);
+  b->q_squares = (float)t.sum;
 }
 
 // Ranges of 4 `vectors` columns of v [Nk].
@@ -246,7 +256,8 @@ static void rotate_keys(const sample *e, const float *k, size_t kv_head) {
     e->k_mean[d] = plain > 0 && !ra_is_relative(e->p) ? (float)(sum[d] / (double)plain) : 0;
 }
 
-int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, ra_bounds *bounds, void *workspace) {
+int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t again, ra_bounds *bounds,
+                      void *workspace) {
   if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
@@ -258,11 +269,22 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   e.state->map_ready = 0;
   ra_rotary_batch(&e.state->q_rotary, p, 1, kv_head / p->kv_heads);
   ra_rotary_batch(&e.state->k_rotary, p, 0, kv_head / p->kv_heads);
-  *bounds = (ra_bounds){.finite = 1};
-  measure_queries(&e, x->q, kv_head, bounds);
-  if (x->v) measure_values(x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv), e.v_row, e.Nk, e.Dv, bounds);
+  measure_queries(&e, x->q, kv_head, again, bounds);
+  if (!again) {
+    extent t = no_extent();
+    bounds->v_entry = bounds->v_half_range = 0;
+    if (x->v) measure_values(x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv), e.v_row, e.Nk, e.Dv, bounds);
+    for (uint32_t j = 0; j < e.Nk; j += RA_CHUNK) {
+      uint32_t count = ra_min_u32(RA_CHUNK, p->key_length - j);
+      measure_rows(k + j * e.k_row, e.k_row, count, e.D, e.k_squares + j, &t);
+      extend(&t, e.k_squares + j, j, count, 0);
+    }
+    if (!is_finite(&t)) bounds->finite = 0;
+    bounds->k_entry = entry_of(&t);
+    bounds->k_norm = norm(t.squares, bounds->k_entry, e.D);
+  }
   rotate_keys(&e, k, kv_head);
-  extent all = no_extent(), centred = no_extent(), far = no_extent();
+  extent t = no_extent();
   for (uint32_t j = 0; j < e.Nk; j += RA_CHUNK) {
     uint32_t count = ra_min_u32(RA_CHUNK, p->key_length - j);
     float *k_j = e.k_rows + j * e.Dp;
@@ -271,22 +293,21 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
         float *y = k_j + n * e.Dp + d;
         f32x4_store(y, f32x4_sub(f32x4_load(y), f32x4_load(e.k_mean + d)));
       }
-    extend(&all, k + j * e.k_row, e.k_row, j, count, e.D);
-    extend_apart(&centred, &far, key_outliers(&e, kv_head, j), k_j, e.Dp, j, count, e.D);
+    measure_rows(k_j, e.Dp, count, e.D, e.k_squares + j, &t);
+    extend(&t, e.k_squares + j, j, count, key_outliers(&e, kv_head, j));
   }
-  if (!is_finite(&all)) bounds->finite = 0;
-  bounds->k_entry = entry_of(&all);
-  bounds->k_argmax = centred.at;
-  bounds->k_norm = norm(all.squares, bounds->k_entry, e.D);
-  bounds->k_centred_norm = norm(centred.squares, entry_of(&centred), e.D);
-  e.state->reach = fmaxf(bounds->k_centred_norm, norm(far.squares, entry_of(&far), e.D));
+  bounds->k_argmax = t.at;
+  bounds->k_centred_norm = norm(t.squares, entry_of(&t), e.D);
+  bounds->k_squares = (float)t.sum;
+  e.state->reach = norm(fmaxf(t.squares, t.far), entry_of(&t), e.D);
   return RA_OK;
 }
 
 // The norm of a row whose sum of squares is known.
 static float norm_of(const sample *e, const float *x, float squares) {
+  if (squares >= 1e-30f) return sqrtf(squares);
   extent own = no_extent();
-  if (squares < 1e-30f) extend(&own, x, 0, 0, 1, e->D);
+  measure_rows(x, 0, 1, e->D, &squares, &own);
   return norm(squares, entry_of(&own), e->D);
 }
 
@@ -315,11 +336,8 @@ int ra_sample_largest(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   for (uint32_t i = 0; i < length; i += RA_CHUNK)
     for (uint32_t h = 0; h < group; h++) {
       const float *some = queries ? query_at(&e, x->q, kv_head * group + h, i) : e.k_rows + i * e.Dp;
-      float squares[RA_CHUNK];
-      extent ignored = no_extent();
-      uint32_t most = ra_min_u32(RA_CHUNK, length - i);
-      measure_rows(some, row, most, e.D, squares, &ignored);
-      for (uint32_t n = 0; n < most; n++)
+      const float *squares = queries ? e.q_squares + h * e.Nq + i : e.k_squares + i;
+      for (uint32_t n = 0; n < ra_min_u32(RA_CHUNK, length - i); n++)
         keep_in_heap(rows, norms, count, (i + n) * group + h, norm_of(&e, some + n * row, squares[n]));
     }
   return RA_OK;
@@ -391,17 +409,15 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
   if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
-  float norms[RA_EXTREMES], key_norms[RA_EXTREMES], highest[RA_EXTREMES], lowest[RA_EXTREMES], squares[RA_CHUNK];
-  extent ignored = no_extent();
+  float norms[RA_EXTREMES], key_norms[RA_EXTREMES], highest[RA_EXTREMES], lowest[RA_EXTREMES];
   for (int n = 0; n < RA_EXTREMES; n++) {
     norms[n] = key_norms[n] = -1, highest[n] = lowest[n] = 0;
     large[n] = aligned[n] = opposed[n] = keys[n] = 0;
   }
   for (uint32_t j = 0; j < p->key_length; j += RA_CHUNK) {
     uint32_t count = ra_min_u32(RA_CHUNK, p->key_length - j), outliers = key_outliers(&e, kv_head, j);
-    measure_rows(e.k_rows + j * e.Dp, e.Dp, count, e.D, squares, &ignored);
     for (uint32_t n = 0; n < count; n++)
-      if (!(outliers >> n & 1)) keep_largest(keys, key_norms, RA_EXTREMES, j + n, squares[n]);
+      if (!(outliers >> n & 1)) keep_largest(keys, key_norms, RA_EXTREMES, j + n, e.k_squares[j + n]);
   }
   for (int m = 0; m < RA_EXTREMES; m++) ra_transpose(e.k_rows + keys[m] * e.Dp, e.Dp, 1, e.D, e.strip + m, LANES);
   for (size_t h = 0; h < e.group; h++)
@@ -411,7 +427,6 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
       uint32_t outliers = query_outliers(&e, kv_head, h, i);
       ra_rotary_rows(&e.state->q_rotary, q, e.q_row, e.rows, e.Dp, count, i, RA_ROTATE, p->scale);
       score_queries(&e, i, count, keys, e.s);
-      measure_rows(e.rows, e.Dp, count, e.D, squares, &ignored);
       uint32_t start = ra_chunk_start(p, i);
       float live[LANES];
       keys_in_state(p, start, keys, key_norms, live);
@@ -426,7 +441,7 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
         f32x4 s1 = f32x4_mul(f32x4_load(live + 4), f32x4_load(e.s + n * LANES + 4));
         keep_largest_of(aligned, highest, row, f32x4_max(s0, s1));
         keep_largest_of(opposed, lowest, row, f32x4_sub(f32x4_splat(0), f32x4_min(s0, s1)));
-        keep_largest(large, norms, RA_EXTREMES, row, squares[n]);
+        keep_largest(large, norms, RA_EXTREMES, row, e.q_squares[row]);
       }
     }
   return RA_OK;

@@ -460,8 +460,8 @@ describe('what looking costs', () => {
     }
   }
 
-  test('at most an eighth of exact where exact is what comes of it, on inputs of every kind', () => {
-    const shape = { heads: 1, queryLength: 4096, headDim: 16 };
+  test.each([1024, 2048, 4096])('at most a tenth of exact where exact is what comes of it, on inputs of every kind: %p tokens', (queryLength) => {
+    const shape = { heads: 1, queryLength, headDim: 16 };
     let refused = 0;
     for (const kind of Object.keys(KINDS)) {
       for (const causal of [false, true]) {
@@ -474,7 +474,7 @@ describe('what looking costs', () => {
             if (report.method !== 'exact') continue;
             refused++;
             const { problem } = readCall(pass, call);
-            expect(spent).toBeLessThan(costOf(problem, [pass], null) / 8);
+            expect(spent).toBeLessThan(costOf(problem, [pass], null) / 10);
           }
         }
       }
@@ -531,11 +531,10 @@ describe('when a prediction fails', () => {
   test('the next degree or exact takes over where gradients turn out worse than predicted, and no miss is returned', () => {
     // Columns of dk are seen only after the forward pass.
     const outcomes = [
-      ...[0.054, 0.0495, 0.045, 0.0405].map((tolerance) => ({ kind: 'aligned', headDim: 16, tolerance })),
-      ...[0.037, 0.036, 0.035].map((tolerance) => ({ kind: 'hidden', headDim: 8, tolerance })),
-    ].map(({ kind, headDim, tolerance }) => {
-      const shape = { heads: 1, queryLength: 2048, headDim };
-      const args = instance({ kind, bound: 0.5, seed: 1, shape, causal: true });
+      ...[0.047, 0.0405].map((tolerance) => ({ kind: 'aligned', queryLength: 6000, tolerance })),
+      ...[0.0054, 0.0051].map((tolerance) => ({ kind: 'aligned', queryLength: 4096, tolerance })),
+    ].map(({ kind, queryLength, tolerance }) => {
+      const args = instance({ kind, bound: 0.5, seed: 1, shape: { heads: 1, queryLength, headDim: 16 }, causal: true });
       const exact = attention.backward({ ...args, method: 'exact' });
       const got = attention.backward({ ...args, tolerance });
       for (const name of ['dq', 'dk', 'dv'] as const)
@@ -557,7 +556,7 @@ describe('when a prediction fails', () => {
     const shape = { heads: 1, queryLength: 4096, headDim: 8 };
     const args = instance({ kind: 'aligned', bound: 1, seed: 1, shape, causal: true });
     const { output, lse } = attention.forward({ ...withoutGradient(args), method: 'exact' });
-    for (const tolerance of [0.01, 0.0098]) {
+    for (const tolerance of [0.012, 0.011]) {
       // Not those of the polynomial, but not why it misses.
       const given = { ...args, output, lse: lse.map((x) => x + 0.1 * tolerance) };
       const { report, ...got } = attention.backward({ ...given, tolerance });
@@ -581,8 +580,8 @@ describe('when a prediction fails', () => {
     expect(got.report.reason).not.toContain('computed again');
     expect(errorOf(got)).toBeLessThanOrEqual(1e-2);
     // What is given may take the room that its own error leaves; then it is not by these that the gradients go.
-    const tolerance = 7.2e-3;
-    const off = { output: saved.output, lse: saved.lse.map((x) => x + 0.2 * tolerance) };
+    const tolerance = 7.9e-3;
+    const off = { output: saved.output, lse: saved.lse.map((x) => x + 0.3 * tolerance) };
     const again = attention.backward({ ...args, ...off, tolerance });
     expect(again.report.reason).toMatch(/^polynomial .*; degree 2 has a predicted error .* given output and lse, which were computed again$/);
     expect(errorOf(again)).toBeLessThanOrEqual(tolerance);

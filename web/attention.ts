@@ -275,7 +275,7 @@ export class Attention implements RopeAttention {
         }
         // A polynomial may yet miss: it gets nine tenths of what is left. 1 is for the very end.
         const end = progress + (1 - progress) * (attempt.degree === null ? 0.99 : 0.9);
-        const outcome = yield* this.#attempt(session, task, attempt, progress, end);
+        const outcome = yield* this.#attempt(session, task, attempt, plan.budget, progress, end);
         progress = end;
         if (outcome.miss !== null) {
           const miss = `degree ${attempt.degree} ${outcome.miss}`;
@@ -291,7 +291,7 @@ export class Attention implements RopeAttention {
           notes.push(inDv ? `${miss}, all of it in dv, whose weights were those of degree ${outcome.dvDegree}` : miss);
           const left = inDv
             ? [{ ...attempt, dvDegree: attempt.degree! }, ...list]
-            : yield* promising(task, list, attempt, outcome.measured);
+            : yield* promising(task, list, attempt, outcome.measured, plan.budget);
           // A forward pass may serve others as well, if there is none that was given.
           const serves = outcome.sound && !inputs.output && task.pass === 'backward' && problem.method === 'auto';
           if (serves) there = `the output and lse of degree ${attempt.degree}`;
@@ -357,7 +357,14 @@ export class Attention implements RopeAttention {
   }
 
   /** Runs one engine and, for a polynomial, checks it. */
-  *#attempt(session: Session, task: Task, attempt: Attempt, from: number, to: number): Generator<number, Outcome> {
+  *#attempt(
+    session: Session,
+    task: Task,
+    attempt: Attempt,
+    budget: number,
+    from: number,
+    to: number,
+  ): Generator<number, Outcome> {
     const { problem, pass } = task;
     const { degree, passes, split } = attempt;
     const { sampler } = split;
@@ -365,13 +372,11 @@ export class Attention implements RopeAttention {
     session.setOutliers(split.outliers);
     const coefficients = degree === null ? null : (attempt.coefficients ?? (yield* sampler.coefficients(degree)));
     let positive = true;
-    const missed = (miss: string | null, measured: Measured | null): Outcome => ({
-      coefficients,
-      dvDegree,
-      measured,
-      miss,
-      sound: positive && measured !== null && passes.length > 1,
-    });
+    const ran: Pass[] = [];
+    const missed = (miss: string | null, measured: Measured | null): Outcome => {
+      if (miss !== null) session.spend(costOf(problem, ran, degree, countsOf(attempt)));
+      return { coefficients, dvDegree, measured, miss, sound: positive && measured !== null && passes.length > 1 };
+    };
     if (degree !== null && !coefficients) return missed('has coefficients beyond float32', null);
     session.setWorkspace(workspaceOf(session, passes, degree));
     session.setEngine(degree, coefficients ?? undefined, dvDegree < (degree ?? 0));
@@ -382,12 +387,15 @@ export class Attention implements RopeAttention {
     }
 
     const middle = passes.length > 1 ? from + 0.3 * (to - from) : from;
-    if (passes.length > 1) positive = yield* this.#run(session, task, attempt, ['forward'], from, middle);
+    if (passes.length > 1) {
+      positive = yield* this.#run(session, task, attempt, ['forward'], from, middle);
+      ran.push('forward');
+    }
     // Gradients of keys are foreseen once output and lse are there; what would miss is not run to its end.
     const room = roomOf(pass, 'check', split);
     const limit = room * problem.tolerance;
     if (pass === 'backward' && problem.method === 'auto' && !task.part) {
-      const foreseen = yield* this.#foresee(session, { ...attempt, degree }, limit);
+      const foreseen = yield* this.#foresee(session, { ...attempt, degree }, limit, budget);
       dvDegree = foreseen.dvDegree;
       if (foreseen.measured && !(foreseen.measured.upper <= limit)) {
         return missed(`has ${missing(foreseen.measured, 'predicted', room, ' in the gradients of keys')}`, foreseen.measured);
@@ -401,6 +409,7 @@ export class Attention implements RopeAttention {
       }
     }
     positive = (yield* this.#run(session, task, attempt, [pass], middle, to)) && positive;
+    ran.push(pass);
     if (task.part) return missed(null, null);
     const measured = worst(yield* sampler.check(pass, limit), lags?.check(sampler, limit));
     if (!positive) return missed('has rows whose weights do not add up to a positive number', measured);
@@ -415,12 +424,13 @@ export class Attention implements RopeAttention {
     session: Session,
     { degree, dvDegree, trial, split: { sampler } }: Attempt & { degree: number },
     limit: number,
+    budget: number,
   ): Generator<number, { measured: Measured | null; dvDegree: number }> {
     if (trial && dvDegree === degree) return { measured: null, dvDegree };
-    const first = yield* sampler.foresee(degree, limit, trial ? 1 : Infinity, false);
+    const first = yield* sampler.foresee(degree, limit, trial ? 1 : Infinity, false, budget);
     if (trial ? first.upper <= limit : !missesInDv(dvDegree, degree, first, limit)) return { measured: trial ? null : first, dvDegree };
     session.setEngine(degree);
-    return { measured: trial ? null : yield* sampler.foresee(degree, limit, Infinity, true), dvDegree: degree };
+    return { measured: trial ? null : yield* sampler.foresee(degree, limit, Infinity, true, budget), dvDegree: degree };
   }
 
   /** Runs all units of the passes; false when the polynomial's weights are not positive. */

@@ -91,16 +91,18 @@ const ALIKE = 512;
  * so many for each entry; for each row of the arrays that is looked at, likewise.
  */
 const PAIR = {
-  rows: { forward: { each: 55, entry: 2.6 }, backward: { each: 85, entry: 5 } },
-  columns: { each: 170, entry: 5 },
+  rows: { forward: { each: 30, entry: 2.4 }, backward: { each: 30, entry: 5.1 } },
+  columns: { each: 90, entry: 6.2 },
 } as const;
 const ROW = {
   /** To begin with another head, queries and keys. */
-  prepare: { each: 300, entry: 38 },
+  prepare: { each: 240, entry: 36 },
+  /** The same head with other outliers. */
+  prepareAgain: { each: 230, entry: 22 },
   /** To find the rows that are likely to be worst. */
-  extremes: { each: 1050, entry: 40 },
+  extremes: { each: 600, entry: 42 },
   /** To rank queries, or keys, by norm. */
-  rank: { each: 1100, entry: 12 },
+  rank: { each: 900, entry: 0 },
 } as const;
 /** Operations of a relative map, which sampling multiplies entry by entry, over useful ones; and of each cos and sin of its table. */
 const [MAP_SAMPLING, MAP_TABLE] = [6, 950];
@@ -108,9 +110,9 @@ const [MAP_SAMPLING, MAP_TABLE] = [6, 950];
  * What JavaScript adds: the scores that polynomials are fitted to, and the fit of one; a call that computes or compares a portion of
  * rows; and the rest of a plan.
  */
-export const FIT = { scores: 2e6, polynomial: 7e5 } as const;
+export const FIT = { scores: 1.3e6, polynomial: 4e5 } as const;
 const PORTION = 4e5;
-const PLAN = 1e6;
+const PLAN = 3e5;
 /** Portions that hold these, about: without a mask, and when causal (most of them short). */
 const HARD_PORTIONS = { full: 2, causal: 6 } as const;
 /** The same of rows at the beginning of chunks, half as long, where there are slopes: flat ones, and some that are steep. */
@@ -288,13 +290,13 @@ function alikeShare(g: Geometry): number {
   return alikeShares.get(g)!;
 }
 
-/** The same to make a head the one that is sampled. */
-export function prepareCost(g: Geometry): number {
-  return rowCost(ROW.prepare, g) * (queriesOfHead(g) + g.keyLength);
+/** The same to make a head the one that is sampled; `again`: with other outliers. */
+export function prepareCost(g: Geometry, again = false): number {
+  return rowCost(again ? ROW.prepareAgain : ROW.prepare, g) * (queriesOfHead(g) + g.keyLength);
 }
 
 export function extremesCost(g: Geometry): number {
-  return rowCost(ROW.extremes, g) * queriesOfHead(g);
+  return PORTION + rowCost(ROW.extremes, g) * queriesOfHead(g);
 }
 
 /** Of queries, or keys. */

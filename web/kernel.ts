@@ -42,6 +42,25 @@ export interface Largest {
   norms: Float32Array;
 }
 
+/** Rows by falling norms, the first of equal ones first. */
+function fallingNorms(rows: Uint32Array, norms: Float32Array): Largest {
+  // As numbers of 64 bits, which sort without calling back: floats from 0 on are in the order of their bits.
+  const keys = new BigUint64Array(rows.length);
+  const halves = new Uint32Array(keys.buffer);
+  const bits = new Uint32Array(norms.buffer, norms.byteOffset, norms.length);
+  for (let n = 0; n < rows.length; n++) {
+    halves[2 * n] = ~rows[n];
+    halves[2 * n + 1] = bits[n];
+  }
+  keys.sort();
+  for (let n = 0; n < rows.length; n++) {
+    const at = 2 * (rows.length - 1 - n);
+    rows[n] = ~halves[at];
+    bits[n] = halves[at + 1];
+  }
+  return { rows, norms };
+}
+
 /** The arrays that a pass writes, and dout. */
 export type ArrayName = 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv';
 
@@ -76,7 +95,14 @@ interface Exports {
   ra_rotate_workspace(problem: number): number;
   ra_rotate(problem: number, x: number, inverse: number, workspace: number): number;
   ra_sample_workspace(problem: number): number;
-  ra_sample_prepare(problem: number, arrays: number, head: number, bounds: number, workspace: number): number;
+  ra_sample_prepare(
+    problem: number,
+    arrays: number,
+    head: number,
+    again: number,
+    bounds: number,
+    workspace: number,
+  ): number;
   ra_sample_largest(
     p: number,
     x: number,
@@ -384,6 +410,7 @@ export class Session {
   #loaded = 0;
   #workspace = 0;
   #prepared: { head: number; bounds: Bounds } | null = null;
+  #measured: number | null = null;
   #outliers: Outliers | null = null;
   #overwritten = false;
   #given = false;
@@ -741,9 +768,15 @@ export class Session {
     this.#check();
     if (this.#prepared?.head !== head) {
       const { problem, arrays, bounds } = this.#at;
+      const again = head === this.#measured; // with other outliers
       this.#prepared = null;
-      this.#spent += prepareCost(this.geometry);
-      this.#expect(this.#exports.ra_sample_prepare(problem, arrays, head, bounds, this.#sampling), 'ra_sample_prepare');
+      this.#measured = head;
+      this.#spent += prepareCost(this.geometry, again);
+      const { ra_sample_prepare } = this.#exports;
+      this.#expect(
+        ra_sample_prepare(problem, arrays, head, Number(again), bounds, this.#sampling),
+        'ra_sample_prepare',
+      );
       this.#prepared = { head, bounds: this.#arena.readStruct(bounds, BOUNDS) };
     }
     return this.#prepared.bounds;
@@ -768,9 +801,7 @@ export class Session {
       this.#sampling,
     );
     this.#expect(code, 'ra_sample_largest');
-    const [rows, size] = [this.#arena.readIntegers(largest, count), this.#arena.readFloats(norms, count)];
-    const order = Uint32Array.from(rows.keys()).sort((a, b) => size[b] - size[a] || rows[a] - rows[b]);
-    return { rows: Uint32Array.from(order, (n) => rows[n]), norms: Float32Array.from(order, (n) => size[n]) };
+    return fallingNorms(this.#arena.readIntegers(largest, count), this.#arena.readFloats(norms, count));
   }
 
   /**

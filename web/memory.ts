@@ -96,6 +96,8 @@ export const BOUNDS = {
   k_norm: 'f32',
   q_plain_norm: 'f32',
   k_centred_norm: 'f32',
+  q_squares: 'f32',
+  k_squares: 'f32',
   v_entry: 'f32',
   v_half_range: 'f32',
   q_argmax: 'u32',

@@ -48,8 +48,16 @@ const NEXT = 16;
  */
 const [STANDS_OUT, MOVES] = [8, 0.1];
 
-/** Ranks rows by norm, keys around the mean of the ordinary ones. Yields 0 between heads. Leaves no outliers set. */
+const rankings = new WeakMap<Session, Ranking>();
+
+/** Ranks rows by norm, keys around the mean of the ordinary ones; of each call once. Yields 0 between heads. May leave no outliers set. */
 export function* rank(session: Session): Generator<number, Ranking> {
+  let ranking = rankings.get(session);
+  if (!ranking) rankings.set(session, (ranking = yield* rankRows(session)));
+  return ranking;
+}
+
+function* rankRows(session: Session): Generator<number, Ranking> {
   session.setOutliers(null);
   const ranking: Ranking = { queries: [], keys: [] };
   for (let head = 0; head < session.heads; head++) {
@@ -84,7 +92,9 @@ export function choicesOf(problem: Problem, session: Session, { queries, keys }:
   );
   const choices: Choice[] = [];
   let least = all;
-  for (const one of pairs.sort((a, b) => outlierPairs(problem, a) - outlierPairs(problem, b))) {
+  const dear = pairs.map((one) => outlierPairs(problem, one));
+  for (const n of [...pairs.keys()].sort((a, b) => dear[a] - dear[b])) {
+    const one = pairs[n];
     const left = radius(one);
     if (!(left < WORTH * least)) continue;
     least = left;

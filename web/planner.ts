@@ -6,6 +6,7 @@
 
 import { certify, scoreRadius } from './certificate.js';
 import {
+  columnsCost,
   cost,
   countable,
   exactFlops,
@@ -21,7 +22,7 @@ import {
   type OutlierCounts,
   type Pass,
 } from './cost.js';
-import type { Session } from './kernel.js';
+import type { Bounds, Session } from './kernel.js';
 import { choicesOf, rank, splitOff, type Choice, type Ranking, type Split } from './outliers.js';
 import { MAX_DEGREE, minimax } from './polynomial.js';
 import { Sampler, survey, type Measured } from './sampling.js';
@@ -52,6 +53,8 @@ export interface Plan {
   attempts: readonly Attempt[];
   /** Why the polynomials are on the list, or why there are none: the middle of the report's sentence. */
   because: string;
+  /** What a polynomial may have taken, as Session.spent, by the time that it must be known to do. */
+  budget: number;
 }
 
 /** What the plan is for. `passes`: those that have to run as far as the call goes, in order; the last one is the call's. */
@@ -80,11 +83,13 @@ const BESIDE = 0.6;
 const ONLY_DQ = 1 / 3;
 
 /**
- * Shares of the exact engine's cost that may be lost: to looking for a polynomial, all in all, and with a choice of outliers that will
- * most likely do; to one that runs and misses, without having been looked at closely; to a look at the output and lse that were given.
- * And what a first look may take, counted generously.
+ * Shares of the exact engine's cost that may be lost: to all that is done before it is found that it must run; of that to a polynomial
+ * that runs and misses, without having been looked at closely; and to rows of the output and lse that were given.
  */
-const [LOSS, LOSS_SAFE, TRIAL_RUN, GIVEN, FIRST_LOOK] = [0.07, 0.12, 0.03, 0.004, 0.1];
+const [LOSS, LOSS_KEYS, TRIAL_RUN, GIVEN] = [0.08, 0.015, 0.03, 0.004];
+
+/** Polynomials below this share of exact are about as good as one another, where time is short. */
+const ALIKE = 0.05;
 
 /** Any look at given output and lse takes up to 9 us, in operations as cost.ts counts them; more than so much of exact would show. */
 const [LOOK, SHOWS] = [6e5, 0.06];
@@ -92,8 +97,13 @@ const [LOOK, SHOWS] = [6e5, 0.06];
 /** Rows of given output and lse that are looked at. */
 const GIVEN_ROWS = { least: 2, most: 4 * SAMPLE_ROWS };
 
-/** Polynomials with outliers are looked for where one would save a fifth, three times at most, as long as `LOSS` allows. */
+/** Polynomials with outliers are looked for where one would save a fifth, three times at most, as long as there is time. */
 const [GAIN, TRIALS] = [0.8, 3];
+
+/** The radius of all scores over that of typical ones: from here on a few rows are likely to be in the way of all others. */
+const STANDS_OUT = 3;
+/** And an error of all rows that is guessed so many times too large is out of the question. */
+const HOPELESS = 4;
 
 /** Guesses of an error are off by this factor now and then: the first find is to be safe, what may be cheaper yet is not. */
 const [SAFE, SLACK] = [1 / 3, 2];
@@ -158,7 +168,8 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const bounds = yield* survey(session);
   const split: Split = { outliers: null, bounds, sampler: new Sampler(session, bounds, problem.seed) };
   const exact = attempt(task, null, split);
-  const exactly = (because: string): Plan => ({ attempts: [exact], because });
+  const budget = budgetOf(session, task);
+  const exactly = (because: string): Plan => ({ attempts: [exact], because, budget });
 
   if (problem.method === 'exact') return exactly('as asked');
   const foreign = foreignTo(featuresOf(problem), problem);
@@ -187,38 +198,82 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
     const which = problem.degree === null ? 'no polynomial is' : `the polynomial of degree ${problem.degree} is not`;
     return exactly(`${which} predicted cheaper at this size`);
   }
-  if (problem.guarantee === 'certified') return yield* chooseCertified(session, task, split, degrees);
+  if (problem.guarantee === 'certified') return yield* chooseCertified(session, task, split, degrees, budget);
 
   // A forced degree is run and measured, and predicted only where nothing is going to run.
   if (problem.method !== 'auto' && problem.degree !== null) {
     const known = task.predict ? yield* predict(task, split, degrees, 0, Infinity) : null;
-    return { attempts: [attempt(task, problem.degree, split, { predicted: known?.get(problem.degree) ?? null })], because: 'as asked' };
+    const predicted = known?.get(problem.degree) ?? null;
+    return { attempts: [attempt(task, problem.degree, split, { predicted })], because: 'as asked', budget };
   }
   const auto = problem.method === 'auto';
   // Less than the check allows, since the engine sums in another order than the pilot.
   const room = roomOf(pass, 'pilot', split);
   // Rows are predicted with the bias itself: what decays make of it comes on top.
   const limit = Math.sqrt((room * problem.tolerance) ** 2 - (problem.decays?.error ?? 0) ** 2);
-  const start = session.spent;
-  const budgetOf = (share: number) => (auto ? start + share * costOf(problem, task.passes, null) : Infinity);
-  const predictions = yield* predict(task, split, degrees, limit, budgetOf(LOSS));
+  const forLooks = budget - foreseenCost(task);
+  if (auto && task.hasValues && takesOutliers(problem) && outliersStandOut(task, bounds, degrees, limit)) {
+    const usual = new Map(degrees.map((degree) => [degree, split.sampler.usualError(pass, degree)]));
+    const guess: Guess = ({ degree, shrinks }, radius) =>
+      Math.max(usual.get(degree)!, worstCase(degree, radius * shrinks) / TYPICAL / HOPELESS);
+    const found = yield* tryOutliers(session, task, degrees, limit, guess, null, forLooks);
+    if (found.length > 0) return { attempts: [...found, exact], because: '', budget };
+  }
+  const predictions = yield* predict(task, split, degrees, limit, forLooks);
+  if (predictions.size === 0) return exactly('no cheaper polynomial was found in the time that looking may take');
   const errorOf = (degree: number) => predictions.get(degree)?.error ?? Infinity;
   const upperOf = (degree: number) => predictions.get(degree)?.upper ?? Infinity;
   const attemptOf = (degree: number) => attempt(task, degree, split, { predicted: predictions.get(degree) ?? null });
   const first = degrees.find((degree) => upperOf(degree) <= limit) ?? null;
-  const cheaper = yield* tryOutliers(session, task, degrees, limit, errorOf, first, budgetOf);
+  const cheaper = yield* tryOutliers(session, task, degrees, limit, guessBy(pass, errorOf), first, forLooks);
   if (first !== null || cheaper.length > 0) {
     const others = first === null ? [] : degrees.filter((degree) => degree >= first);
     return {
       attempts: [...cheaper, ...others.map(attemptOf), ...(auto ? [exact] : [])],
       because: auto ? '' : 'as asked',
+      budget,
     };
   }
   const best = degrees.reduce((a, b) => (errorOf(b) < errorOf(a) ? b : a));
   const what = `at best degree ${best} with ${missing(predictions.get(best) ?? null, 'predicted', room)}`;
   if (auto) return exactly(`no cheaper polynomial keeps the tolerance ${problem.tolerance}, ${what}`);
   refuseMiss(task, what);
-  return { attempts: [attemptOf(leastBad(task, degrees, errorOf))], because: 'as asked' };
+  return { attempts: [attemptOf(leastBad(task, degrees, errorOf))], because: 'as asked', budget };
+}
+
+/** Transforms take all rows; and states that stand for a bias have no outliers beside them. */
+function takesOutliers(problem: Problem): boolean {
+  return featuresOf(problem) === 'polynomial' && !problem.decays;
+}
+
+/** By norms alone: a few rows are so large that no polynomial has a chance with them. */
+function outliersStandOut({ problem }: Task, bounds: readonly Bounds[], degrees: readonly number[], limit: number): boolean {
+  return bounds.some((one) => {
+    const radius = scoreRadius(problem, one);
+    const typical = Math.abs(problem.scale) * problem.rotaryGain * Math.sqrt(one.q_squares * one.k_squares);
+    const rows = Math.sqrt((problem.heads / problem.kvHeads) * problem.queryLength * problem.keyLength);
+    if (!(radius * rows > STANDS_OUT * typical)) return false;
+    return degrees.every((degree) => worstCase(degree, radius) > HOPELESS * TYPICAL * limit);
+  });
+}
+
+/** What may be lost, from here on, to all that is done before the exact engine runs; its look at what was given is kept back. */
+function budgetOf(session: Session, task: Task): number {
+  const { problem, passes } = task;
+  if (problem.method !== 'auto') return Infinity;
+  const portions = passes.includes('forward') ? 0 : Math.ceil(rowsOfGiven(task) / SAMPLE_ROWS);
+  return session.spent + LOSS * costOf(problem, passes, null) - portions * givenCost(problem);
+}
+
+/** What is to be kept back for a first look at gradients of keys, which fails so rarely that it has `LOSS_KEYS` of its own. */
+function foreseenCost({ problem, pass, passes }: Task): number {
+  if (pass === 'forward') return 0;
+  return Math.max(0, 2 * columnsCost(problem, [0]) - LOSS_KEYS * costOf(problem, passes, null));
+}
+
+/** Of a portion: rows of the output, and of dq. */
+function givenCost(problem: Problem): number {
+  return portionCost(problem, 'forward') + portionCost(problem, 'backward');
 }
 
 /** Errors of the degrees beside the outliers of a split, as Sampler.pilot. */
@@ -230,9 +285,12 @@ function* predict(
   budget: number,
 ): Generator<number, Map<number, Measured>> {
   if (!task.hasValues) return yield* sampler.worstValues(degrees);
-  const thorough = task.problem.method !== 'auto';
-  const short = new Set(degrees.filter((degree) => mayMiss(task, degree, outliers?.counts)));
-  return yield* sampler.pilot(task.pass, degrees, limit, { thorough, short, budget });
+  const { problem, passes, pass } = task;
+  const thorough = problem.method !== 'auto';
+  const short = (degree: number) => mayMiss(task, degree, outliers?.counts);
+  const alike = (next: number) =>
+    costOf(problem, passes, next, outliers?.counts) < ALIKE * costOf(problem, passes, null);
+  return yield* sampler.pilot(pass, degrees, limit, { thorough, short, alike, budget });
 }
 
 /** A degree beside some outliers. */
@@ -259,32 +317,40 @@ function costToBeat({ problem, passes }: Task, degree: number | null): number {
   return problem.method !== 'auto' && degree === null ? Infinity : costOf(problem, passes, degree);
 }
 
+/** The error of a candidate, given the radius of the scores of all rows. */
+type Guess = (one: Candidate, radius: number) => number;
+
+/**
+ * By errors of the degrees without outliers: that of degree g goes as the (g + 1)-th power of the scores, that of gradients as the g-th;
+ * where all rows together fail, by their norms.
+ */
+function guessBy(pass: Pass, errorOf: (degree: number) => number): Guess {
+  return ({ degree, shrinks }, radius) =>
+    errorOf(degree) < FAILED
+      ? errorOf(degree) * shrinks ** (pass === 'forward' ? degree + 1 : Math.max(degree, 1))
+      : worstCase(degree, radius * shrinks) / TYPICAL;
+}
+
 /**
  * A polynomial beside outliers that is predicted well cheaper than `degree` alone (null: than exact) and within `limit`, then higher
- * degrees beside the same; empty when none is found soon. What to try is guessed: the error of degree g goes as the (g + 1)-th power of the scores, that of gradients as
- * the g-th; where all rows together fail, from their norms.
- *
- * @param errorOf errors of the degrees without outliers.
+ * degrees beside the same; empty when none is found soon.
  */
 function* tryOutliers(
   session: Session,
   task: Task,
   degrees: readonly number[],
   limit: number,
-  errorOf: (degree: number) => number,
+  guess: Guess,
   degree: number | null,
-  budgetOf: (share: number) => number,
+  all: number,
 ): Generator<number, Attempt[]> {
   const { problem, pass, passes } = task;
-  // Transforms take all rows; and states that stand for a bias have no outliers beside them.
-  if (featuresOf(problem) === 'toeplitz' || problem.decays) return [];
+  if (!takesOutliers(problem)) return [];
   const than = costToBeat(task, degree);
   const ranks = session.heads * (rankCost(problem, 'queries') + rankCost(problem, 'keys'));
   // Not more than what there is to gain allows, nor than what is left
-  const start = session.spent;
-  const budget = (share: number) => Math.min(budgetOf(share), start + share * than);
-  const affordable = (cost: number, share: number) => session.spent + cost <= budget(share);
-  if (!affordable(ranks + trialCost(problem, pass), LOSS_SAFE)) return [];
+  const budget = Math.min(all, session.spent + LOSS * than);
+  if (session.spent + ranks + trialCost(problem, pass) > budget) return [];
   if (!degrees.some((one) => costOf(problem, passes, one) < GAIN * than)) return [];
   const ranking = yield* rank(session);
   let left = candidatesBeside(task, choicesOf(problem, session, ranking), degrees, than);
@@ -292,20 +358,14 @@ function* tryOutliers(
   let best: Attempt[] = [];
   let worse = 1; // errors that were measured, over those that were guessed
   const radius = radiusOf(problem, ranking);
-  const guess = ({ degree, shrinks }: Candidate) =>
-    errorOf(degree) < FAILED
-      ? errorOf(degree) * shrinks ** (pass === 'forward' ? degree + 1 : Math.max(degree, 1))
-      : worstCase(degree, radius * shrinks) / TYPICAL;
   for (let trial = 0; trial < TRIALS; trial++) {
-    const within = (share: number) => left.find((one) => worse * guess(one) <= share * room);
-    const safe = best.length > 0 ? undefined : within(SAFE);
-    const next = safe ?? within(SLACK);
-    const share = safe ? LOSS_SAFE : LOSS;
-    if (!next || !affordable(trialCost(problem, pass), share)) break;
+    const within = (share: number) => left.find((one) => worse * guess(one, radius) <= share * room);
+    const next = (best.length > 0 ? undefined : within(SAFE)) ?? within(SLACK);
+    if (!next || session.spent + trialCost(problem, pass) > budget) break;
     const split = yield* splitOff(session, ranking, next.counts, problem.seed);
     const together = left.filter((one) => one.counts === next.counts).map((one) => one.degree);
     const fitting = together.filter((one) => workspaceOf(session, passes, one) <= session.free).sort((a, b) => a - b);
-    const predictions = yield* predict(task, split, fitting, room, budget(share));
+    const predictions = yield* predict(task, split, fitting, room, budget);
     const found = fitting.find((one) => (predictions.get(one)?.upper ?? Infinity) <= room);
     if (found !== undefined) {
       best = fitting
@@ -314,7 +374,7 @@ function* tryOutliers(
       const cost = costOf(problem, passes, found, next.counts);
       left = left.filter((one) => one.cost < GAIN * cost);
     }
-    worse = Math.max(worse, Math.min(predictions.get(next.degree)?.error ?? 1, 1) / guess(next));
+    worse = Math.max(worse, Math.min(predictions.get(next.degree)?.error ?? 1, 1) / guess(next, radius));
     left = left.filter((one) => one.counts !== next.counts);
   }
   return best;
@@ -351,7 +411,7 @@ export function short(error: number): string {
 function candidates(session: Session, { problem, pass, passes }: Task): number[] {
   const exact = costOf(problem, passes, null);
   const auto = problem.method === 'auto';
-  if (auto && LEAST_REFUSAL > FIRST_LOOK * exact) return []; // short calls have no time for more
+  if (auto && LEAST_REFUSAL > LOSS * exact) return []; // short calls have no time for more
   const all =
     problem.degree === null ? Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree) : [problem.degree];
   const fitting = (degrees: number[]) =>
@@ -362,7 +422,7 @@ function candidates(session: Session, { problem, pass, passes }: Task): number[]
     return some.length === 0 ? all.slice(0, 1) : some;
   }
   const { refusal, all: sampling } = samplingCost(problem, pass, 1);
-  if (refusal > FIRST_LOOK * exact) return [];
+  if (refusal > LOSS * exact) return [];
   const most = exact - sampling;
   // A constant has no gradient by q and k.
   const least = pass === 'backward' && problem.tolerance < 1 ? 1 : 0;
@@ -385,14 +445,15 @@ export function* promising(
   list: readonly Attempt[],
   missed: Attempt,
   measured: Measured | null,
+  budget: number,
 ): Generator<number, Attempt[]> {
   const factor = (measured?.upper ?? Infinity) / (missed.predicted?.error ?? 0);
   for (const [n, { degree, split }] of list.entries()) {
     const left = () => list.slice(n).map((one) => ({ ...one, trial: false })); // one is enough
     if (degree === null || n === list.length - 1) return left();
     const limit = (problem.tolerance * roomOf(pass, 'pilot', split)) / Math.max(factor, 1);
-    const found = yield* split.sampler.pilot(pass, [degree], limit);
-    if (found.get(degree)!.upper <= limit) return left();
+    const found = yield* split.sampler.pilot(pass, [degree], limit, { budget });
+    if ((found.get(degree)?.upper ?? Infinity) <= limit) return left();
   }
   return [];
 }
@@ -424,11 +485,12 @@ function* chooseCertified(
   task: Task,
   split: Split,
   degrees: readonly number[],
+  budget: number,
 ): Generator<number, Plan> {
   const { problem, pass } = task;
   const auto = problem.method === 'auto';
   if (pass === 'backward' && auto) {
-    return { attempts: [attempt(task, null, split)], because: 'there is no certificate for gradients of a polynomial' };
+    return { attempts: [attempt(task, null, split)], because: 'there is no certificate for gradients of a polynomial', budget };
   }
   if (pass === 'backward') refuseMiss(task, "guarantee 'certified' has no certificate for gradients");
 
@@ -443,7 +505,7 @@ function* chooseCertified(
   const splits = pass === 'forward' && featuresOf(problem) === 'polynomial';
   const cheaper = splits ? yield* certifyOutliers(session, task, degrees, plain?.degree ?? null) : null;
   const found = cheaper ?? plain;
-  if (found) return { attempts: auto ? [found, exact] : [found], because: auto ? '' : 'as asked' };
+  if (found) return { attempts: auto ? [found, exact] : [found], because: auto ? '' : 'as asked', budget };
   const boundOf = (one: Attempt) => one.bound ?? Infinity;
   const best = tried.reduce((a, b) => (boundOf(b) < boundOf(a) ? b : a));
   const what = `degree ${best.degree} is certified to ${best.bound === null ? 'nothing' : short(best.bound)}`;
@@ -451,10 +513,11 @@ function* chooseCertified(
     return {
       attempts: [exact],
       because: `no cheaper polynomial is certified within ${problem.tolerance}, at best ${what}`,
+      budget,
     };
   refuseMiss(task, `at best ${what}`);
   const least = leastBad(task, degrees, (degree) => boundOf(tried.find((one) => one.degree === degree)!));
-  return { attempts: [tried.find((one) => one.degree === least)!], because: 'as asked' };
+  return { attempts: [tried.find((one) => one.degree === least)!], because: 'as asked', budget };
 }
 
 /** The polynomial of a degree with its certificate, rows that are exact apart. */

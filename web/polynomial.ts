@@ -122,15 +122,20 @@ export function fitToScores(scores: ArrayLike<number>, degree: number, weights?:
   for (let n = 0; n < count; n++) {
     const s = scores[n];
     const exponential = Math.exp(s - high);
-    const x = (s - middle) / half;
-    const toTaylor = exponential - evaluate(series, s - mean);
-    const slopeToTaylor = toTaylor + series[degree] * (s - mean) ** degree; // the series' derivative lacks its last term
-    chebyshev(x, value, derivative);
+    // The series' derivative lacks its last term.
+    let slope = 0;
+    let power = 1;
+    for (let m = 0; m < degree; m++, power *= s - mean) slope += series[m] * power;
+    const slopeToTaylor = exponential - slope;
+    const toTaylor = slopeToTaylor - series[degree] * power;
+    chebyshev((s - middle) / half, value, derivative);
     const weight = weights ? weights[n] : 1;
     for (let a = 0; a < size; a++) {
       const row = gram[a];
-      const [v, d] = [weight * value[a], (weight * derivative[a]) / half];
-      for (let b = 0; b <= a; b++) row[b] += v * value[b] + (d * derivative[b]) / half;
+      const v = weight * value[a];
+      const d = (weight * derivative[a]) / half;
+      const perHalf = d / half;
+      for (let b = 0; b <= a; b++) row[b] += v * value[b] + perHalf * derivative[b];
       row[size] += v * toTaylor + d * slopeToTaylor;
     }
   }
@@ -149,25 +154,34 @@ export function fitToScores(scores: ArrayLike<number>, degree: number, weights?:
  * The same scores in fewer numbers: the mean of those in each of POINTS intervals of equal width, and how many they are. Moments
  * change by (width of an interval / standard deviation)^2 / 12, a thousandth or so, and fits take a tenth of the time.
  *
- * @param scores finite ones.
+ * @returns null where one is not finite.
  */
-export function condense(scores: ArrayLike<number>): { scores: Float64Array; weights: Float64Array } {
-  let [low, high] = [Infinity, -Infinity];
+export function condense(scores: ArrayLike<number>): { scores: Float64Array; weights: Float64Array } | null {
+  let low = Infinity;
+  let high = -Infinity;
+  let nothing = 0; // or NaN
   for (let n = 0; n < scores.length; n++) {
-    if (scores[n] < low) low = scores[n];
-    if (scores[n] > high) high = scores[n];
+    const s = scores[n];
+    if (s < low) low = s;
+    if (s > high) high = s;
+    nothing += 0 * s;
   }
-  const [sums, counts] = [new Float64Array(POINTS), new Float64Array(POINTS)];
+  if (nothing !== 0) return null;
+  const sums = new Float64Array(POINTS);
+  const counts = new Float64Array(POINTS);
   const factor = high > low ? (POINTS * (1 - 2 ** -40)) / (high - low) : 0;
   for (let n = 0; n < scores.length; n++) {
     const at = Math.floor((scores[n] - low) * factor);
     sums[at] += scores[n];
     counts[at]++;
   }
-  return {
-    scores: sums.map((sum, at) => sum / counts[at]).filter((_, at) => counts[at] > 0),
-    weights: counts.filter((count) => count > 0),
-  };
+  let used = 0;
+  for (let at = 0; at < POINTS; at++) {
+    if (counts[at] === 0) continue;
+    sums[used] = sums[at] / counts[at];
+    counts[used++] = counts[at];
+  }
+  return { scores: sums.subarray(0, used), weights: counts.subarray(0, used) };
 }
 
 function checkDegree(name: string, degree: number): void {
@@ -219,7 +233,7 @@ function remez(degree: number, radius: number): number[] {
 /** T_0(x) .. T_g(x) into `value`, their derivatives into `derivative`. */
 function chebyshev(x: number, value: Float64Array, derivative?: Float64Array): void {
   for (let m = 0; m < value.length; m++) {
-    value[m] = m < 2 ? x ** m : 2 * x * value[m - 1] - value[m - 2];
+    value[m] = m === 0 ? 1 : m === 1 ? x : 2 * x * value[m - 1] - value[m - 2];
     if (derivative) {
       derivative[m] = m < 2 ? m : 2 * (value[m - 1] + x * derivative[m - 1]) - derivative[m - 2];
     }

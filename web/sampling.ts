@@ -10,8 +10,8 @@
 // Rows are drawn by a generator seeded with the call's seed and the head, so a call repeated gives the same choice, and
 // `backward` finds the polynomials of its `forward`. Only rows that may see a key are drawn.
 
-import { CHUNK, DRAWN_ROWS, FIT, LOOKED_SEGMENTS, portionCost, SAMPLE_KEYS, SAMPLE_ROWS, SAMPLE_SCORES } from './cost.js';
-import { SHORT_ROWS, STEEP, type Pass } from './cost.js';
+import { CHUNK, columnsCost, DRAWN_ROWS, extremesCost, FIT, LOOKED_SEGMENTS, portionCost, prepareCost, rowsCost } from './cost.js';
+import { SAMPLE_KEYS, SAMPLE_ROWS, SAMPLE_SCORES, SHORT_ROWS, STEEP, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
 import { SAMPLE_CHANGES, type Bounds, type Change, type Distance, type Outliers, type Rows, type Session } from './kernel.js';
 import { condense, evaluate, fitToScores } from './polynomial.js';
@@ -46,19 +46,21 @@ const HOPELESS = 3;
 const CHANCE = 0.8;
 
 /**
- * Once looking has taken its budget it ends: an error that is to stay within a limit must be seen to be within this share of it, of
- * the largest error and of sums of squares.
+ * Where there is no time to see all rows: an error that is to stay within a limit must be seen to be within this share of it, of the
+ * largest error and of sums of squares.
  */
-const SURE = { forward: 0.6, backward: 0.75 } as const;
+const SURE = { forward: 0.6, backward: 0.9 } as const;
 
-/** Beyond the budget one more degree is tried where it is likely to have an error below this share of the limit. */
-const LIKELY = 0.2;
+/** Portions of rows with the largest scores that have to be looked at; beside outliers what else is large decides. */
+const LARGEST = { all: 1, besideOutliers: 2 } as const;
 
-const NONE: ReadonlySet<number> = new Set();
+/** Where fewer looks are left than this, a degree that usually fails is passed over for the next one. */
+const FEW_LOOKS = 4;
 
 interface PilotOptions {
   thorough?: boolean;
-  short?: ReadonlySet<number>;
+  short?: (degree: number) => boolean;
+  alike?: (next: number) => boolean;
   budget?: number;
 }
 
@@ -91,7 +93,7 @@ export class Sampler {
   readonly #outliers: Outliers | null;
   readonly #next: readonly (readonly number[])[];
   #order: readonly number[] | null = null;
-  readonly #scores = new Map<number, ReturnType<typeof condense> | null>();
+  readonly #scores = new Map<number, ReturnType<typeof condense>>();
   readonly #fits = new Map<string, Float32Array | null>();
   readonly #drawn = new Map<number, { all: Drawn[]; first: Portion[] }>();
   readonly #rest = new Map<string, Portion[]>();
@@ -140,22 +142,23 @@ export class Sampler {
    *   tried at all, and its error is where that was seen, or an estimate.
    * @param short degrees for which most of the drawn rows, of gradients all but the first ones where these leave no doubt, may wait for
    *   the check.
-   * @param budget once sampling has taken so much in all, it ends: with a degree that is well within `limit` so far, or with none but
-   *   one that is likely to be.
+   * @param alike degrees that are not worth a look at the one before where there is time for few.
+   * @param budget what sampling may take in all; it ends before, with a degree that is well within `limit` so far, or with none.
+   *   Empty where there is no time for any.
    */
   *pilot(
     pass: Pass,
     degrees: readonly number[],
     limit: number,
-    { thorough = false, short = NONE, budget = Infinity }: PilotOptions = {},
+    { thorough = false, short = () => false, alike = () => false, budget = Infinity }: PilotOptions = {},
   ): Generator<number, Map<number, Measured>> {
-    this.#session.setOutliers(this.#outliers);
     const found = new Map<number, Measured>();
+    if (this.#looksLeft(pass, budget) < 1) return found;
+    this.#session.setOutliers(this.#outliers);
     let failed: { error: number; residual: number; fell: number } | null = null;
-    const over = (next: number) => this.#session.spent + next / 2 > budget;
-    for (const degree of degrees) {
+    for (const [n, degree] of degrees.entries()) {
       const residual = thorough ? 0 : this.#residual(pass, degree);
-      const least = residual * this.#leastError(pass);
+      const [least, usual] = this.#errorsOf(pass).map((one) => one * residual);
       // As fast as residuals fall, or not faster than errors did: a huge key shows in rows alone.
       const fall: number = failed && failed.residual > 0 ? Math.max(residual / failed.residual, failed.fell) : Infinity;
       const likely: number = failed ? failed.error * fall : Infinity;
@@ -164,13 +167,19 @@ export class Sampler {
         found.set(degree, { error, upper: error, relative: error });
         continue;
       }
+      const left = this.#looksLeft(pass, budget);
+      const doubtful = usual > limit / (left < 2 ? 2 : 1);
+      const passed = left < FEW_LOOKS && n + 1 < degrees.length && (doubtful || alike(degrees[n + 1]));
       // without the means for a second look the first must do
-      const needed = over(0) ? LIKELY : over(2 * portionCost(this.#session.geometry, pass)) ? SURE[pass] : Infinity;
-      if (likely > needed * limit) {
+      if (passed || left < 1 || (failed && left < 2 && likely > SURE[pass] * limit)) {
         found.set(degree, { error, upper: Infinity, relative: error });
         continue;
       }
-      const measured = yield* this.#pilotOne(pass, degree, limit, thorough, short.has(degree), over);
+      // a second look at this one is not to be in the way of a first one at the next, nor of gradients of keys
+      const next = n + 1 < degrees.length ? this.#session.heads * FIT.polynomial + this.#lookCost(pass) : 0;
+      const reserve = Math.max(next, pass === 'backward' ? 2 * this.#columnsCost() : 0);
+      const measured = yield* this.#pilotOne(pass, degree, limit, thorough, short(degree), budget, reserve);
+      if (measured.upper === Infinity) measured.error = Math.max(measured.error, least);
       found.set(degree, measured);
       if (measured.upper <= limit) break;
       failed = { error: measured.error, residual, fell: failed ? measured.error / failed.error : 0 };
@@ -179,12 +188,54 @@ export class Sampler {
   }
 
   /**
-   * Errors over residuals, at least, nearly always: relative errors of gradients are like those of the weights' derivatives (0.3 to 2
-   * times in nine of ten cases of all kinds); those of outputs average out over keys, but for first rows (0.7 to 4 times, causal 3 to 40).
+   * Errors over residuals, the least and what three of four exceed, over all kinds of inputs: relative errors of gradients are like those
+   * of the weights' derivatives; those of outputs average out over keys, but for first rows.
    */
-  #leastError(pass: Pass): number {
-    if (pass === 'backward') return 0.5;
-    return (this.#session.geometry.causal ? 2 : 0.7) / Math.sqrt(Math.max(1, seenKeys(this.#session.geometry)));
+  #errorsOf(pass: Pass): readonly [least: number, usual: number] {
+    const g = this.#session.geometry;
+    if (pass === 'backward') return [0.5, g.causal ? 0.65 : 0.9];
+    const averaged = Math.sqrt(Math.max(1, seenKeys(g)));
+    const decayed = g.alibi ? Math.sqrt(2 / Math.max(...g.alibi)) : Infinity; // as sum w = 1 / slope, sum w^2 half of that
+    return g.causal ? [2 / averaged, 5 / Math.min(averaged, decayed)] : [0.7 / averaged, 1.1 / averaged];
+  }
+
+  /** What the error of a degree usually is, by the scores that it is fitted to: those of ordinary rows. */
+  usualError(pass: Pass, degree: number): number {
+    this.#session.setOutliers(this.#outliers);
+    return this.#errorsOf(pass)[1] * this.#residual(pass, degree);
+  }
+
+  /**
+   * How often one may look at a degree before so much is spent, at what must be seen of it. Exact rows and what goes before them is done
+   * once.
+   */
+  #looksLeft(pass: Pass, most: number): number {
+    const rows = this.#mustCost(pass);
+    let once = 0;
+    for (let head = 0; head < this.#session.heads; head++) {
+      once += this.#extremes.has(head) ? 0 : rows + extremesCost(this.#session.geometry);
+      once += this.#scores.has(head) ? 0 : FIT.scores;
+    }
+    return (most - this.#session.spent - once) / this.#lookCost(pass);
+  }
+
+  #lookCost(pass: Pass): number {
+    const { heads, geometry } = this.#session;
+    return heads * (this.#mustCost(pass) + (heads > 1 ? prepareCost(geometry) : 0));
+  }
+
+  /** Of what must be seen of one head, exact rows or those by a polynomial. */
+  #mustCost(pass: Pass): number {
+    const g = this.#session.geometry;
+    const largest = this.#outliers ? LARGEST.besideOutliers : LARGEST.all;
+    const [few] = pass === 'forward' ? this.#portions(this.#heads()[0], pass, 'few') : [];
+    return (few ? rowsCost(g, few.rows, pass) : 0) + (largest + Number(pass === 'backward')) * portionCost(g, pass);
+  }
+
+  /** What exact gradients of sampled keys take, or those by a polynomial, about. */
+  #columnsCost(): number {
+    const { heads, geometry } = this.#session;
+    return heads * (1 + Math.ceil(2 / heads)) * columnsCost(geometry, [0]); // see #columnPortions
   }
 
   /** The same of one degree, as far as the budget goes; not within `limit` when it was left, whatever was seen until then. */
@@ -194,26 +245,25 @@ export class Sampler {
     limit: number,
     thorough: boolean,
     short: boolean,
-    over: (next: number) => boolean,
+    budget: number,
+    reserve: number,
   ): Generator<number, Measured> {
     if (short && pass === 'backward') {
       const first = yield* this.#pilotFirst(degree);
       if (first.upper <= limit || first.error > 2 * limit) return first;
     }
     const tally = new Tally(hiddenFactor(this.#session));
-    const sure = (): Measured => {
-      const { error, upper, relative } = tally.result();
-      return { error, upper: upper > SURE[pass] * limit ? Infinity : upper, relative };
-    };
-    let [portions, last] = [0, 0];
+    const [first] = this.#heads();
+    let [portions, at] = [0, first];
     for (const must of [true, false]) {
-      if (!must && over(last)) return sure();
       for (const portion of this.#allPortions(pass, must, short)) {
-        if (!must && over(last)) return sure();
-        const before = this.#session.spent;
+        if (this.#session.spent + this.#costOf(portion, pass, at) + (must ? 0 : reserve) > budget) {
+          const { error, upper, relative } = tally.result();
+          return { error, upper: must || upper > SURE[pass] * limit ? Infinity : upper, relative };
+        }
         this.#predict(pass, degree, this.#withExact(portion, pass), tally);
+        at = portion.head;
         yield 0;
-        last = this.#session.spent - before;
         if (thorough) continue;
         const { error, upper, relative } = tally.result();
         if (short && pass === 'backward' && upper <= limit) return { error, upper, relative }; // the check sees the others
@@ -222,6 +272,12 @@ export class Sampler {
       }
     }
     return tally.result();
+  }
+
+  /** What it takes to see what a degree makes of a portion, once another head was looked at. */
+  #costOf({ head, rows, exact }: Portion, pass: Pass, before: number): number {
+    const g = this.#session.geometry;
+    return (exact ? 1 : 2) * rowsCost(g, rows, pass) + (head === before ? 0 : prepareCost(g));
   }
 
   /** The same of gradients on the rows that each polynomial is fitted to. */
@@ -306,16 +362,24 @@ export class Sampler {
    *
    * @param portions of each head that are looked at, at most.
    * @param again output and lse are those of the last time.
+   * @param budget what may be taken in all, as in `pilot`; the first portion goes before that.
    */
-  *foresee(degree: number, limit: number, portions: number, again: boolean): Generator<number, Measured> {
+  *foresee(
+    degree: number,
+    limit: number,
+    portions: number,
+    again: boolean,
+    budget: number,
+  ): Generator<number, Measured> {
     this.#session.setOutliers(this.#outliers);
     if (!again) this.#columns.clear(); // as they are with another output and lse
     const tally = new Tally(hiddenFactor(this.#session));
-    let seen = 0;
+    let [seen, ended] = [0, false];
+    const over = (next: number) => (ended ||= seen > 0 && this.#session.spent + next > budget);
     for (const head of this.#heads()) {
       const own = this.#fit(head, degree);
       let left = portions;
-      for (const { rows: keys, weights, exact } of this.#exactColumns(head, limit)) {
+      for (const { rows: keys, weights, exact } of this.#exactColumns(head, limit, over)) {
         const got = own && this.#session.columns(head, keys, own);
         if (got) {
           tally.gradient('dk', exact.dk, got.dk, this.#columnRounding(head), weights);
@@ -326,7 +390,9 @@ export class Sampler {
         if (--left === 0) break;
       }
     }
-    return tally.result();
+    const { error, upper, relative, besideDv } = tally.result();
+    const sure = (most: number) => (ended && most > SURE.backward * limit ? Infinity : most);
+    return { error, upper: sure(upper), relative, besideDv: sure(besideDv) };
   }
 
   /** The error of a finished pass on the sampled rows; of gradients also on columns, as far as it matters to `limit`. */
@@ -357,12 +423,19 @@ export class Sampler {
   /**
    * Sampled columns of a head with exact values: by the output and lse that are there, each computed when it is first asked for, but by
    * the exact ones in those known rows where that matters to a limit.
+   *
+   * @param over ends it before what takes so much, a look at a polynomial included.
    */
-  *#exactColumns(head: number, limit: number): Generator<ColumnPortion & { exact: Columns }, void> {
+  *#exactColumns(
+    head: number,
+    limit: number,
+    over: (next: number) => boolean = () => false,
+  ): Generator<ColumnPortion & { exact: Columns }, void> {
     let portions = this.#columns.get(head);
     if (!portions) this.#columns.set(head, (portions = this.#columnPortions(head)));
     const changed = this.changedRows(head, limit);
     for (const portion of portions) {
+      if (over((portion.byThere ? 1 : 2) * columnsCost(this.#session.geometry, portion.rows))) return;
       portion.byThere ??= this.#session.columns(head, portion.rows, null);
       // more rows are known later, never fewer
       if (!portion.exact || portion.changes !== changed.length) {
@@ -453,14 +526,14 @@ export class Sampler {
   }
 
   /** Scores of the first drawn rows of a head; null where one is not finite. */
-  #scoresOf(head: number): ReturnType<typeof condense> | null {
+  #scoresOf(head: number): ReturnType<typeof condense> {
     let scores = this.#scores.get(head);
     if (scores === undefined) {
       this.#session.spend(FIT.scores);
       const stride = Math.ceil((SAMPLE_ROWS * seenKeys(this.#session.geometry)) / SAMPLE_SCORES);
       const rows = this.#drawnRows(head).first.flatMap(({ rows }) => rows);
       const all = rows.length > 0 ? this.#session.scores(head, rows, stride) : new Float32Array(0);
-      scores = all.every(Number.isFinite) ? condense(all) : null;
+      scores = condense(all);
       this.#scores.set(head, scores);
     }
     return scores;
@@ -476,11 +549,12 @@ export class Sampler {
     if (!own || !some) return Infinity;
     const of = pass === 'forward' ? own : own.map((_, m) => (m < degree ? (m + 1) * own[m + 1] : 0));
     let [left, all] = [0, 0];
-    some.scores.forEach((s, n) => {
-      const weight = Math.exp(s);
-      left += some.weights[n] * (evaluate(of, s) - weight) ** 2;
-      all += some.weights[n] * weight ** 2;
-    });
+    for (let n = 0; n < some.scores.length; n++) {
+      const weight = Math.exp(some.scores[n]);
+      const off = evaluate(of, some.scores[n]) - weight;
+      left += some.weights[n] * off * off;
+      all += some.weights[n] * weight * weight;
+    }
     return all > 0 ? Math.sqrt(left / all) : 0;
   }
 
@@ -545,7 +619,6 @@ export class Sampler {
   /**
    * The rows of a head that have to be looked at. Where the largest error decides the first of those that see few keys, which costs
    * next to nothing, and of the largest scores; where sums of squares do, rows that the polynomial is fitted to and the largest scores.
-   * Beside outliers all of these: what else is large decides there.
    */
   *#musts(head: number, pass: Pass): Generator<Portion, void> {
     if (pass === 'backward') yield* this.#drawnRows(head).first;
@@ -562,7 +635,7 @@ export class Sampler {
 
   #largest(head: number, pass: Pass): { musts: Portion[]; others: Portion[] } {
     const all = this.#portions(head, pass, 'most');
-    const count = this.#outliers ? all.length : 1;
+    const count = this.#outliers ? LARGEST.besideOutliers : LARGEST.all;
     return { musts: all.slice(0, count), others: all.slice(count) };
   }
 
@@ -889,7 +962,7 @@ class Tally {
     this.#add(name, exact, got, rounding, weights);
   }
 
-  result(): Measured {
+  result(): Required<Measured> {
     let [error, upper] = [this.#largest, this.#hidden * this.#largest];
     let besideDv = upper;
     const total = noSquares();

@@ -480,7 +480,7 @@ static void derivative_gives_dv(const shape *given) {
     void *workspace = aligned_alloc(16, ra_sample_workspace(&r.p));
     guarded dk = guarded_new((size_t)count * s.D, 1, 1), dv = guarded_new((size_t)count * s.Dv, 1, 1);
     ra_bounds bounds;
-    CHECK(ra_sample_prepare(&r.p, &r.x, 0, &bounds, workspace) == RA_OK, "prepare");
+    CHECK(ra_sample_prepare(&r.p, &r.x, 0, 0, &bounds, workspace) == RA_OK, "prepare");
     CHECK(ra_sample_columns(&r.p, &r.x, 0, keys, count, c, 3, dk.data, dv.data, workspace) == RA_OK, "columns");
     double top = 1e-3;
     for (size_t n = 0; n < r.dv.count; n++) top = fmax(top, fabs((double)r.dv.data[n]));
@@ -648,6 +648,22 @@ static double length(const float *a, const float *b, uint32_t count) {
   double squares = 0;
   for (uint32_t n = 0; n < count; n++) squares += pow((double)a[n] - b[n], 2);
   return sqrt(squares);
+}
+
+// With outliers that are named once a head was looked at: the same as if they had been from the beginning; and back again.
+static void prepared_again_is_prepared(const run *r, uint32_t kv, const ra_bounds *without, void *workspace) {
+  ra_problem p = r->p;
+  uint32_t *row = calloc((size_t)p.batch * p.kv_heads, sizeof(uint32_t)); // the first of each head
+  ra_bounds fresh, again = *without;
+  p.outlier_queries = p.outlier_keys = row;
+  p.outlier_query_count = p.outlier_key_count = 1;
+  CHECK(ra_sample_prepare(&p, &r->x, kv, 1, &again, workspace) == RA_OK, "again");
+  CHECK(ra_sample_prepare(&p, &r->x, kv, 0, &fresh, workspace) == RA_OK, "from the beginning");
+  CHECK(memcmp(&fresh, &again, sizeof fresh) == 0, "bounds with outliers");
+  CHECK(fresh.q_squares < without->q_squares || p.query_length == 0, "sum of squares");
+  CHECK(ra_sample_prepare(&r->p, &r->x, kv, 1, &again, workspace) == RA_OK, "without again");
+  CHECK(memcmp(without, &again, sizeof again) == 0, "bounds without outliers");
+  free(row);
 }
 
 // The rows that are named are the largest queries, and the largest keys around their mean.
@@ -819,7 +835,7 @@ static void samples_match_the_oracle(const shape *s) {
     for (uint32_t n = 0; n < 8 && n < group * s->Nq; n++)
       rows[count++] = (uint32_t)((group * s->Nq - 1) * n / 8 + n % 2);
     for (uint32_t n = 0; n < most && n < s->Nk; n++) keys[key_count++] = s->Nk <= most ? n : n * (s->Nk / most);
-    CHECK(ra_sample_prepare(&oracle.p, &oracle.x, kv, &b, workspace) == RA_OK && b.finite, "prepare");
+    CHECK(ra_sample_prepare(&oracle.p, &oracle.x, kv, 0, &b, workspace) == RA_OK && b.finite, "prepare");
 
     double q_norm = 0, half = 0;
     for (size_t n = 0; n < group * s->Nq; n++) {
@@ -842,6 +858,7 @@ static void samples_match_the_oracle(const shape *s) {
     CHECK(ra_sample_extremes(&oracle.p, &oracle.x, kv, large, aligned, opposed, far_keys, workspace) == RA_OK,
           "extremes");
     largest_are_largest(s, &oracle, kv, &b, workspace);
+    prepared_again_is_prepared(&oracle, kv, &b, workspace);
     CHECK(large[0] == b.q_argmax && far_keys[0] == b.k_argmax, "largest %u %u", large[0], b.q_argmax);
     // no score against those keys is beyond that of the first row of its list, but in the exact diagonal blocks
     float high = 0, low = 0, high_found = 0, low_found = 0;
@@ -985,7 +1002,7 @@ static void sampled_maps_are_sums(const shape *s) {
   for (uint32_t kv = 0; kv < s->batch * s->kv_heads; kv++) {
     void *workspace = aligned_alloc(16, ra_sample_workspace(p));
     ra_bounds b;
-    CHECK(ra_sample_prepare(p, &r.x, kv, &b, workspace) == RA_OK, "prepare");
+    CHECK(ra_sample_prepare(p, &r.x, kv, 0, &b, workspace) == RA_OK, "prepare");
     for (uint32_t row = 0; row < group * s->Nq; row++) {
       size_t head = kv * group + row / s->Nq, i = row % s->Nq;
       double sum = 0, out[16] = {0}, delta = 0, dq[16] = {0}, lse;
@@ -1089,7 +1106,7 @@ static void lags_match_the_oracle(const shape *s) {
   void *workspace = aligned_alloc(16, ra_sample_workspace(&r.p));
   for (uint32_t head = 0; head < s->batch * s->heads; head++) {
     ra_bounds bounds;
-    CHECK(ra_sample_prepare(&r.p, &r.x, head / (s->heads / s->kv_heads), &bounds, workspace) == RA_OK, "prepare");
+    CHECK(ra_sample_prepare(&r.p, &r.x, head / (s->heads / s->kv_heads), 0, &bounds, workspace) == RA_OK, "prepare");
     CHECK(ra_sample_lags(&r.p, &r.x, head, entries, count, taylor, own, workspace) == RA_OK, "lags");
     double *to = sums + (s->bias_heads > 1 ? head % s->heads * 4 * count : 0);
     for (uint32_t n = 0; n < 4 * count; n++) to[n] += own[n];
@@ -1213,7 +1230,7 @@ static void negative_sums_are_reported(void) {
   ra_bounds b;
   uint32_t row = 7;
   void *sample = aligned_alloc(16, ra_sample_workspace(&r.p));
-  CHECK(ra_sample_prepare(&r.p, &r.x, 0, &b, sample) == RA_OK, "prepare");
+  CHECK(ra_sample_prepare(&r.p, &r.x, 0, 0, &b, sample) == RA_OK, "prepare");
   CHECK(ra_sample_rows(&r.p, &r.x, 0, &row, 1, bad, 1, out, &lse, NULL, NULL, sample) == RA_NOT_POSITIVE,
         "p = -1, sampled");
   free(sample);
