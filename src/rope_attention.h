@@ -64,7 +64,8 @@ enum {
   RA_ERROR_UNITS = -2,   // first > last, or last > ra_units()
   RA_NOT_POSITIVE =
       -3, // polynomial, toeplitz: some row's weights do not add up to a positive finite number (toeplitz: to
-          // 2^-80 of the largest exp(bias)); the rows concerned are zeros, all others are right
+          // 2^-80 of the largest exp(bias)); the rows concerned are zeros, all others are right (sums of values
+          // beyond float32 are infinite or NaN)
 };
 
 // A size that does not fit size_t (32 bits in WebAssembly).

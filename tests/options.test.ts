@@ -94,6 +94,7 @@ eachBinary((attention) => {
       const args = problem({ shape }, 5);
       const expected = run(args);
       expect(run({ ...args, window: [69, 82] })).toEqual(expected);
+      expect(run({ ...args, window: [2 ** 31 - 1, 2 ** 31 - 1] })).toEqual(expected);
       expect(run({ ...args, segments: [0, 83] })).toEqual(expected);
     });
 

@@ -96,6 +96,7 @@ describe('counts', () => {
     [-1, 3],
     [1, 2],
     [40, 50],
+    [2 ** 31 - 1, 2 ** 31 - 1],
   ];
   test.each(WINDOWS)('pairs of the window [%d, %d], with and without segments', (left, right) => {
     for (const [queryLength, keyLength, queryOffset] of SIZES) {
@@ -137,6 +138,13 @@ describe('counts', () => {
     expect(allowedPairs(sizes({ queryLength: n, keyLength: n, causal: true, batch: 1, heads: 1 }))).toBe(
       (n * (n + 1)) / 2,
     );
+  });
+
+  test('of a window that holds all are those without', () => {
+    const args = { ...withoutGradient(problem({ shape: { heads: 1, queryLength: 4096, headDim: 8 } }, 1, uniform(0.3))), causal: true };
+    const { reason, flops } = attention.forward(args).report;
+    expect(reason).toMatch(/^polynomial/);
+    for (const left of [4095, 2 ** 31 - 1]) expect(attention.forward({ ...args, window: [left, -1] }).report).toMatchObject({ reason, flops });
   });
 
   test.each([0, 1, 2, 3, 4])('features of degree %d, by listing the monomials', (degree) => {
@@ -701,6 +709,9 @@ describe("method 'polynomial'", () => {
     expect(forced.report).toMatchObject({ method: 'polynomial' });
     expect(forced.report.reason).toContain('x dearer than exact');
     expect(outputError(short, forced.output)).toBeLessThanOrEqual(1e-3);
+    const blind = attention.forward({ ...short, causal: true, queryOffset: -100, method: 'polynomial' });
+    expect(blind.report.reason).toContain('predicted dearer than exact, for which no query sees a key');
+    expect(blind.output.every((x) => x === 0)).toBe(true);
   });
 
   test.each([

@@ -548,7 +548,8 @@ function explain(
   } else if (problem.misfit !== null && featuresOf(problem) === 'toeplitz') {
     parts.push(`no ${MAX_DECAYS} decaying states fit the bias${problem.misfit < 1 ? `, at best to ${short(problem.misfit)}` : ''}`);
   }
-  parts.push(`predicted ${ratio >= 1 ? `${figures(ratio)}x cheaper` : `${figures(1 / ratio)}x dearer`} than exact`);
+  if (ratio === 0) parts.push('predicted dearer than exact, for which no query sees a key');
+  else parts.push(`predicted ${ratio >= 1 ? `${figures(ratio)}x cheaper` : `${figures(1 / ratio)}x dearer`} than exact`);
   const within = (error: number) =>
     `${short(error)} ${error <= problem.tolerance ? 'within' : 'above'} ${problem.tolerance}`;
   if (problem.guarantee === 'certified' && ran.bound !== null) parts.push(`certified error ${within(ran.bound)}`);

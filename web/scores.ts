@@ -49,9 +49,9 @@ export interface Mask {
 type Sizes = Required<Shape>;
 
 /** Checks the options. */
-export function readScores(name: string, given: Given, sizes: Sizes): Scores {
+export function readScores(name: string, given: Given, sizes: Sizes, queryOffset: number): Scores {
   return {
-    window: readWindow(name, given['window']),
+    window: readWindow(name, given['window'], sizes, queryOffset),
     segments: readSegments(name, given['segments']),
     softcap: readSoftcap(name, given['softcap']),
     alibi: readAlibi(name, given['alibi'], sizes),
@@ -146,11 +146,13 @@ export function segmentsOf(
 
 // --- Which keys a query sees ------------------------------------------------------------------------------------------
 
-function readWindow(name: string, value: unknown): Scores['window'] {
+/** -1 also for sides that limit nothing at these lengths. */
+function readWindow(name: string, value: unknown, { queryLength, keyLength }: Sizes, queryOffset: number): Scores['window'] {
   if (value === undefined) return [-1, -1];
   if (!Array.isArray(value) || value.length !== 2) throw wrong(name, 'window', 'a pair [left, right]', value, false);
   const [left, right] = (value as unknown[]).map((side, n) => readInteger(name, `window[${n}]`, side, -1, INT32_MAX));
-  return [left, right];
+  const farthest = queryOffset + queryLength - 1;
+  return [left >= farthest ? -1 : left, right >= keyLength - 1 - queryOffset ? -1 : right];
 }
 
 function readSegments(name: string, value: unknown): Uint32Array {

@@ -215,8 +215,11 @@ export function pairs(args: PairArgs): number {
   // 1 + 2 + ... + n; the sum of max(x, 0) over x = a + 1 .. a + Nq is then triangle(a + Nq) - triangle(a).
   const triangle = (n: number) => (Math.max(n, 0) * (Math.max(n, 0) + 1)) / 2;
   const sum = (a: number) => triangle(a + queryLength) - triangle(a);
-  /** Pairs with j <= i + queryOffset + ahead. */
-  const upTo = (ahead: number) => sum(queryOffset + ahead) - sum(queryOffset + ahead - keyLength);
+  /** Pairs with j <= i + queryOffset + ahead; no numbers beyond those at which this is all of them, or none. */
+  const upTo = (ahead: number) => {
+    const a = Math.min(Math.max(queryOffset + ahead, -queryLength), keyLength);
+    return sum(a) - sum(a - keyLength);
+  };
   const [left, right] = window;
   const whole = causal ? upTo(0) : right < 0 ? queryLength * keyLength : upTo(right);
   return left < 0 ? whole : whole - upTo(-left - 1);

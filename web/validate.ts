@@ -280,7 +280,7 @@ export function readGeometry(name: string, given: Given): Geometry {
     queryOffset,
     scale,
     layout: readChoice(name, 'layout', given['layout'], ['bhnd', 'bnhd'] as const),
-    ...readScores(name, given, shape),
+    ...readScores(name, given, shape, queryOffset),
   };
 }
 
