@@ -236,6 +236,22 @@ describe('plain modules', () => {
     const { outcome } = await visit(strictest, 'plain/');
     expect(outcome).toEqual({ error: expect.stringMatching(/Content Security Policy/) });
   });
+
+  test('without the worker beside them, say where it should be', async () => {
+    const plain = await serve(site(), POLICY);
+    const { page, close } = await openTab(browser);
+    const asked: string[] = [];
+    await page.route('**/worker.js', (route) => {
+      asked.push(route.request().url());
+      return route.fulfill({ status: 404 });
+    });
+    await page.goto(`${plain.address}plain/`);
+    const { error } = JSON.parse((await page.textContent('output', { timeout: 15_000 }))!) as { error: string };
+    await close();
+    await plain.close();
+    expect(asked.length).toBe(1);
+    expect(error).toContain(`the worker ${asked[0]} did not start; the package's export ./worker must be there`);
+  });
 });
 
 describe('Vite', () => {

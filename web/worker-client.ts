@@ -129,7 +129,7 @@ class Remote implements RemoteRopeAttention, Listener {
 
   failure(why: string): void {
     const reason = why === '' ? '' : ` (${why})`;
-    const advice = 'dist/worker.js of the package must be there, or its address be given by the url option';
+    const advice = "the package's export ./worker must be there, or its address be given by the url option";
     const message = this.#ready
       ? `the worker ${this.#address} did not start${reason}; ${advice}`
       : `the worker ${this.#address} broke off${reason}`;
@@ -263,9 +263,10 @@ function absolute(address: string): string {
   return base === undefined ? address : new URL(address, base).href;
 }
 
-/** Of worker.js, beside this module. The comments keep bundlers from taking it for one more asset. */
+/** Of the worker that openWorker takes, as far as no bundler has moved it. The comments keep these from taking it for one more asset. */
 function defaultAddress(): string {
-  return new URL(/* webpackIgnore: true */ /* @vite-ignore */ './worker.js', import.meta.url).href;
+  const path = typeof Worker === 'function' ? './rope-attention/worker.js' : './worker.js';
+  return new URL(/* webpackIgnore: true */ /* @vite-ignore */ path, import.meta.url).href;
 }
 
 interface NodeWorker {
