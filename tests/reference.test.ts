@@ -5,7 +5,7 @@
 
 import { describe, expect, test } from '@jest/globals';
 
-import { reference } from '../dist/index.js';
+import { gradientParts, reference } from '../dist/index.js';
 import { describeSetting, draw, inLayout, inner, lengths, maxAbs, problem, random, relativeMap, withLayout } from './support.js';
 import type { Floats, Problem, Setting } from './support.js';
 
@@ -357,6 +357,19 @@ describe('misuse', () => {
     for (const name of ['q', 'k', 'v', 'dOutput'] as const) {
       const short = { ...args, [name]: args[name].subarray(1) };
       expect(() => reference.backward(short)).toThrow(`${name} has 11 values, shape needs 12`);
+    }
+    const loose = Object.entries({ ...reference, gradientParts }) as [string, (args?: unknown) => unknown][];
+    for (const [name, call] of loose) {
+      for (const [given, message] of [
+        [undefined, 'shape must be an object, got undefined'],
+        [{}, 'shape must be an object, got undefined'],
+        [{ shape: {} }, 'shape.heads must be a number, got undefined'],
+        [{ shape: { heads: 1, queryLength: 0, headDim: 2 } }, 'shape.queryLength must be an integer from 1 to 2147483647, got 0'],
+        [{ shape: { heads: 1, queryLength: 4, headDim: 2 } }, 'must be an array of numbers, got undefined'],
+      ] as const) {
+        expect(() => call(given)).toThrow(message);
+        expect(() => call(given)).toThrow(name); // which says whose error it is
+      }
     }
     expect(() => reference.forward({ ...args, shape: { ...args.shape, heads: 3, kvHeads: 2 } })).toThrow('kvHeads = 2');
     expect(() => reference.forward({ ...args, rotary: { dim: 3 } })).toThrow('rotary.dim = 3');

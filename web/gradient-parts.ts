@@ -16,7 +16,7 @@
 
 import { polynomialFactors } from './low-rank.js';
 import { MAX_DEGREE, fitToScores } from './polynomial.js';
-import type { Pair } from './reference-options.js';
+import { readSizes, type Pair } from './reference-options.js';
 import { accumulate, dot, multiply, prepare, prepareLoss, type ReferenceLossArgs } from './reference.js';
 import { numericalRank, singularValues } from './singular-values.js';
 import { rank } from './theory.js';
@@ -91,8 +91,8 @@ const MOST = 2 ** 27;
  */
 export function gradientParts(args: GradientPartsArgs): GradientParts {
   const name = 'gradientParts';
-  const { rankTolerance = 1e-6, degree, ...problem } = args;
   check(name, args);
+  const { rankTolerance = 1e-6, degree, ...problem } = args;
   const { a1, a2, a3, e } = problem;
   const { call, queries, keys } = prepareLoss(name, problem);
   const { rotatedQ, rotatedK, scale, headDim, valueDim, softmax, turnQuery, turnKey, map } = prepare(name, call);
@@ -137,8 +137,8 @@ export function gradientParts(args: GradientPartsArgs): GradientParts {
 }
 
 function check(name: string, args: GradientPartsArgs): void {
-  const { shape, rankTolerance = 0, degree, softcap } = args;
-  const { batch = 1, heads, kvHeads = heads, queryLength, keyLength = queryLength, headDim } = shape;
+  const { batch, heads, kvHeads, queryLength, keyLength, headDim } = readSizes(name, args);
+  const { rankTolerance = 0, degree, softcap } = args;
   if (batch !== 1 || heads !== 1 || kvHeads !== 1) {
     throw new RangeError(`${name}: is for one head, got shape.batch ${batch}, heads ${heads} and kvHeads ${kvHeads}`);
   }

@@ -3,6 +3,7 @@
 // What the options of a call mean, for the reference: where rows are, how they turn, which keys a query sees and what becomes
 // of a score. Every answer is a function of one row or one pair.
 
+import { readInteger, wrong } from './check.js';
 import { rotaryFrequencies } from './scaling.js';
 import type { ForwardArgs, Options, Positions, Rotary, RotateArgs } from './types.js';
 
@@ -47,10 +48,13 @@ export interface Pair {
 export type Direction = 'forward' | 'transpose' | 'inverse';
 
 /** The sizes with their defaults, and scale. */
-export function readSizes(name: string, { shape, scale }: Pick<Options, 'shape' | 'scale'>) {
-  const { batch = 1, heads, kvHeads = heads, queryLength, keyLength = queryLength, headDim, valueDim = headDim } = shape;
+export function readSizes(name: string, args: Pick<Options, 'shape' | 'scale'>) {
+  if (typeof args?.shape !== 'object') throw wrong(name, 'shape', 'an object', args?.shape, false);
+  const { batch = 1, heads, kvHeads = heads, queryLength, keyLength = queryLength, headDim, valueDim = headDim } = args.shape;
+  const sizes = { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim };
+  for (const [size, value] of Object.entries(sizes)) readInteger(name, `shape.${size}`, value, 1, 2 ** 31 - 1);
   if (heads % kvHeads !== 0) throw new RangeError(`${name}: heads = ${heads} is not a multiple of kvHeads = ${kvHeads}`);
-  return { batch, heads, kvHeads, queryLength, keyLength, headDim, valueDim, scale: scale ?? 1 / Math.sqrt(headDim) };
+  return { ...sizes, scale: args.scale ?? 1 / Math.sqrt(headDim) };
 }
 export type Sizes = ReturnType<typeof readSizes>;
 
@@ -236,6 +240,7 @@ export function readScores(name: string, sizes: Sizes, args: Omit<Widened<Option
 }
 
 export function checkLength(name: string, what: string, x: ArrayLike<number>, lengths: readonly number[]): void {
+  if (typeof x !== 'object' || x === null) throw wrong(name, what, 'an array of numbers', x, false);
   if (lengths.includes(x.length)) return;
   throw new RangeError(`${name}: ${what} has ${x.length} values, shape needs ${[...new Set(lengths)].join(' or ')}`);
 }

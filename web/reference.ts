@@ -217,9 +217,9 @@ export function multiply(a: Values, b: Values, inner: number, transposed = false
 
 /** The training problem as a call of `forward`: q = a1 x1, k = a2 x2, v = a3 y, whose rows hold all heads. */
 export function prepareLoss(name: string, args: ReferenceLossArgs) {
+  const { batch, heads, kvHeads, headDim, valueDim, ...lengths } = readSizes(name, args);
   const { a1, a2, a3, x1, x2, y, e, shape, ...options } = args;
   const { modelDim: width, ...rest } = shape;
-  const { batch, heads, kvHeads, headDim, valueDim, ...lengths } = readSizes(name, { shape: rest });
   const modelDim = width ?? heads * headDim;
   const [queries, keys] = [batch * lengths.queryLength, batch * lengths.keyLength];
   checkLength(name, 'a1', a1, [queries * modelDim]);
@@ -240,8 +240,8 @@ export function prepareLoss(name: string, args: ReferenceLossArgs) {
  * @throws RangeError as `forward` does.
  */
 function attentionLoss(args: ReferenceLossArgs): ReferenceLoss {
-  const { a1, a2, a3, e } = args;
   const { call, queries, keys } = prepareLoss('reference.attentionLoss', args);
+  const { a1, a2, a3, e } = args;
   const { output } = forward(call);
   const residual = output.map((value, n) => value - e[n]);
   const { dq, dk, dv, ...others } = backward({ ...call, dOutput: residual });

@@ -165,7 +165,7 @@ export interface Options {
   alibi?: Float32Array;
   /**
    * Added to scores by distance: [queryLength + keyLength - 1], entry [i - j + keyLength - 1], the same for all heads, or
-   * heads times that. Together with `mask`, below -3.4e29 forbids. With `causal` the polynomial engine takes a smooth one: where
+   * heads times that. Together with `mask`, below -3.4e29 forbids and above 2.3e38 overflows. With `causal` the polynomial engine takes a smooth one: where
    * exp(bias), from distance 64, 128 or 256 on, is a sum of at most 8 decaying exponentials within a third of the tolerance.
    */
   bias?: Float32Array;
@@ -196,7 +196,7 @@ export interface Options {
    * of the tolerance (gradients 0.66) and its result stands if it is measured within 0.75 (0.72), of both 0.6 beside outliers.
    */
   tolerance?: number;
-  /** Default 'sampled'. Of gradients there is no certificate: 'certified' computes them exactly. */
+  /** Default 'sampled'. Of gradients there is no certificate: 'certified' computes them exactly, by the output and lse that are given, if any. */
   guarantee?: Guarantee;
   /** Degree of the polynomial, 0 to 8, instead of the planner's choice; with `method: 'polynomial'`, 'toeplitz' or 'auto'. */
   degree?: number;
@@ -342,7 +342,10 @@ export interface Report {
 export interface State {
   /** [batch, heads, queryLength, valueDim] */
   output: Float32Array;
-  /** log sum_j exp(s_ij), [batch, heads, queryLength]; -Infinity where nothing is allowed. */
+  /**
+   * log sum_j exp(s_ij), [batch, heads, queryLength]; -Infinity where nothing is allowed. `tolerance` is of the output: a polynomial
+   * whose weights are all off by one factor has the right output and another lse.
+   */
   lse: Float32Array;
 }
 
