@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Experiment 4: what scores look like, and whether the assumption of the theorems holds: all entries of q and k of order
-// below sqrt(log n) (Alman, Song, arXiv 2302.13214, 2505.11892 and 2412.17316v3). Input patterns of inputs.mjs, several lengths.
+// below sqrt(log n) (Alman, Song, arXiv 2302.13214, 2505.11892; Cao et al., 2412.17316v3). Input patterns of inputs.mjs, several lengths.
 //
 //   density     of the scores scale (R_i q_i).(R_j k_j), from pairs drawn at random
 //   entries     max |entry| over sqrt(ln n), the share of entries that keep the bound, and how many of some draws keep it whole

@@ -9,7 +9,7 @@
 // O(N C(D + g, g) (Dv + 1) log S) time, O(N (D + Dv)) workspace.
 //
 // This work is based on:
-//   Alman, Song. RoPE Attention Can Be Trained in Almost Linear Time. 2024 (2412.17316v3)
+//   Cao, Huo, Liang, Shi, Song. RoPE Attention Can Be Trained in Almost Linear Time. 2024 (2412.17316v3)
 
 #ifndef RA_LAGS_H
 #define RA_LAGS_H

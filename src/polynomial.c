@@ -33,7 +33,7 @@
 //
 // This work is based on:
 //   Alman, Song. Fast Attention Requires Bounded Entries. 2023 (2302.13214): forward
-//   Alman, Song. RoPE Attention Can Be Trained in Almost Linear Time. 2024 (2412.17316v3): gradient; h u^T is its
+//   Cao, Huo, Liang, Shi, Song. RoPE Attention Can Be Trained in Almost Linear Time. 2024 (2412.17316v3): gradient; h u^T is its
 //   beta - rowsum(s o beta), dA o A its gamma
 //   Katharopoulos et al. Transformers are RNNs. 2020 (2006.16236): running states for causal feature attention
 

@@ -11,7 +11,7 @@
 //
 // This work is based on:
 //   Alman, Song. Fast RoPE Attention: Combining the Polynomial Method and Fast Fourier Transform. 2025 (2505.11892)
-//   Alman, Song et al. RoPE Attention Can Be Trained in Almost Linear Time. 2024 (2412.17316v3)
+//   Cao, Huo, Liang, Shi, Song. RoPE Attention Can Be Trained in Almost Linear Time. 2024 (2412.17316v3)
 //   Alman, Song. Fast Attention Requires Bounded Entries. 2023 (2302.13214)
 //   Su et al. RoFormer: Enhanced Transformer with Rotary Position Embedding. 2021 (2104.09864)
 //   Dao et al. FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness. 2022 (2205.14135)

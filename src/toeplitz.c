@@ -23,7 +23,7 @@
 //
 // This work is based on:
 //   Alman, Song. Fast RoPE Attention: Combining the Polynomial Method and Fast Fourier Transform. 2025 (2505.11892)
-//   Alman, Song. RoPE Attention Can Be Trained in Almost Linear Time. 2024 (2412.17316v3)
+//   Cao, Huo, Liang, Shi, Song. RoPE Attention Can Be Trained in Almost Linear Time. 2024 (2412.17316v3)
 
 #include "toeplitz.h"
 
