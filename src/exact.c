@@ -188,19 +188,31 @@ static void prepare_modifiers(const exact *e, uint32_t head) {
 // Where e->bias and e->dbias have key j of query i.
 static size_t diagonal(const exact *e, uint32_t i, uint32_t j) { return (size_t)PAD + i + e->p->key_length - 1 - j; }
 
+// mask[n][r] = 0 where allowed[r][n], else -infinity
+static void load_bytes(const uint8_t *allowed, size_t row, uint32_t rows, uint32_t keys, float *mask, uint32_t lanes) {
+  f32x4 none = f32x4_splat(-INFINITY);
+  uint32_t whole_rows = rows / 4 * 4, whole_keys = keys / 4 * 4;
+  for (uint32_t r = 0; r < whole_rows; r += 4) RA_ROLLED
+  for (uint32_t n = 0; n < whole_keys; n += 4) {
+    f32x4 bytes = f32x4_load_bytes(allowed + r * row + n, row);
+    float *at = mask + n * lanes + r;
+    RA_UNROLLED
+    for (int b = 0; b < 4; b++, at += lanes) f32x4_store(at, f32x4_where_no_byte(bytes, b, none));
+  }
+  for (uint32_t r = 0; r < rows; r++) RA_ROLLED
+  for (uint32_t n = r < whole_rows ? whole_keys : 0; n < keys; n++)
+    mask[n * lanes + r] = allowed[r * row + n] ? 0 : -INFINITY;
+}
+
 // e->mask [keys][lanes] for queries i .. and keys key0 .. key0 + keys - 1; what lies past the arrays is forbidden elsewhere.
 RA_KERNEL void load_mask(const exact *e, uint32_t head, uint32_t i, uint32_t lanes, uint32_t key0, uint32_t keys) {
   const ra_problem *p = e->p;
   size_t at = head / p->heads * p->mask_batch + head % p->heads * p->mask_head + i * p->mask_row + key0;
   uint32_t rows = ra_min_u32(lanes, p->query_length - i);
   keys = ra_min_u32(keys, p->key_length - key0);
-  if (rows < lanes || !p->mask) ra_fill(e->mask, (size_t)keys * lanes, 0);
+  if (rows < lanes) ra_fill(e->mask, (size_t)keys * lanes, 0);
   if (p->mask) ra_transpose(p->mask + at, p->mask_row, rows, keys, e->mask, lanes);
-  for (uint32_t r = 0; p->allowed && r < rows; r++) {
-    const uint8_t *allowed = p->allowed + at + r * p->mask_row;
-    for (uint32_t n = 0; n < keys; n++)
-      if (!allowed[n]) e->mask[n * lanes + r] = -INFINITY;
-  }
+  else load_bytes(p->allowed + at, p->mask_row, rows, keys, e->mask, lanes);
 }
 
 // What is added to the scores of key n of a tile for lanes c .. c + 3: bias and mask. Without softcap the product starts

@@ -73,6 +73,16 @@ RA_INLINE f32x4 f32x4_where_less(f32x4 x, f32x4 y, f32x4 a, f32x4 b) {
 // 2^n in each lane, n being the low 8 bits of the float's bits less 127 (see ra_exp2): the bits move to the exponent.
 RA_INLINE f32x4 f32x4_bits_to_exponent(f32x4 a) { return wasm_i32x4_shl(a, 23); }
 
+// Four bytes of each of four rows, as the bits of four lanes; and the lanes of a whose byte n of these is 0, else 0.
+RA_INLINE f32x4 f32x4_load_bytes(const uint8_t *p, size_t row) {
+  v128_t a = wasm_v128_load32_lane(p + row, wasm_v128_load32_zero(p), 1);
+  return wasm_v128_load32_lane(p + 3 * row, wasm_v128_load32_lane(p + 2 * row, a, 2), 3);
+}
+RA_INLINE f32x4 f32x4_where_no_byte(f32x4 bytes, int n, f32x4 a) {
+  v128_t byte = wasm_v128_and(bytes, wasm_u32x4_splat(0xffu << 8 * n));
+  return wasm_v128_and(a, wasm_i32x4_eq(byte, wasm_i32x4_splat(0)));
+}
+
 RA_INLINE f32x4 f32x4_reverse(f32x4 a) { return wasm_i32x4_shuffle(a, a, 3, 2, 1, 0); }
 
 // (a0, b0, a1, b1) and (a2, b2, a3, b3)
@@ -140,6 +150,18 @@ RA_INLINE void f32x4_store_halves(float *low, float *high, f32x4 a) {
   float lane[4];
   memcpy(lane, &a, sizeof lane);
   memcpy(low, lane, 2 * sizeof *low), memcpy(high, lane + 2, 2 * sizeof *high);
+}
+
+RA_INLINE f32x4 f32x4_load_bytes(const uint8_t *p, size_t row) {
+  f32x4 a;
+  for (int i = 0; i < 4; i++) memcpy((char *)&a + 4 * i, p + (size_t)i * row, 4);
+  return a;
+}
+RA_INLINE f32x4 f32x4_where_no_byte(f32x4 bytes, int n, f32x4 a) {
+  uint8_t lane[4][4];
+  memcpy(lane, &bytes, sizeof lane);
+  for (int i = 0; i < 4; i++) a[i] = lane[i][n] ? 0 : a[i];
+  return a;
 }
 
 RA_INLINE f32x4 f32x4_reverse(f32x4 a) { return (f32x4){a[3], a[2], a[1], a[0]}; }

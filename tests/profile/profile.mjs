@@ -4,7 +4,7 @@
 // it a binary with names.
 //
 //   --cases exact:16:full:2048,...   method:D:mask:N, mask being full or causal; method exact, degree-G or auto
-//   --with softcap,mask,bias,sinks   options beside, of all cases
+//   --with softcap,mask,bytes,bias,sinks   options beside, of all cases; bytes: a mask of such, half of them 0
 //   --passes forward,backward        --seconds 1 (of samples for each row of figures)   --functions 10 (the largest ones)
 //   --binary build/relaxed/named.wasm
 
@@ -51,6 +51,7 @@ function argumentsOf(name) {
     ...(beside.has('softcap') && { softcap: 30 }),
     ...(beside.has('bias') && { bias: array(5, 2 * N - 1) }),
     ...(beside.has('mask') && { mask: array(6, N * N) }),
+    ...(beside.has('bytes') && { mask: Uint8Array.from(array(6, N * N), (x) => Number(x < 0)) }),
     ...(beside.has('sinks') && { sinks: Float32Array.of(0.5) }),
   };
 }
