@@ -415,7 +415,7 @@ export interface AppendArgs {
 export interface AttendArgs {
   /** [batch, heads, n, headDim]; finite. */
   q: Float32Array;
-  /** Of the first query, for the rotation. Default: the queries are those of the last n tokens. */
+  /** Of the first query, for the rotation. Default: the queries are those of the last n tokens; 0 where these are fewer. */
   position?: number;
 }
 
