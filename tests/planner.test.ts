@@ -591,7 +591,7 @@ describe('when a prediction fails', () => {
     const tolerance = 7.9e-3;
     const off = { output: saved.output, lse: saved.lse.map((x) => x + 0.3 * tolerance) };
     const again = attention.backward({ ...args, ...off, tolerance });
-    expect(again.report.reason).toMatch(/^polynomial .*; degree 2 has a predicted error .* given output and lse, which were computed again$/);
+    expect(again.report.reason).toMatch(/^polynomial .*; degree 2 has a (predicted|sampled) error .* given output and lse, which were computed again$/);
     expect(errorOf(again)).toBeLessThanOrEqual(tolerance);
   });
 

@@ -94,6 +94,8 @@ const PAIR = {
   rows: { forward: { each: 30, entry: 2.4 }, backward: { each: 30, entry: 5.1 } },
   columns: { each: 90, entry: 6.2 },
 } as const;
+/** Rows of gradients with how far they are from others take so many times as long. */
+export const DISTANCE_OF_GRADIENTS = 1.5;
 const ROW = {
   /** To begin with another head, queries and keys. */
   prepare: { each: 240, entry: 36 },
@@ -108,11 +110,11 @@ const ROW = {
 const [MAP_SAMPLING, MAP_TABLE] = [6, 950];
 /**
  * What JavaScript adds: the scores that polynomials are fitted to, and the fit of one; a call that computes or compares a portion of
- * rows; and the rest of a plan.
+ * rows; and the rest of a plan, of one with outliers, and of each trial of these.
  */
 export const FIT = { scores: 1.3e6, polynomial: 4e5 } as const;
 const PORTION = 4e5;
-const PLAN = 3e5;
+export const PLAN = { any: 6e5, outliers: 1.5e6, trial: 2e6 } as const;
 /** Portions that hold these, about: without a mask, and when causal (most of them short). */
 const HARD_PORTIONS = { full: 2, causal: 6 } as const;
 /** The same of rows at the beginning of chunks, half as long, where there are slopes: flat ones, and some that are steep. */
@@ -336,7 +338,7 @@ export function portionCost(g: Geometry, pass: Pass, keys = keysOfPortion(g), ti
 }
 
 /** Every refusal takes this, at least. */
-export const LEAST_REFUSAL = PLAN + FIT.scores + FIT.polynomial + 2 * PORTION;
+export const LEAST_REFUSAL = PLAN.any + FIT.scores + FIT.polynomial + 2 * PORTION;
 
 /**
  * The same for what `auto` does before and after a polynomial, beyond the bounds that the exact engine is given too.
@@ -356,7 +358,7 @@ export function samplingCost(g: Geometry, pass: Pass, candidates: number): { ref
   const short = g.causal ? HARD_PORTIONS.causal - HARD_PORTIONS.full : 0;
   const columns = pass === 'backward' ? 3 * columnsCost(g, [0]) : 0;
   const fits = FIT.scores + FIT.polynomial * candidates;
-  const refusal = PLAN + prepare + table + fits + extremesCost(g) + 2 * portion;
+  const refusal = PLAN.any + prepare + table + fits + extremesCost(g) + 2 * portion;
   // Exact, by the polynomial, and compared with what the engine did
   const rest = 2 * long * portion + (long + 3 * short) * PORTION + columns;
   return { refusal, all: refusal + heads * rest + (heads - 1) * (prepare + fits) };
@@ -369,7 +371,7 @@ function keysOfPortion(g: Geometry): number {
 
 /** The same for a look at one choice of outliers. */
 export function trialCost(g: Geometry, pass: Pass): number {
-  return g.batch * g.kvHeads * prepareCost(g) + samplingCost(g, pass, 1).refusal;
+  return PLAN.trial + g.batch * g.kvHeads * prepareCost(g, true) + samplingCost(g, pass, 1).refusal;
 }
 
 function queriesOfHead(g: Geometry): number {

@@ -6,6 +6,7 @@
 import {
   changesCost,
   columnsCost,
+  DISTANCE_OF_GRADIENTS,
   extremesCost,
   outlierLimit,
   prepareCost,
@@ -832,11 +833,20 @@ export class Session {
     return this.#arena.readFloats(at.scores, count);
   }
 
-  /** Rows of the forward pass, and of dq when `gradient`, with exp (`coefficients` null) or a polynomial. */
-  rows(head: number, rows: ArrayLike<number>, coefficients: Float32Array | null, gradient: boolean): Rows {
+  /**
+   * Rows of the forward pass, and of dq when `gradient`, with exp (`coefficients` null) or a polynomial; of gradients by a polynomial
+   * `withDistance`, where there is a given output.
+   */
+  rows(
+    head: number,
+    rows: ArrayLike<number>,
+    coefficients: Float32Array | null,
+    gradient: boolean,
+    withDistance = false,
+  ): Rows {
     const at = this.#at;
     const { headDim, valueDim } = this.geometry;
-    const there = gradient && coefficients !== null && this.hasGiven;
+    const there = withDistance && gradient && coefficients !== null && this.hasGiven;
     const positive = this.#sampleRows(head, rows, coefficients, gradient ? at.dq : 0, there ? at.distance : 0);
     return {
       positive,
@@ -868,7 +878,7 @@ export class Session {
   ): boolean {
     this.prepare(head);
     const at = this.#at;
-    this.#spent += rowsCost(this.geometry, rows, dq ? 'backward' : 'forward');
+    this.#spent += (dq && distance ? DISTANCE_OF_GRADIENTS : 1) * rowsCost(this.geometry, rows, dq ? 'backward' : 'forward');
     this.#arena.writeIntegers(at.rows, rows);
     if (coefficients) this.#arena.writeFloats(at.own, coefficients);
     const [own, degree] = coefficients ? [at.own, coefficients.length - 1] : [0, 0];

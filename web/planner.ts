@@ -9,9 +9,11 @@ import {
   columnsCost,
   cost,
   countable,
+  DISTANCE_OF_GRADIENTS,
   exactFlops,
   LEAST_REFUSAL,
   NO_OUTLIERS,
+  PLAN,
   polynomialFlops,
   portionCost,
   rankCost,
@@ -26,7 +28,7 @@ import type { Bounds, Session } from './kernel.js';
 import { choicesOf, rank, splitOff, type Choice, type Ranking, type Split } from './outliers.js';
 import { MAX_DEGREE, minimax } from './polynomial.js';
 import { Sampler, survey, type Measured } from './sampling.js';
-import { featuresOf, foreignTo } from './scores.js';
+import { featuresOf, foreignTo, type Features } from './scores.js';
 import type { Problem } from './validate.js';
 
 /** One engine to try: exact, or a polynomial with its error as far as it is known before the run. */
@@ -86,7 +88,7 @@ const ONLY_DQ = 1 / 3;
  * Shares of the exact engine's cost that may be lost: to all that is done before it is found that it must run; of that to a polynomial
  * that runs and misses, without having been looked at closely; and to rows of the output and lse that were given.
  */
-const [LOSS, LOSS_KEYS, TRIAL_RUN, GIVEN] = [0.08, 0.015, 0.03, 0.004];
+const [LOSS, LOSS_KEYS, TRIAL_RUN, GIVEN] = [0.078, 0.015, 0.03, 0.004];
 
 /** Polynomials below this share of exact are about as good as one another, where time is short. */
 const ALIKE = 0.05;
@@ -123,16 +125,24 @@ export function workspaceOf(session: Session, passes: readonly Pass[], degree: n
  * weights of degree g - 1, by the derivative of p, and so does dv.
  */
 function dvDegree(problem: Problem, degree: number | null): number {
-  const free = problem.degree === null && problem.guarantee === 'sampled' && featuresOf(problem) === 'polynomial';
+  const free = problem.degree === null && problem.guarantee === 'sampled' && featuresFor(problem) === 'polynomial';
   return Math.max(0, (degree ?? 0) - Number(free));
 }
 
 /** Costs without outliers that were asked for before: a short call should not count its pairs ten times. */
 const costs = new WeakMap<Problem, Map<number, number>>();
+const features = new WeakMap<Problem, Features>();
+
+/** As `featuresOf`, likewise. */
+function featuresFor(problem: Problem): Features {
+  let known = features.get(problem);
+  if (!known) features.set(problem, (known = featuresOf(problem)));
+  return known;
+}
 
 export function costOf(problem: Problem, passes: readonly Pass[], degree: number | null, outliers = NO_OUTLIERS): number {
   const count = () =>
-    passes.reduce((sum, pass) => sum + cost(problem, pass, degree, outliers, featuresOf(problem), dvDegree(problem, degree)), 0);
+    passes.reduce((sum, pass) => sum + cost(problem, pass, degree, outliers, featuresFor(problem), dvDegree(problem, degree)), 0);
   if (outliers !== NO_OUTLIERS) return count();
   let known = costs.get(problem);
   if (!known) costs.set(problem, (known = new Map()));
@@ -151,7 +161,7 @@ export function flopsOf(
 ): number {
   const flops = (pass: Pass) => {
     if (degree === null) return exactFlops(problem, pass);
-    if (featuresOf(problem) === 'toeplitz') return toeplitzFlops(problem, pass, degree);
+    if (featuresFor(problem) === 'toeplitz') return toeplitzFlops(problem, pass, degree);
     return polynomialFlops(problem, pass, degree, outliers, dvDegree);
   };
   return passes.reduce((sum, pass) => sum + flops(pass), 0);
@@ -172,7 +182,7 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const exactly = (because: string): Plan => ({ attempts: [exact], because, budget });
 
   if (problem.method === 'exact') return exactly('as asked');
-  const foreign = foreignTo(featuresOf(problem), problem);
+  const foreign = foreignTo(featuresFor(problem), problem);
   if (foreign.length > 0) {
     const map = problem.relative || problem.relativePositions ? ', whose scores do not factorise' : '';
     return exactly(`no polynomial has ${foreign.join(' or ')}${map}`);
@@ -198,6 +208,7 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
     const which = problem.degree === null ? 'no polynomial is' : `the polynomial of degree ${problem.degree} is not`;
     return exactly(`${which} predicted cheaper at this size`);
   }
+  session.spend(PLAN.any);
   if (problem.guarantee === 'certified') return yield* chooseCertified(session, task, split, degrees, budget);
 
   // A forced degree is run and measured, and predicted only where nothing is going to run.
@@ -243,7 +254,7 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
 
 /** Transforms take all rows; and states that stand for a bias have no outliers beside them. */
 function takesOutliers(problem: Problem): boolean {
-  return featuresOf(problem) === 'polynomial' && !problem.decays;
+  return featuresFor(problem) === 'polynomial' && !problem.decays;
 }
 
 /** By norms alone: a few rows are so large that no polynomial has a chance with them. */
@@ -273,7 +284,7 @@ function foreseenCost({ problem, pass, passes }: Task): number {
 
 /** Of a portion: rows of the output, and of dq. */
 function givenCost(problem: Problem): number {
-  return portionCost(problem, 'forward') + portionCost(problem, 'backward');
+  return portionCost(problem, 'forward') + DISTANCE_OF_GRADIENTS * portionCost(problem, 'backward');
 }
 
 /** Errors of the degrees beside the outliers of a split, as Sampler.pilot. */
@@ -350,9 +361,10 @@ function* tryOutliers(
   const ranks = session.heads * (rankCost(problem, 'queries') + rankCost(problem, 'keys'));
   // Not more than what there is to gain allows, nor than what is left
   const budget = Math.min(all, session.spent + LOSS * than);
-  if (session.spent + ranks + trialCost(problem, pass) > budget) return [];
+  if (session.spent + ranks + PLAN.outliers + trialCost(problem, pass) > budget) return [];
   if (!degrees.some((one) => costOf(problem, passes, one) < GAIN * than)) return [];
   const ranking = yield* rank(session);
+  session.spend(PLAN.outliers);
   let left = candidatesBeside(task, choicesOf(problem, session, ranking), degrees, than);
   const room = BESIDE * (pass === 'forward' ? 1 : ONLY_DQ) * limit;
   let best: Attempt[] = [];
@@ -363,6 +375,7 @@ function* tryOutliers(
     const next = (best.length > 0 ? undefined : within(SAFE)) ?? within(SLACK);
     if (!next || session.spent + trialCost(problem, pass) > budget) break;
     const split = yield* splitOff(session, ranking, next.counts, problem.seed);
+    session.spend(PLAN.trial);
     const together = left.filter((one) => one.counts === next.counts).map((one) => one.degree);
     const fitting = together.filter((one) => workspaceOf(session, passes, one) <= session.free).sort((a, b) => a - b);
     const predictions = yield* predict(task, split, fitting, room, budget);
@@ -502,7 +515,7 @@ function* chooseCertified(
     if (kept(tried[tried.length - 1])) break;
   }
   const plain = tried.find(kept) ?? null;
-  const splits = pass === 'forward' && featuresOf(problem) === 'polynomial';
+  const splits = pass === 'forward' && featuresFor(problem) === 'polynomial';
   const cheaper = splits ? yield* certifyOutliers(session, task, degrees, plain?.degree ?? null) : null;
   const found = cheaper ?? plain;
   if (found) return { attempts: auto ? [found, exact] : [found], because: auto ? '' : 'as asked', budget };
@@ -529,7 +542,7 @@ function* certified(session: Session, task: Task, split: Split, degree: number):
     coefficients.set(own.coefficients, head * (degree + 1));
     yield 0;
   }
-  const bound = certify(problem, coefficients, degree, split.bounds, split.outliers?.counts, featuresOf(problem));
+  const bound = certify(problem, coefficients, degree, split.bounds, split.outliers?.counts, featuresFor(problem));
   return attempt(task, degree, split, { coefficients, bound });
 }
 

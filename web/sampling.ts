@@ -97,6 +97,7 @@ export class Sampler {
   readonly #fits = new Map<string, Float32Array | null>();
   readonly #drawn = new Map<number, { all: Drawn[]; first: Portion[] }>();
   readonly #rest = new Map<string, Portion[]>();
+  readonly #few = new Map<number, ReadonlySet<number>>();
   readonly #extremes = new Map<number, ReturnType<Session['extremes']>>();
   readonly #columns = new Map<number, ColumnPortion[]>();
 
@@ -153,10 +154,13 @@ export class Sampler {
     { thorough = false, short = () => false, alike = () => false, budget = Infinity }: PilotOptions = {},
   ): Generator<number, Map<number, Measured>> {
     const found = new Map<number, Measured>();
-    if (this.#looksLeft(pass, budget) < 1) return found;
     this.#session.setOutliers(this.#outliers);
     let failed: { error: number; residual: number; fell: number } | null = null;
     for (const [n, degree] of degrees.entries()) {
+      const left = this.#looksLeft(pass, budget);
+      const more = n + 1 < degrees.length;
+      if (left < 1) break;
+      if (more && left < FEW_LOOKS && alike(degrees[n + 1])) continue;
       const residual = thorough ? 0 : this.#residual(pass, degree);
       const [least, usual] = this.#errorsOf(pass).map((one) => one * residual);
       // As fast as residuals fall, or not faster than errors did: a huge key shows in rows alone.
@@ -167,16 +171,14 @@ export class Sampler {
         found.set(degree, { error, upper: error, relative: error });
         continue;
       }
-      const left = this.#looksLeft(pass, budget);
-      const doubtful = usual > limit / (left < 2 ? 2 : 1);
-      const passed = left < FEW_LOOKS && n + 1 < degrees.length && (doubtful || alike(degrees[n + 1]));
+      const passed = more && left < FEW_LOOKS && usual > limit / (left < 2 ? 2 : 1);
       // without the means for a second look the first must do
-      if (passed || left < 1 || (failed && left < 2 && likely > SURE[pass] * limit)) {
+      if (passed || (failed && left < 2 && likely > SURE[pass] * limit)) {
         found.set(degree, { error, upper: Infinity, relative: error });
         continue;
       }
       // a second look at this one is not to be in the way of a first one at the next, nor of gradients of keys
-      const next = n + 1 < degrees.length ? this.#session.heads * FIT.polynomial + this.#lookCost(pass) : 0;
+      const next = more ? this.#session.heads * FIT.polynomial + this.#lookCost(pass) : 0;
       const reserve = Math.max(next, pass === 'backward' ? 2 * this.#columnsCost() : 0);
       const measured = yield* this.#pilotOne(pass, degree, limit, thorough, short(degree), budget, reserve);
       if (measured.upper === Infinity) measured.error = Math.max(measured.error, least);
@@ -308,7 +310,8 @@ export class Sampler {
     let got = known.predicted.get(degree);
     if (got === undefined) {
       const own = this.#fit(head, degree);
-      known.predicted.set(degree, (got = own && this.#session.rows(head, rows, own, pass === 'backward')));
+      const compared = this.#drawnRows(head).first.some((one) => one === known); // see `distance`
+      known.predicted.set(degree, (got = own && this.#session.rows(head, rows, own, pass === 'backward', compared)));
     }
     if (!got?.positive) tally.fail();
     else if (pass === 'forward') tally.output(exact.out, got.out, this.#bounds[head].v_half_range, weights);
@@ -673,6 +676,12 @@ export class Sampler {
    * gradients those behind the largest key where a bias decays; with Fourier transforms those that a bias leaves next to nothing.
    */
   #fewKeyRows(head: number, pass: Pass): ReadonlySet<number> {
+    let rows = this.#few.get(head);
+    if (!rows) this.#few.set(head, (rows = this.#findFewKeyRows(head, pass)));
+    return rows;
+  }
+
+  #findFewKeyRows(head: number, pass: Pass): ReadonlySet<number> {
     const { causal, queryOffset, queryLength, decays } = this.#session.geometry;
     const rows = new Set<number>();
     const near = decays ? decays.near : 0; // which are exact
@@ -1094,9 +1103,10 @@ function drawWeighted(
     return draw(total, total, [...taken], next).slice(taken.size).map((row) => ({ row, weight: 1 }));
   }
   const run = length ?? total;
+  const perRow = run / total / Math.log(run + 1);
   const weightOf = (row: number) => {
     const place = (row % run) + 1;
-    const share = byLogarithm > 0 ? Math.log1p(1 / place) / Math.log(run + 1) / (total / run) : 0;
+    const share = byLogarithm > 0 ? Math.log1p(1 / place) * perRow : 0;
     return 1 / (count / total + byLogarithm * share);
   };
   const drawn = new Map<number, number>();
