@@ -35,7 +35,7 @@
 // Size letters, everywhere in this folder: B batch, H heads, N length (Nq queries, Nk keys), D head size, Dv value size.
 //
 // Promises of every function here: nothing is allocated, printed or kept between calls; nothing outside the named
-// arrays and the workspace is touched; the stack use is below 16 KB. Arrays must not overlap one another. Arrays need
+// arrays and the workspace is touched; the stack use is below 32 KB. Arrays must not overlap one another. Arrays need
 // the alignment of a float, the workspace 16 bytes. NaN and infinity in an input spread to the outputs that depend on
 // them, and to those that share a tile with these: a forbidden key still takes part, with weight 0, where others of its tile
 // are allowed. So keys and values behind a mask must be finite too. In the polynomial engine they reach the whole head, whose
@@ -308,10 +308,10 @@ int RA_API(ra_sample_rows)(const ra_problem *p, const ra_arrays *x, uint32_t kv_
 
 enum { RA_SAMPLE_KEYS = 32 };
 
-// Up to RA_SAMPLE_KEYS rows of dk and dv (keys[count], ascending), with exp (coefficients NULL) or with the polynomial as for rows, with
-// lse and
-// out taken from x->lse and x->out: O(count heads/kv_heads Nq (D + Dv)). dk [count][D], dv [count][Dv]. With a polynomial dk lacks
-// what the engine has through the mean key, R_j^T x with the same x for every key: of the size of the polynomial's error.
+// Up to RA_SAMPLE_KEYS rows of dk and dv (keys[count], ascending), with exp (coefficients NULL) or with the polynomial as for rows,
+// with lse and out taken from x->lse and x->out: O(count heads/kv_heads Nq (D + Dv)). dk [count][D], dv [count][Dv]. With a
+// polynomial dk lacks what the engine has through the mean key, R_j^T x with the same x for every key: of the size of the
+// polynomial's error.
 int RA_API(ra_sample_columns)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys,
                               uint32_t count, const float *coefficients, uint32_t degree, float *dk, float *dv,
                               void *workspace);
