@@ -55,6 +55,18 @@ describe('steep slopes: errors gather where chunks begin, in a few rows and in a
   });
 });
 
+describe('a sequence one token longer than the band of a bias: its last row alone has a key through the polynomial', () => {
+  eachBinary((attention) => {
+    test.each([0, 1, 2, 3, 4, 5, 6, 7])('seed %d', (seed) => {
+      const shape = { heads: 1, queryLength: 257, headDim: 8 };
+      const bias = Float32Array.from({ length: 513 }, (_, n) => -0.5 * Math.floor(Math.log2(1 + Math.abs(n - 256)))); // steps
+      const args = { ...instance({ kind: 'uniform', bound: 1, seed, shape, bias, causal: true }), seed };
+      const [{ ratio }] = promised(attention(), args, 'forward', [1e-5], expectedOf(args), { method: 'polynomial' });
+      expect(ratio ?? 0).toBeLessThanOrEqual(1);
+    });
+  });
+});
+
 describe('rows whose weights are all off by one factor, that of lse: dq, small there, hides it, dv does not', () => {
   eachBinary((attention) => {
     test.each<[string, 'causal' | 'causal segments', number, number, number]>([

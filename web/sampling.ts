@@ -685,7 +685,7 @@ export class Sampler {
     const { causal, queryOffset, queryLength, decays } = this.#session.geometry;
     const rows = new Set<number>();
     const near = decays ? decays.near : 0; // which are exact
-    const start = Math.ceil(Math.max(near + 1 - queryOffset, 0) / CHUNK) * CHUNK;
+    const start = Math.ceil(Math.max((near || 1) - queryOffset, 0) / CHUNK) * CHUNK;
     if (causal && start + queryOffset <= near + 2 * CHUNK) {
       const heads = this.#session.rowsOfHead / queryLength;
       const chunks = 2 * Math.max(1, Math.floor(FIRST_HEADS / heads));
@@ -706,7 +706,7 @@ export class Sampler {
     const { decays, queryLength, queryOffset } = this.#session.geometry;
     if (!decays) return [];
     const first = (this.#seed % (this.#session.rowsOfHead / queryLength)) * queryLength;
-    const behind = this.#bounds[head].k_argmax + decays.near + 1 - queryOffset;
+    const behind = this.#bounds[head].k_argmax + decays.near - queryOffset;
     const start = Math.ceil(Math.max(behind, 0) / CHUNK) * CHUNK;
     const count = Math.min(SAMPLE_ROWS, Math.max(queryLength - start, 0));
     return Array.from({ length: count }, (_, n) => first + start + n);
