@@ -291,7 +291,7 @@ export class Attention implements RopeAttention {
           notes.push(inDv ? `${miss}, all of it in dv, whose weights were those of degree ${outcome.dvDegree}` : miss);
           const left = inDv
             ? [{ ...attempt, dvDegree: attempt.degree! }, ...list]
-            : yield* promising(task, list, attempt, outcome.measured, plan.budget);
+            : yield* promising(session, task, list, attempt, outcome.measured, plan.budget);
           // A forward pass may serve others as well, if there is none that was given.
           const serves = outcome.sound && !inputs.output && task.pass === 'backward' && problem.method === 'auto';
           if (serves) there = `the output and lse of degree ${attempt.degree}`;

@@ -90,6 +90,9 @@ const ONLY_DQ = 1 / 3;
  */
 const [LOSS, LOSS_KEYS, TRIAL_RUN, GIVEN] = [0.078, 0.015, 0.03, 0.004];
 
+/** Of the same for a look at the next degree after one that ran and missed: it is so much better that it nearly always will do. */
+const LOSS_NEXT = 0.02;
+
 /** Polynomials below this share of exact are about as good as one another, where time is short. */
 const ALIKE = 0.05;
 
@@ -454,18 +457,20 @@ function mayMiss({ problem, passes }: Task, degree: number, outliers = NO_OUTLIE
  * What closes the list stays: exact for `auto`, else the last resort.
  */
 export function* promising(
-  { problem, pass }: Task,
+  session: Session,
+  { problem, pass, passes }: Task,
   list: readonly Attempt[],
   missed: Attempt,
   measured: Measured | null,
   budget: number,
 ): Generator<number, Attempt[]> {
   const factor = (measured?.upper ?? Infinity) / (missed.predicted?.error ?? 0);
+  const most = Math.max(budget, session.spent + LOSS_NEXT * costOf(problem, passes, null));
   for (const [n, { degree, split }] of list.entries()) {
     const left = () => list.slice(n).map((one) => ({ ...one, trial: false })); // one is enough
     if (degree === null || n === list.length - 1) return left();
     const limit = (problem.tolerance * roomOf(pass, 'pilot', split)) / Math.max(factor, 1);
-    const found = yield* split.sampler.pilot(pass, [degree], limit, { budget });
+    const found = yield* split.sampler.pilot(pass, [degree], limit, { budget: most });
     if ((found.get(degree)?.upper ?? Infinity) <= limit) return left();
   }
   return [];
