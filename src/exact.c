@@ -192,16 +192,20 @@ static size_t diagonal(const exact *e, uint32_t i, uint32_t j) { return (size_t)
 static void load_bytes(const uint8_t *allowed, size_t row, uint32_t rows, uint32_t keys, float *mask, uint32_t lanes) {
   f32x4 none = f32x4_splat(-INFINITY);
   uint32_t whole_rows = rows / 4 * 4, whole_keys = keys / 4 * 4;
-  for (uint32_t r = 0; r < whole_rows; r += 4) RA_ROLLED
-  for (uint32_t n = 0; n < whole_keys; n += 4) {
-    f32x4 bytes = f32x4_load_bytes(allowed + r * row + n, row);
-    float *at = mask + n * lanes + r;
-    RA_UNROLLED
-    for (int b = 0; b < 4; b++, at += lanes) f32x4_store(at, f32x4_where_no_byte(bytes, b, none));
+  for (uint32_t r = 0; r < whole_rows; r += 4) {
+    RA_ROLLED
+    for (uint32_t n = 0; n < whole_keys; n += 4) {
+      f32x4 bytes = f32x4_load_bytes(allowed + r * row + n, row);
+      float *at = mask + n * lanes + r;
+      RA_UNROLLED
+      for (int b = 0; b < 4; b++, at += lanes) f32x4_store(at, f32x4_where_no_byte(bytes, b, none));
+    }
   }
-  for (uint32_t r = 0; r < rows; r++) RA_ROLLED
-  for (uint32_t n = r < whole_rows ? whole_keys : 0; n < keys; n++)
-    mask[n * lanes + r] = allowed[r * row + n] ? 0 : -INFINITY;
+  for (uint32_t r = 0; r < rows; r++) {
+    RA_ROLLED
+    for (uint32_t n = r < whole_rows ? whole_keys : 0; n < keys; n++)
+      mask[n * lanes + r] = allowed[r * row + n] ? 0 : -INFINITY;
+  }
 }
 
 // e->mask [keys][lanes] for queries i .. and keys key0 .. key0 + keys - 1; what lies past the arrays is forbidden elsewhere.

@@ -34,8 +34,10 @@ void ra_transpose(const float *x, size_t x_row, size_t rows, size_t columns, flo
     for (; c < columns; c++)
       for (size_t i = r; i < r + 2; i++) y[c * y_row + i] = x[i * x_row + c];
   }
-  for (; r < rows; r++) RA_ROLLED
-  for (size_t c = 0; c < columns; c++) y[c * y_row + r] = x[r * x_row + c];
+  for (; r < rows; r++) {
+    RA_ROLLED
+    for (size_t c = 0; c < columns; c++) y[c * y_row + r] = x[r * x_row + c];
+  }
 }
 
 void ra_fill(float *y, size_t count, float value) {

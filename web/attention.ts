@@ -426,11 +426,15 @@ export class Attention implements RopeAttention {
     limit: number,
     budget: number,
   ): Generator<number, { measured: Measured | null; dvDegree: number }> {
-    if (trial && dvDegree === degree) return { measured: null, dvDegree };
-    const first = yield* sampler.foresee(degree, limit, trial ? 1 : Infinity, false, budget);
-    if (trial ? first.upper <= limit : !missesInDv(dvDegree, degree, first, limit)) return { measured: trial ? null : first, dvDegree };
+    if (trial) {
+      const lower = dvDegree < degree && (yield* sampler.foresee(degree, limit, 1, false, budget)).upper <= limit;
+      if (!lower) session.setEngine(degree);
+      return { measured: null, dvDegree: lower ? dvDegree : degree };
+    }
+    const first = yield* sampler.foresee(degree, limit, Infinity, false, budget);
+    if (!missesInDv(dvDegree, degree, first, limit)) return { measured: first, dvDegree };
     session.setEngine(degree);
-    return { measured: trial ? null : yield* sampler.foresee(degree, limit, Infinity, true, budget), dvDegree: degree };
+    return { measured: yield* sampler.foresee(degree, limit, Infinity, true, budget), dvDegree: degree };
   }
 
   /** Runs all units of the passes; false when the polynomial's weights are not positive. */
