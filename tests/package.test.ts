@@ -88,7 +88,8 @@ describe('the tarball', () => {
     const sources = readdirSync('web', { recursive: true, encoding: 'utf8' }).filter((name) => name.endsWith('.ts'));
     const built = sources.flatMap((name) => ['.js', '.d.ts'].map((ending) => `dist/${name.replace(/\.ts$/, ending)}`));
     const binaries = ['dist/rope-attention.wasm', 'dist/rope-attention.relaxed.wasm'];
-    const texts = ['README.md', 'LICENSE', 'CHANGELOG.md', 'dist/kissfft.COPYING'];
+    const docs = readdirSync('docs').filter((name) => name.endsWith('.md')).map((name) => `docs/${name}`);
+    const texts = ['README.md', 'LICENSE', 'CHANGELOG.md', 'src/MATH.md', 'src/rope_attention.h', 'dist/kissfft.COPYING', ...docs];
     expect(packed.files.map(({ path }) => path).sort()).toEqual(
       ['package.json', ...texts, ...built, ...binaries].sort(),
     );
