@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// The interactive page. First its parts that need no browser (demo/src/state, statistics, measure, stored, csv), then the
+// The interactive page. First its parts that need no browser (demo/src/state, statistics, idea, measure, stored, csv), then the
 // built page of build/demo (`make page`) in Chromium: what is drawn, what the controls do, what goes into the address and
 // the files, and that it stays on its own host and is usable by keyboard, on a narrow screen, in light and dark.
 
@@ -11,8 +11,11 @@ import type { Browser, Page } from 'playwright-core';
 
 import { toCsv } from '../demo/src/csv.js';
 import { Dataset } from '../demo/src/dataset.js';
-import { finding, omissionText } from '../demo/src/findings.js';
+import { finding, ideaFinding, ideaReadout, omissionText } from '../demo/src/findings.js';
 import { duration, errorText } from '../demo/src/format.js';
+import { outlines, SHADES, shadeOfError, shadeOfFeature, shadeOfWeight } from '../demo/src/heat-map.js';
+import { computeIdea, featuresOf, HEAD_DIM, polynomial, TOKENS } from '../demo/src/idea.js';
+import { MOST_FEATURES } from '../demo/src/idea-figure.js';
 import { InputSource } from '../demo/src/inputs.js';
 import { coarseToFine, cost, jobsFor, measure, rank, timedLengths, type Engine, type Point } from '../demo/src/measure.js';
 import * as states from '../demo/src/state.js';
@@ -32,7 +35,8 @@ describe('state', () => {
             for (const length of states.LENGTHS)
               for (const causal of [false, true]) {
                 const certified = causal !== (length > 1000);
-                const state: State = { panel, headDim, maxDegree, entryBound, length, causal, certified, seed: states.MAX_SEED - headDim };
+                const degree = states.IDEA_DEGREES[maxDegree % states.IDEA_DEGREES.length];
+                const state: State = { panel, headDim, maxDegree, entryBound, length, causal, certified, seed: states.MAX_SEED - headDim, degree };
                 expect(parseState(formatState(state))).toEqual(state);
               }
   });
@@ -41,7 +45,7 @@ describe('state', () => {
     '',
     '#',
     '#chart',
-    '#D=17&degrees=0&B=nan&N=4097&causal=yes&seed=-1&panel=table',
+    '#D=17&degrees=0&B=nan&N=4097&causal=yes&seed=-1&panel=table&g=5',
     '#D=&degrees=&B=&N=&causal=&seed=&panel=',
     '#D=%zz&B=%E0%A4%A',
     '#seed=4294967296&D=1e1&degrees=Infinity',
@@ -51,7 +55,7 @@ describe('state', () => {
   });
 
   test('keeps the values that make sense beside those that do not', () => {
-    expect(parseState('#panel=time&D=64&B=7&causal=1&seed=42')).toEqual({ ...DEFAULTS, panel: 'time', headDim: 64, causal: true, seed: 42 });
+    expect(parseState('#panel=time&D=64&B=7&causal=1&seed=42&g=3')).toEqual({ ...DEFAULTS, panel: 'time', headDim: 64, causal: true, seed: 42, degree: 3 });
   });
 });
 
@@ -106,6 +110,115 @@ describe('inputs', () => {
     for (const other of [long.k, long.v, long.dOutput, new InputSource(8).take(1000, 0.5).q]) {
       expect(other.slice(0, 4)).not.toEqual(long.q.slice(0, 4));
     }
+  });
+});
+
+describe('the idea', () => {
+  const ideas = states.BOUNDS.flatMap((entryBound) => states.IDEA_DEGREES.map((degree) => computeIdea({ entryBound, degree, seed: 3 })));
+  const ideaOf = (entryBound: number, degree: number) => ideas.find((idea) => idea.entryBound === entryBound && idea.degree === degree)!;
+  const rowsOf = (matrix: Float64Array, width = TOKENS) => Array.from({ length: matrix.length / width }, (_, i) => [...matrix.subarray(i * width, (i + 1) * width)]);
+  const average = (row: number[]) => row.reduce((sum, x) => sum + x, 0) / row.length;
+  const largest = (values: Iterable<number>) => Math.max(...[...values].map(Math.abs));
+
+  test('features have the names and the number that they should', () => {
+    expect(featuresOf(3).map(({ name }) => name)).toEqual(['1', 'x', 'y', 'x²', 'xy', 'y²', 'x³', 'x²y', 'xy²', 'y³']);
+    for (const degree of states.IDEA_DEGREES) expect(featuresOf(degree)).toHaveLength(rank(HEAD_DIM, degree));
+    expect(MOST_FEATURES).toBe(rank(HEAD_DIM, Math.max(...states.IDEA_DEGREES)));
+  });
+
+  test('named features are what the factors hold: each column the same multiple of its monomial', () => {
+    const { q, k } = new InputSource(3).take(TOKENS * HEAD_DIM, 1);
+    const turn = (x: Float32Array) => rowsOf(Float64Array.from(x), 2).map(([a, b], i) => [a * Math.cos(i) - b * Math.sin(i), a * Math.sin(i) + b * Math.cos(i)]);
+    const keys = turn(k);
+    const mean = [0, 1].map((d) => average(keys.map((key) => key[d])));
+    const { u, v, features } = ideaOf(1, 4);
+    const width = features.length;
+    const ratios = (rows: number[][], factor: Float64Array, column: number, divide: (i: number) => number) =>
+      rows.map(([x, y], i) => {
+        const name = features[column].name;
+        const power = (letter: string) => (name.includes(letter) ? Math.max(1, '⁰¹²³⁴'.indexOf(name[name.indexOf(letter) + 1] ?? '⁰')) : 0);
+        return factor[i * width + column] / (x ** power('x') * y ** power('y') * divide(i));
+      });
+    for (let column = 0; column < width; column++) {
+      const ofKeys = ratios(keys.map((key) => key.map((x, d) => x - mean[d])), v, column, () => 1);
+      const ofQueries = ratios(turn(q), u, column, (i) => u[i * width] / u[0]);
+      for (const all of [ofKeys, ofQueries]) for (const ratio of all) expect(Math.abs(ratio / all[0] - 1)).toBeLessThan(1e-5);
+    }
+  });
+
+  test('weights are softmax of the scores; the product is that of the factors, and softmax with p for exp', () => {
+    const apart = (a: ArrayLike<number>, b: ArrayLike<number>) => largest(Array.from(a, (x, n) => x - b[n]));
+    for (const { weights, product, difference, scores, coefficients, u, v, features } of ideas) {
+      const [ofQueries, ofKeys] = [u, v].map((factor) => rowsOf(factor, features.length));
+      const ofFactors = ofQueries.flatMap((query) => ofKeys.map((key) => query.reduce((sum, x, n) => sum + x * key[n], 0)));
+      const normalised = (f: (s: number) => number) =>
+        rowsOf(scores).map((row) => {
+          const values = row.map(f);
+          const mean = average(values);
+          return { values: values.map((x) => x / mean), digits: largest(values) / Math.abs(mean) };
+        });
+      expect(apart(product, ofFactors)).toBeLessThanOrEqual(1e-12 * largest(product));
+      expect(apart(difference, product.map((x, n) => x - weights[n]))).toBe(0);
+      expect(apart(weights, normalised(Math.exp).flatMap(({ values }) => values))).toBeLessThan(1e-12 * largest(weights));
+      // Where values of p cancel in a row their mean has lost digits
+      normalised((s) => polynomial(coefficients, s)).forEach(({ values, digits }, i) =>
+        expect(apart(rowsOf(product)[i], values)).toBeLessThan(1e-12 * digits ** 2),
+      );
+      for (const row of rowsOf(weights)) expect(average(row)).toBeCloseTo(1, 12);
+    }
+  });
+
+  test('every degree is worth a factor where entries are small, none where they are large', () => {
+    for (const entryBound of [0.1, 0.25, 0.5, 0.8]) {
+      const errors = states.IDEA_DEGREES.map((degree) => largest(ideaOf(entryBound, degree).difference));
+      errors.slice(1).forEach((error, i) => expect(error).toBeLessThan(errors[i] / 3));
+    }
+    for (const degree of states.IDEA_DEGREES) expect(largest(ideaOf(4, degree).difference)).toBeGreaterThan(1);
+  });
+
+  test('each feature is as large in one factor as in the other, and fades with its degree', () => {
+    for (const { u, v, features, entryBound } of ideas) {
+      const sizes = [u, v].map((factor) => features.map((_, n) => largest(rowsOf(factor, features.length).map((row) => row[n]))));
+      sizes[0].forEach((size, n) => expect(size / sizes[1][n]).toBeCloseTo(1, 9));
+      if (entryBound <= 0.5) {
+        const byDegree = features.map(({ degree }, n) => ({ degree, size: sizes[0][n] }));
+        for (const { degree, size } of byDegree) for (const lower of byDegree) if (lower.degree === degree - 1) expect(size).toBeLessThan(lower.size);
+      }
+    }
+  });
+
+  test('its sentences are sentences, whatever the entries', () => {
+    for (const idea of ideas) {
+      expect(ideaFinding(idea)).toMatch(/^With entries up to [\d.]+.*\.$/);
+      // What is said to be kept is kept, and by no more than rounding
+      const [, digits, power, unit] = /(?:within|up to) ([\d.,]+)(?: × 10([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+))?( %)? ?(?:of|times) an average/.exec(ideaFinding(idea))!;
+      const exponent = power ? Number([...power].map((c) => (c === '⁻' ? '-' : '⁰¹²³⁴⁵⁶⁷⁸⁹'.indexOf(c))).join('')) : 0;
+      const said = Number(digits.replaceAll(',', '')) * 10 ** exponent * (unit ? 0.01 : 1);
+      expect(said / largest(idea.difference)).toBeGreaterThanOrEqual(1 - 1e-12);
+      expect(said / largest(idea.difference)).toBeLessThan(1.1);
+      for (const text of [ideaFinding(idea), ideaReadout(idea, 0, 0), ideaReadout(idea, 47, 5)]) expect(text).not.toMatch(/NaN|undefined|null|Infinity|none/);
+    }
+    expect(ideaFinding(ideaOf(0.5, 2))).toMatch(/6 features of each token give all 2,304 weights to within 0\.\d\d % of an average one/);
+    expect(ideaFinding(ideaOf(2, 2))).toMatch(/too far for degree 2: weights are off by up to [\d.,]+ times an average one, and \d+ are negative/);
+  });
+
+  test('outlines cover every cell once, in its shade', () => {
+    const shadeAt = (row: number, column: number) => [0, 0, 3, 3, -1, 3][(2 * row + column) % 6];
+    const seen = new Map<string, number>();
+    for (const [shade, d] of outlines(4, 7, shadeAt)) {
+      for (const [, x, y, width] of d.matchAll(/M(\d+) (\d+)h(\d+)v1h-\3z/g))
+        for (let column = Number(x); column < Number(x) + Number(width); column++) {
+          expect(seen.has(`${y} ${column}`)).toBe(false);
+          seen.set(`${y} ${column}`, shade);
+        }
+    }
+    for (let row = 0; row < 4; row++) for (let column = 0; column < 7; column++) expect(seen.get(`${row} ${column}`) ?? 0).toBe(shadeAt(row, column));
+  });
+
+  test('shades: the average half way, negative numbers apart, the ends for what is not a number', () => {
+    expect([0, 1, -1, Infinity, -Infinity, NaN].map(shadeOfWeight)).toEqual([0, SHADES / 2, -SHADES / 2, SHADES, -SHADES, -SHADES]);
+    expect([0, 1, -1].map(shadeOfFeature)).toEqual([0, SHADES / 2, -SHADES / 2]);
+    expect([0, 1e-9, 1e-4, 1e-2, -1e-2, 1, 50, NaN].map(shadeOfError)).toEqual([0, 0, 0, SHADES / 2, SHADES / 2, SHADES, SHADES, SHADES]);
   });
 });
 
@@ -356,7 +469,104 @@ describe('the page', () => {
     expect(await dots(tab.page)).toBe(4 * 7 * DEFAULTS.maxDegree);
     expect(await fullDots(tab.page)).toBe(0);
     expect(await text(tab.page, 'finding')).toMatch(/the output is off by/);
+    expect(await text(tab.page, 'idea-finding')).toMatch(/^With entries up to 0.5, 6 features/);
     await tab.close();
+  });
+
+  /** Pixels of the drawn rectangles: a matrix has a frame. */
+  const frames = (page: Page, id: string) =>
+    page.locator(`#${id} g > rect:last-child`).evaluateAll((all) => all.map((one) => one.getBoundingClientRect()).map(({ x, y, width, height }) => ({ x, y, width, height })));
+
+  test('the idea: two factors to scale at the edges of their product, as large as the weights', async () => {
+    const page = await open(QUICK);
+    for (const degree of states.IDEA_DEGREES) {
+      if (degree !== parseState(hash(page)).degree) {
+        await page.focus('#degree');
+        await page.keyboard.press('Home');
+        for (let step = 1; step < degree; step++) await page.keyboard.press('ArrowRight');
+      }
+      await becomes(() => text(page, 'product-size'), (value) => expect(value).toContain(`48 × ${rank(2, degree)} times`));
+      const [weights] = await frames(page, 'idea-weights');
+      const [left, above, product] = await frames(page, 'idea-product');
+      const [difference] = await frames(page, 'idea-difference');
+      for (const other of [product, difference]) expect(other).toMatchObject({ y: weights.y, width: weights.width, height: weights.height });
+      expect(left).toMatchObject({ y: product.y, height: product.height });
+      expect(above).toMatchObject({ x: product.x, width: product.width });
+      for (const thickness of [left.width, above.height]) expect(thickness / product.width).toBeCloseTo(rank(2, degree) / TOKENS, 6);
+    }
+    // Features that one can name, and the same numbers of them in longer sequences
+    expect(await text(page, 'product-names')).toMatch(/^1, x, y, x², .*, y⁴$/);
+    expect(await page.locator('#idea-lengths text').allTextContents()).toEqual(['N = 48', '63 %', 'N = 192', '16 %', 'N = 768', '3.9 %', 'N = 3,072', '0.98 %']);
+  });
+
+  test('the idea follows its sliders and the address; the entry bound is one for the page, the degree its own', async () => {
+    const page = await open(QUICK);
+    await finished(page);
+    await page.focus('#degree');
+    await page.keyboard.press('ArrowRight');
+    await becomes(() => text(page, 'idea-finding'), (value) => expect(value).toMatch(/^With entries up to 0.5, 10 features/));
+    expect(stateOf(page).degree).toBe(3);
+    expect(await page.getAttribute('body', 'data-run')).toBe('idle'); // nothing else depends on it
+    await page.focus('#entries');
+    await page.keyboard.press('End');
+    await becomes(() => text(page, 'idea-finding'), (value) => expect(value).toMatch(/^With entries up to 4 the scores spread too far for degree 3/));
+    expect(await Promise.all(['entries-value', 'B-value'].map((id) => text(page, id)))).toEqual(['4', '4']);
+    expect(stateOf(page)).toMatchObject({ degree: 3, entryBound: 4 });
+    await page.waitForTimeout(1100); // a step of its own in the history
+    await page.focus('#B');
+    await page.keyboard.press('Home');
+    await becomes(() => text(page, 'idea-finding'), (value) => expect(value).toMatch(/^With entries up to 0.1, 10 features/));
+    expect(await page.getAttribute('#entries', 'aria-valuetext')).toBe('0.1');
+    await page.goBack();
+    await page.goBack();
+    await page.goBack();
+    await becomes(() => text(page, 'idea-finding'), (value) => expect(value).toMatch(/^With entries up to 0.5, 6 features/));
+    const drawn = () => page.locator('#idea-weights').innerHTML();
+    const before = await drawn();
+    await page.fill('#seed', '6');
+    await becomes(drawn, (value) => expect(value).not.toBe(before));
+  });
+
+  test('one weight of the idea: by mouse, by touch, by keyboard', async () => {
+    const page = await open(`${QUICK}&g=2`, { hasTouch: true });
+    const expected = ideaReadout(computeIdea({ entryBound: 0.5, degree: 2, seed: 5 }), 10, 30);
+    const chosen = (id: string) => page.locator(`#${id} .chosen`).count();
+    for (const [id, offset] of [['idea-weights', 0], ['idea-product', 16], ['idea-difference', 0]] as const) {
+      const box = (await page.locator(`#${id} svg`).boundingBox())!;
+      const cell = box.height / (TOKENS + offset);
+      await page.mouse.move(box.x + (30.5 + offset) * cell, box.y + (10.5 + offset) * cell);
+      await becomes(() => text(page, 'idea-cell'), (value) => expect(value).toBe(expected));
+      expect(await Promise.all(['idea-weights', 'idea-product', 'idea-difference'].map(chosen))).toEqual([1, 3, 1]);
+      await page.mouse.move(5, 5);
+      await becomes(() => text(page, 'idea-cell'), (value) => expect(value).toBe(''));
+      expect(await chosen('idea-product')).toBe(0);
+      await page.touchscreen.tap(box.x + (30.5 + offset) * cell, box.y + (10.5 + offset) * cell);
+      await becomes(() => text(page, 'idea-cell'), (value) => expect(value).toBe(expected));
+      await page.locator('h1').tap();
+    }
+    await page.focus('#matrices');
+    await page.keyboard.press('ArrowUp');
+    expect(await page.locator('#idea-readout').textContent()).toMatch(/^Query 1, key 1: score/);
+    await page.keyboard.press('ArrowLeft'); // there is nothing further
+    await page.keyboard.press('ArrowDown');
+    await page.keyboard.press('ArrowRight');
+    expect(await page.locator('#idea-readout').textContent()).toMatch(/^Query 2, key 2: score/);
+    await page.keyboard.press('Escape');
+    expect(await chosen('idea-product')).toBe(0);
+    expect(await page.locator('#idea-help').isVisible()).toBe(true);
+  });
+
+  test('on a narrow screen the sliders of the idea stay in sight', async () => {
+    const page = await open(QUICK, { viewport: { width: 390, height: 844 } });
+    expect(await page.getAttribute('#idea', 'data-form')).toBe('narrow');
+    for (const id of ['idea-weights', 'idea-product']) {
+      await page.locator(`#${id}`).scrollIntoViewIfNeeded();
+      const slider = (await page.locator('#entries').boundingBox())!;
+      expect(slider.y).toBeGreaterThan(0);
+      expect(slider.y + slider.height).toBeLessThanOrEqual(844);
+    }
+    await page.setViewportSize({ width: 1280, height: 900 });
+    await becomes(() => page.getAttribute('#idea', 'data-form'), (value) => expect(value).toBe('wide'));
   });
 
   test('live results replace stored ones within seconds; cancelling keeps what is there', async () => {
@@ -568,7 +778,7 @@ describe('the page', () => {
       expect([name, outline]).toEqual([name, expect.stringMatching(/^(solid|auto) [1-9]/)]);
       reached.add(name);
     }
-    const controls = ['skip', 'tab-length', 'chart', 'run', 'D', 'degrees', 'B', 'N', 'seed', 'reseed', 'causal', 'certified', 'SUMMARY', 'csv', 'svg', 'png', 'A'];
+    const controls = ['skip', 'matrices', 'entries', 'degree', 'tab-length', 'chart', 'run', 'D', 'degrees', 'B', 'N', 'seed', 'reseed', 'causal', 'certified', 'SUMMARY', 'csv', 'svg', 'png', 'A'];
     expect([...reached]).toEqual(expect.arrayContaining(controls));
     await page.focus('#tab-length');
     await page.keyboard.press('ArrowRight');
@@ -619,7 +829,7 @@ describe('the page', () => {
           const [a, b] = [luminance(name), luminance('--paper')].sort((x, y) => y - x);
           return (a + 0.05) / (b + 0.05);
         };
-        const lines = ['--exact', '--edge', ...[1, 2, 3, 4, 5, 6].map((degree) => `--degree-${degree}`)].filter((name) => !(contrast(name) >= 3));
+        const lines = ['--exact', '--edge', '--weight', '--negative', '--error', ...[1, 2, 3, 4, 5, 6].map((degree) => `--degree-${degree}`)].filter((name) => !(contrast(name) >= 3));
         return [...lines, ...['--ink', '--soft', '--muted', '--accent'].filter((name) => !(contrast(name) >= 4.5))];
       });
       expect(weak).toEqual([]);

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// The form: sliders over lists of values, two check boxes, a seed. It shows a state and reports a new one.
+// The forms: sliders over lists of values, two check boxes, a seed. They show a state and report a new one. The entry bound has a
+// slider in both.
 
 import { integer } from './format.js';
-import { BOUNDS, DEGREES, HEAD_DIMS, LENGTHS, MAX_SEED, parseSeed, type Settings } from './state.js';
+import { BOUNDS, DEGREES, HEAD_DIMS, IDEA_DEGREES, LENGTHS, MAX_SEED, parseSeed, type State } from './state.js';
 
 export function element<T extends HTMLElement = HTMLElement>(id: string): T {
   const found = document.getElementById(id);
@@ -13,12 +14,14 @@ export function element<T extends HTMLElement = HTMLElement>(id: string): T {
 
 interface Slider {
   readonly id: string;
-  readonly key: 'headDim' | 'maxDegree' | 'entryBound' | 'length';
+  readonly key: 'headDim' | 'maxDegree' | 'entryBound' | 'length' | 'degree';
   readonly values: readonly number[];
   readonly say: (value: number) => string;
 }
 
 const SLIDERS: readonly Slider[] = [
+  { id: 'entries', key: 'entryBound', values: BOUNDS, say: String },
+  { id: 'degree', key: 'degree', values: IDEA_DEGREES, say: String },
   { id: 'D', key: 'headDim', values: HEAD_DIMS, say: String },
   { id: 'degrees', key: 'maxDegree', values: DEGREES, say: (value) => (value === 1 ? '1' : `1 to ${value}`) },
   { id: 'B', key: 'entryBound', values: BOUNDS, say: String },
@@ -28,11 +31,11 @@ const SLIDERS: readonly Slider[] = [
 const FLAGS = ['causal', 'certified'] as const;
 
 export interface Controls {
-  show(settings: Settings): void;
+  show(state: State): void;
 }
 
 /** `changed` is called at every step, with `done` false while a slider is still moving. */
-export function createControls(changed: (change: Partial<Settings>, done: boolean) => void): Controls {
+export function createControls(changed: (change: Partial<State>, done: boolean) => void): Controls {
   const seed = element<HTMLInputElement>('seed');
 
   const place = ({ id, values, say }: Slider, value: number) => {
@@ -78,13 +81,13 @@ export function createControls(changed: (change: Partial<Settings>, done: boolea
     seed.dispatchEvent(new Event('input'));
     seed.dispatchEvent(new Event('change'));
   });
-  element('controls').addEventListener('submit', (event) => event.preventDefault());
+  for (const id of ['idea-controls', 'controls']) element(id).addEventListener('submit', (event) => event.preventDefault());
 
   return {
-    show(settings) {
-      for (const slider of SLIDERS) place(slider, settings[slider.key]);
-      for (const id of FLAGS) element<HTMLInputElement>(id).checked = settings[id];
-      own = settings.seed;
+    show(state) {
+      for (const slider of SLIDERS) place(slider, state[slider.key]);
+      for (const id of FLAGS) element<HTMLInputElement>(id).checked = state[id];
+      own = state.seed;
       if (parseSeed(seed.value) !== own) seed.value = String(own);
       seed.setAttribute('aria-invalid', 'false');
     },

@@ -4,6 +4,7 @@
 
 import type { Dataset } from './dataset.js';
 import { about, errorText, integer } from './format.js';
+import { type Idea, TOKENS } from './idea.js';
 import type { ErrorPoint, Omission } from './measure.js';
 import { rank } from './measure.js';
 import { BOUNDS, degreesOf, type Panel, type Settings } from './state.js';
@@ -78,4 +79,39 @@ export function omissionText(omissions: readonly Omission[], settings: Settings)
     return panel === 'bound' ? name : `${name} from N = ${integer(length)}`;
   });
   return parts.length === 0 ? '' : `Left out, as too much work for a page: ${list(parts)}.`;
+}
+
+/** Of an average weight, from which on one would say that the factors miss. */
+const MISSED = 0.1;
+
+/** The next number of two digits that is not smaller. */
+function roundUp(value: number): number {
+  const unit = 10 ** (Math.floor(Math.log10(value)) - 1);
+  return Number((Math.ceil(value / unit) * unit).toPrecision(2));
+}
+
+/** "0.35 % of", "12 times": what is never exceeded. */
+function ofAverage(worst: number): string {
+  const bound = roundUp(worst);
+  if (!Number.isFinite(bound)) return worst === 0 ? '0 % of' : 'more than any number of times';
+  if (bound >= 1) return `${bound < 10 ? bound : bound < 1e6 ? integer(bound) : errorText(bound)} times`;
+  return bound >= 1e-4 ? `${Number((100 * bound).toPrecision(2))} % of` : `${errorText(bound)} of`;
+}
+
+export function ideaFinding({ entryBound, degree, features, difference, product }: Idea): string {
+  const worst = difference.reduce((most, value) => (Math.abs(value) <= most ? most : Math.abs(value)), 0);
+  const rank = features.length;
+  if (worst < MISSED) {
+    return `With entries up to ${entryBound}, ${rank} features of each token give all ${integer(TOKENS ** 2)} weights to within ${ofAverage(worst)} an average one.`;
+  }
+  const negative = product.reduce((count, value) => count + (value < 0 ? 1 : 0), 0);
+  const wrong = negative === 0 ? '' : `, and ${integer(negative)} ${negative === 1 ? 'is' : 'are'} negative`;
+  return `With entries up to ${entryBound} the scores spread too far for degree ${degree}: weights are off by up to ${ofAverage(worst)} an average one${wrong}.`;
+}
+
+/** One weight in words. */
+export function ideaReadout({ weights, product, difference, scores }: Idea, i: number, j: number): string {
+  const at = i * TOKENS + j;
+  const [score, exact, made] = [scores, weights, product].map((values) => String(Number(values[at]!.toPrecision(3))).replace('-', '−'));
+  return `Query ${i + 1}, key ${j + 1}: score ${score}; weight ${exact} by exp, ${made} by the factors, off by ${errorText(Math.abs(difference[at]!))}`;
 }

@@ -14,7 +14,7 @@ import { download, toPng, toSheet, toSvg } from './export.js';
 import type { Figure } from './figure.js';
 import { finding, omissionText } from './findings.js';
 import { integer } from './format.js';
-import { drawIdea } from './idea-figure.js';
+import { createIdeaView } from './idea-view.js';
 import { keyText, showKey } from './key.js';
 import { type Job, measure, type Omission, rank } from './measure.js';
 import { formatState, type Panel, PANELS, parseState, sameSettings, type State } from './state.js';
@@ -39,6 +39,7 @@ let engine: Promise<RemoteRopeAttention> | null = null;
 // --- drawing ---------------------------------------------------------------------------------------------------------
 
 const view = createChartView(() => redraw());
+const idea = createIdeaView();
 const controls = createControls((part, settled) => change(part, settled));
 
 function drawFigure(): Figure {
@@ -85,13 +86,8 @@ function showState(): void {
   showKey(element('key'), state);
   const ranks = Array.from({ length: state.maxDegree }, (_, i) => integer(rank(state.headDim, i + 1)));
   element('ranks').textContent = `${ranks.join(', ')} features for ${state.maxDegree === 1 ? 'degree 1' : `degrees 1 to ${state.maxDegree}`}`;
-  drawIdeaNow();
+  idea.show(state);
   redraw();
-}
-
-function drawIdeaNow(): void {
-  const place = element('idea');
-  place.replaceChildren(drawIdea({ entryBound: state.entryBound, maxDegree: state.maxDegree, width: place.clientWidth }));
 }
 
 // --- computing -------------------------------------------------------------------------------------------------------
@@ -293,13 +289,6 @@ element('png').addEventListener('click', () => {
     (error: unknown) => say(`No image: ${String(error)}`, true),
   );
 });
-
-let ideaWidth = 0;
-new ResizeObserver(([entry]) => {
-  const width = entry!.contentRect.width;
-  if (width !== ideaWidth) drawIdeaNow();
-  ideaWidth = width;
-}).observe(element('idea'));
 
 element('about-stored').textContent = file.about;
 document.body.dataset.source = dataset.size > 0 ? 'stored' : 'none';

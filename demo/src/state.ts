@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT
 //
-// What the reader has chosen, and its form in the address: #panel=length&D=16&degrees=4&B=0.5&N=4096&causal=0&certified=0&seed=1.
+// What the reader has chosen, and its form in the address: #panel=length&D=16&degrees=4&B=0.5&N=4096&causal=0&certified=0&seed=1&g=2.
 // Pure: no DOM here.
 
 export const PANELS = ['length', 'bound', 'time'] as const;
 export const HEAD_DIMS = [4, 8, 16, 32, 64, 128] as const;
 export const DEGREES = [1, 2, 3, 4, 5, 6] as const;
+/** Of the one polynomial whose factors are drawn. */
+export const IDEA_DEGREES = [1, 2, 3, 4] as const;
 /** Thirds of an octave, in round numbers: the slider's steps and the abscissae of the second figure. */
 export const BOUNDS = [0.1, 0.125, 0.16, 0.2, 0.25, 0.315, 0.4, 0.5, 0.63, 0.8, 1, 1.25, 1.6, 2, 2.5, 3.15, 4] as const;
 export const LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384] as const;
@@ -31,10 +33,13 @@ export interface Settings {
 
 export interface State extends Settings {
   readonly panel: Panel;
+  /** g, of the polynomial whose factors are drawn. */
+  readonly degree: number;
 }
 
 export const DEFAULTS: State = {
   panel: 'length',
+  degree: 2,
   headDim: 16,
   maxDegree: 4,
   entryBound: 0.5,
@@ -72,6 +77,7 @@ export function parseState(hash: string): State {
     causal: flag('causal'),
     certified: flag('certified'),
     seed: parseSeed(given.get('seed')) ?? DEFAULTS.seed,
+    degree: choice(given.get('g'), IDEA_DEGREES) ?? DEFAULTS.degree,
   };
 }
 
@@ -79,14 +85,14 @@ export function parseState(hash: string): State {
 export function formatState(state: State): string {
   return (
     `#panel=${state.panel}&D=${state.headDim}&degrees=${state.maxDegree}&B=${state.entryBound}` +
-    `&N=${state.length}&causal=${state.causal ? 1 : 0}&certified=${state.certified ? 1 : 0}&seed=${state.seed}`
+    `&N=${state.length}&causal=${state.causal ? 1 : 0}&certified=${state.certified ? 1 : 0}&seed=${state.seed}&g=${state.degree}`
   );
 }
 
 /** One curve for each. */
 export const degreesOf = (settings: Settings): number[] => Array.from({ length: settings.maxDegree }, (_, i) => i + 1);
 
-/** Whether the numbers of one serve for the other. The panel does not matter. */
+/** Whether the numbers of one serve for the other. The panel and the degree that is drawn do not matter. */
 export function sameSettings(a: Settings, b: Settings): boolean {
   return (
     a.headDim === b.headDim &&
