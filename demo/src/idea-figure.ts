@@ -116,7 +116,7 @@ export function drawCurves({ scores, coefficients, degree }: Idea, width: number
       Plot.line(abscissae, { x: (x: number) => x, y: (x: number) => Math.exp(x), stroke: 'var(--exact)', strokeWidth: 2.25, clip: true }),
       Plot.line(abscissae, { x: (x: number) => x, y: (x: number) => polynomial(coefficients, x), stroke: colour, strokeWidth: 2, clip: true }),
       Plot.text([{ s: -3.9, v: 7.4 }], { x: 's', y: 'v', text: () => 'exp(s)', fill: 'var(--exact)', fontWeight: 600, textAnchor: 'start', ...HALO }),
-      Plot.text([{ s: -3.9, v: 6.5 }], { x: 's', y: 'v', text: () => 'p(s)', fill: colour, fontWeight: 600, textAnchor: 'start', ...HALO }),
+      Plot.text([{ s: -3.9, v: 7.4 }], { x: 's', y: 'v', text: () => 'p(s)', dy: 17, fill: colour, fontWeight: 600, textAnchor: 'start', ...HALO }),
       ...(inside
         ? [
             Plot.ruleX([s], { stroke: 'var(--ink)', strokeOpacity: 0.4 }),

@@ -9,7 +9,7 @@ import { computeIdea, type Idea, type IdeaSettings, TOKENS } from './idea.js';
 import { type Cell, COLUMN_GAP, drawCurves, drawDifference, drawErrorScale, drawLengths, drawProduct, drawWeights, drawWeightScale, STRIP } from './idea-figure.js';
 
 /** What stands beside what; the style sheet goes by it. */
-type Form = 'wide' | 'middle' | 'narrow';
+type Form = 'wide' | 'row' | 'middle' | 'narrow';
 
 interface Sizes {
   readonly form: Form;
@@ -23,6 +23,7 @@ function sizesFor(width: number): Sizes {
   const side = 5 * TOKENS;
   const broad = 5 * (TOKENS + STRIP);
   if (width >= 1040) return { form: 'wide', product: 5, other: 5, curves: [width - broad - 2 * side - 3 * COLUMN_GAP, broad + 36] };
+  if (width >= broad + 2 * (side + COLUMN_GAP)) return { form: 'row', product: 5, other: 5, curves: [width, 190] };
   if (width >= 620) return { form: 'middle', product: 5, other: 5, curves: [width - broad - COLUMN_GAP, side + 36] };
   const quarters = (pixels: number) => Math.floor(4 * pixels) / 4;
   return { form: 'narrow', product: Math.min(6, quarters(width / (TOKENS + STRIP))), other: Math.min(5, quarters((width - COLUMN_GAP) / 2 / TOKENS)), curves: [width, 190] };
@@ -46,7 +47,7 @@ export function createIdeaView(): IdeaView {
     element('idea').dataset.form = form;
     place('idea-curves', drawCurves(idea, ...curves, chosen));
     place('idea-weights', drawWeights(idea, other, chosen));
-    place('idea-product', drawProduct(idea, product, chosen, form === 'wide'));
+    place('idea-product', drawProduct(idea, product, chosen, form === 'wide' || form === 'row'));
     place('idea-difference', drawDifference(idea, other, chosen));
     place('weight-scale', drawWeightScale(other * TOKENS));
     place('error-scale', drawErrorScale(other * TOKENS));
