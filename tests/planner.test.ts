@@ -539,7 +539,7 @@ describe('when a prediction fails', () => {
   test('the next degree or exact takes over where gradients turn out worse than predicted, and no miss is returned', () => {
     // Columns of dk are seen only after the forward pass.
     const outcomes = [
-      ...[0.047, 0.0405].map((tolerance) => ({ kind: 'aligned', queryLength: 6000, tolerance })),
+      ...[0.038, 0.0355].map((tolerance) => ({ kind: 'aligned', queryLength: 6000, tolerance })),
       ...[0.0054, 0.0051].map((tolerance) => ({ kind: 'aligned', queryLength: 4096, tolerance })),
     ].map(({ kind, queryLength, tolerance }) => {
       const args = instance({ kind, bound: 0.5, seed: 1, shape: { heads: 1, queryLength, headDim: 16 }, causal: true });
@@ -588,8 +588,9 @@ describe('when a prediction fails', () => {
     expect(got.report.reason).not.toContain('computed again');
     expect(errorOf(got)).toBeLessThanOrEqual(1e-2);
     // What is given may take the room that its own error leaves; then it is not by these that the gradients go.
-    const tolerance = 7.9e-3;
-    const off = { output: saved.output, lse: saved.lse.map((x) => x + 0.3 * tolerance) };
+    const tolerance = 8.5e-3;
+    const { output, lse } = attention.forward({ ...withoutGradient(args), method: 'exact' });
+    const off = { output, lse: lse.map((x) => x + 0.45 * tolerance) };
     const again = attention.backward({ ...args, ...off, tolerance });
     expect(again.report.reason).toMatch(/^polynomial .*; degree 2 has a (predicted|sampled) error .* given output and lse, which were computed again$/);
     expect(errorOf(again)).toBeLessThanOrEqual(tolerance);

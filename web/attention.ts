@@ -28,14 +28,15 @@ import {
   roomOf,
   short,
   workspaceOf,
+  worthOfMore,
   type Attempt,
   type Plan,
   type Task,
 } from './planner.js';
-import type { Measured } from './sampling.js';
 import { featuresOf, unsampledOnly } from './scores.js';
 import { DecayFits } from './states.js';
 import { StreamingState } from './streaming.js';
+import type { Measured } from './tally.js';
 import { lossSteps } from './training.js';
 import type { BackwardArgs, BackwardResult, CreateOptions, ForwardArgs, ForwardResult, PlanArgs } from './types.js';
 import type { AttentionLossArgs, AttentionLossResult, AttentionState, Report, RopeAttention } from './types.js';
@@ -275,7 +276,7 @@ export class Attention implements RopeAttention {
         }
         // A polynomial may yet miss: it gets nine tenths of what is left. 1 is for the very end.
         const end = progress + (1 - progress) * (attempt.degree === null ? 0.99 : 0.9);
-        const outcome = yield* this.#attempt(session, task, attempt, plan.budget, progress, end);
+        const outcome = yield* this.#attempt(session, task, attempt, list[0], plan.budget, progress, end);
         progress = end;
         if (outcome.miss !== null) {
           const miss = `degree ${attempt.degree} ${outcome.miss}`;
@@ -361,6 +362,7 @@ export class Attention implements RopeAttention {
     session: Session,
     task: Task,
     attempt: Attempt,
+    next: Attempt | undefined,
     budget: number,
     from: number,
     to: number,
@@ -394,8 +396,9 @@ export class Attention implements RopeAttention {
     // Gradients of keys are foreseen once output and lse are there; what would miss is not run to its end.
     const room = roomOf(pass, 'check', split);
     const limit = room * problem.tolerance;
+    const worth = (lost: readonly Pass[]) => worthOfMore(session, task, attempt, lost, next, budget);
     if (pass === 'backward' && problem.method === 'auto' && !task.part) {
-      const foreseen = yield* this.#foresee(session, { ...attempt, degree }, limit, budget);
+      const foreseen = yield* this.#foresee(session, { ...attempt, degree }, limit, budget, worth(positive ? [] : ran));
       dvDegree = foreseen.dvDegree;
       if (foreseen.measured && !(foreseen.measured.upper <= limit)) {
         return missed(`has ${missing(foreseen.measured, 'predicted', room, ' in the gradients of keys')}`, foreseen.measured);
@@ -411,7 +414,7 @@ export class Attention implements RopeAttention {
     positive = (yield* this.#run(session, task, attempt, [pass], middle, to)) && positive;
     ran.push(pass);
     if (task.part) return missed(null, null);
-    const measured = worst(yield* sampler.check(pass, limit), lags?.check(sampler, limit));
+    const measured = worst(yield* sampler.check(pass, limit, worth(ran)), lags?.check(sampler, limit));
     if (!positive) return missed('has rows whose weights do not add up to a positive number', measured);
     return missed(measured.upper <= limit ? null : `has ${missing(measured, 'sampled', room)}`, measured);
   }
@@ -425,16 +428,17 @@ export class Attention implements RopeAttention {
     { degree, dvDegree, trial, split: { sampler } }: Attempt & { degree: number },
     limit: number,
     budget: number,
+    worth: number,
   ): Generator<number, { measured: Measured | null; dvDegree: number }> {
     if (trial) {
-      const lower = dvDegree < degree && (yield* sampler.foresee(degree, limit, 1, false, budget)).upper <= limit;
+      const lower = dvDegree < degree && (yield* sampler.foresee(degree, limit, 1, budget)).upper <= limit;
       if (!lower) session.setEngine(degree);
       return { measured: null, dvDegree: lower ? dvDegree : degree };
     }
-    const first = yield* sampler.foresee(degree, limit, Infinity, false, budget);
+    const first = yield* sampler.foresee(degree, limit, Infinity, budget, worth);
     if (!missesInDv(dvDegree, degree, first, limit)) return { measured: first, dvDegree };
     session.setEngine(degree);
-    return { measured: yield* sampler.foresee(degree, limit, Infinity, true, budget), dvDegree: degree };
+    return { measured: yield* sampler.foreseeDv(degree, limit, budget, worth), dvDegree: degree };
   }
 
   /** Runs all units of the passes; false when the polynomial's weights are not positive. */

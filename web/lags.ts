@@ -6,8 +6,10 @@
 // own sake.
 
 import { CHUNK } from './cost.js';
+import { random } from './draws.js';
 import { MAX_LAG_DEGREE, SAMPLE_LAGS, type Bounds, type Session } from './kernel.js';
-import { LAGS, random, type Measured, type Sampler } from './sampling.js';
+import { LAGS, type Sampler } from './sampling.js';
+import type { Measured } from './tally.js';
 import type { Problem } from './validate.js';
 
 /** Distances that are looked at one by one; drawn ones beyond, where all are exact, and where they are not, at least. */

@@ -16,7 +16,8 @@ import { pairwiseCost, type Pass } from './cost.js';
 import type { Kernel, Session } from './kernel.js';
 import { mergeStates } from './merge.js';
 import { costOf, missing, roomOf } from './planner.js';
-import { Sampler, survey, type Measured } from './sampling.js';
+import { Sampler, survey } from './sampling.js';
+import type { Measured } from './tally.js';
 import type { BackwardResult, ForwardResult, Report, State } from './types.js';
 import type { Call, Problem } from './validate.js';
 

@@ -27,8 +27,9 @@ import {
 import type { Bounds, Session } from './kernel.js';
 import { choicesOf, rank, splitOff, type Choice, type Ranking, type Split } from './outliers.js';
 import { MAX_DEGREE, minimax } from './polynomial.js';
-import { Sampler, survey, type Measured } from './sampling.js';
+import { Sampler, survey } from './sampling.js';
 import { featuresOf, foreignTo, type Features } from './scores.js';
+import type { Measured } from './tally.js';
 import type { Problem } from './validate.js';
 
 /** One engine to try: exact, or a polynomial with its error as far as it is known before the run. */
@@ -92,6 +93,12 @@ const [LOSS, LOSS_KEYS, TRIAL_RUN, GIVEN] = [0.078, 0.015, 0.03, 0.004];
 
 /** Of the same for a look at the next degree after one that ran and missed: it is so much better that it nearly always will do. */
 const LOSS_NEXT = 0.02;
+
+/**
+ * Shares that more rows may take where chance decides about a polynomial: of what goes on to the next engine would cost, and, once it ran, of
+ * exact, if that is left.
+ */
+const [SPARED, LOSS_MORE] = [0.5, 0.02];
 
 /** Polynomials below this share of exact are about as good as one another, where time is short. */
 const ALIKE = 0.05;
@@ -304,7 +311,34 @@ function* predict(
   const short = (degree: number) => mayMiss(task, degree, outliers?.counts);
   const alike = (next: number) =>
     costOf(problem, passes, next, outliers?.counts) < ALIKE * costOf(problem, passes, null);
-  return yield* sampler.pilot(pass, degrees, limit, { thorough, short, alike, budget });
+  const worth = (degree: number) => {
+    const next = degrees.find((one) => one > degree);
+    if (next === undefined && thorough) return Infinity; // a refusal
+    const costOfDegree = (one: number | null) => costOf(problem, passes, one, outliers?.counts);
+    return SPARED * (costOfDegree(next ?? null) - costOfDegree(degree));
+  };
+  return yield* sampler.pilot(pass, degrees, limit, { thorough, short, alike, budget, worth });
+}
+
+/**
+ * What more rows and keys may take to find that an attempt does, where chance decides.
+ *
+ * @param lost its passes that ran in vain then.
+ * @param next what follows a miss; undefined: nothing.
+ */
+export function worthOfMore(
+  session: Session,
+  { problem, pass, passes }: Task,
+  { degree, split }: Attempt,
+  lost: readonly Pass[],
+  next: Attempt | undefined,
+  budget: number,
+): number {
+  if (!next) return Infinity;
+  const worth = SPARED * costOf(problem, [pass], next.degree, next.split.outliers?.counts);
+  if (next.degree !== null) return worth;
+  const left = budget - session.spent - costOf(problem, lost, degree, split.outliers?.counts);
+  return Math.min(worth, Math.max(left, LOSS_MORE * costOf(problem, passes, null)));
 }
 
 /** A degree beside some outliers. */
@@ -464,7 +498,9 @@ export function* promising(
   measured: Measured | null,
   budget: number,
 ): Generator<number, Attempt[]> {
-  const factor = (measured?.upper ?? Infinity) / (missed.predicted?.error ?? 0);
+  const { error, upper } = measured ?? { error: Infinity, upper: Infinity };
+  // an error that there was no time to look at closely is what it was seen to be
+  const factor = (upper === Infinity ? error : upper) / (missed.predicted?.error ?? 0);
   const most = Math.max(budget, session.spent + LOSS_NEXT * costOf(problem, passes, null));
   for (const [n, { degree, split }] of list.entries()) {
     const left = () => list.slice(n).map((one) => ({ ...one, trial: false })); // one is enough

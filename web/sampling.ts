@@ -8,33 +8,18 @@
 // cannot see: float32 sums of the engine, weights that are not positive in other rows, and columns of dk and dv.
 //
 // Rows are drawn by a generator seeded with the call's seed and the head, so a call repeated gives the same choice, and
-// `backward` finds the polynomials of its `forward`. Only rows that may see a key are drawn.
+// `backward` finds the polynomials of its `forward`. Only rows that may see a key are drawn. Where chance decides and what follows is dearer
+// than rows, more of them are drawn, once (tally.ts).
 
 import { CHUNK, columnsCost, DRAWN_ROWS, extremesCost, FIT, LOOKED_SEGMENTS, portionCost, prepareCost, rowsCost } from './cost.js';
 import { SAMPLE_KEYS, SAMPLE_ROWS, SAMPLE_SCORES, SHORT_ROWS, STEEP, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
+import { draw, random, WeightedDraws, type Drawn } from './draws.js';
 import { SAMPLE_CHANGES, type Bounds, type Change, type Distance, type Outliers, type Rows, type Session } from './kernel.js';
 import { condense, evaluate, fitToScores } from './polynomial.js';
 import { seeingQueries, seenKeys, segmentsOf } from './scores.js';
+import { overRange, ROUNDING, Tally, worse, type Measured, type Sample } from './tally.js';
 import { drownedRows } from './transforms.js';
-
-/** Sampled errors. */
-export interface Measured {
-  /** In the units of the tolerance; Infinity where the polynomial's weights are not positive. */
-  error: number;
-  /**
-   * The same and what chance may hide: of gradients two standard deviations of what other rows would have given; of outputs with
-   * slopes what the largest of all chunks may be over the largest of those that are looked at.
-   */
-  upper: number;
-  /** Relative Frobenius error of the same rows. */
-  relative: number;
-  /** `upper` of gradients but dv, where these are what is measured. */
-  besideDv?: number;
-}
-
-/** Differences this small, relative to what was summed, are float32 rounding and count as none (see `outputError`). */
-const ROUNDING = 2 ** -18;
 
 /** Errors of lse below this share of a limit are left alone in columns: those of rows would have to agree to make up a tolerance. */
 const HARMLESS = 1 / 32;
@@ -57,11 +42,15 @@ const LARGEST = { all: 1, besideOutliers: 2 } as const;
 /** Where fewer looks are left than this, a degree that usually fails is passed over for the next one. */
 const FEW_LOOKS = 4;
 
+/** Where chance decides, so many times as much is drawn in all, or so many if that is too much: what it may hide falls to two thirds. */
+const TIMES = [4, 3];
+
 interface PilotOptions {
   thorough?: boolean;
   short?: (degree: number) => boolean;
   alike?: (next: number) => boolean;
   budget?: number;
+  worth?: (degree: number) => number;
 }
 
 /** With slopes: first rows of chunks that are looked at in each key/value head, and keys between chunks. */
@@ -95,11 +84,13 @@ export class Sampler {
   #order: readonly number[] | null = null;
   readonly #scores = new Map<number, ReturnType<typeof condense>>();
   readonly #fits = new Map<string, Float32Array | null>();
-  readonly #drawn = new Map<number, { all: Drawn[]; first: Portion[] }>();
+  readonly #drawn = new Map<number, DrawnRows>();
+  /** How many times as much as at first is drawn by now. */
+  readonly #times: Record<Sample, number> = { rows: 1, columns: 1 };
   readonly #rest = new Map<string, Portion[]>();
   readonly #few = new Map<number, ReadonlySet<number>>();
   readonly #extremes = new Map<number, ReturnType<Session['extremes']>>();
-  readonly #columns = new Map<number, ColumnPortion[]>();
+  readonly #columns = new Map<number, DrawnColumns>();
 
   /**
    * @param outliers rows that are exact; `bounds` are those of the others.
@@ -146,12 +137,13 @@ export class Sampler {
    * @param alike degrees that are not worth a look at the one before where there is time for few.
    * @param budget what sampling may take in all; it ends before, with a degree that is well within `limit` so far, or with none.
    *   Empty where there is no time for any.
+   * @param worth what more rows may take where chance decides about a degree.
    */
   *pilot(
     pass: Pass,
     degrees: readonly number[],
     limit: number,
-    { thorough = false, short = () => false, alike = () => false, budget = Infinity }: PilotOptions = {},
+    { thorough = false, short = () => false, alike = () => false, budget = Infinity, worth = () => 0 }: PilotOptions = {},
   ): Generator<number, Map<number, Measured>> {
     const found = new Map<number, Measured>();
     this.#session.setOutliers(this.#outliers);
@@ -180,7 +172,8 @@ export class Sampler {
       // a second look at this one is not to be in the way of a first one at the next, nor of gradients of keys
       const next = more ? this.#session.heads * FIT.polynomial + this.#lookCost(pass) : 0;
       const reserve = Math.max(next, pass === 'backward' ? 2 * this.#columnsCost() : 0);
-      const measured = yield* this.#pilotOne(pass, degree, limit, thorough, short(degree), budget, reserve);
+      const within = { limit, budget, reserve, worth: worth(degree) };
+      const measured = yield* this.#pilotOne(pass, degree, thorough, short(degree), within);
       if (measured.upper === Infinity) measured.error = Math.max(measured.error, least);
       found.set(degree, measured);
       if (measured.upper <= limit) break;
@@ -244,17 +237,15 @@ export class Sampler {
   *#pilotOne(
     pass: Pass,
     degree: number,
-    limit: number,
     thorough: boolean,
     short: boolean,
-    budget: number,
-    reserve: number,
+    { limit, budget, reserve, worth }: { limit: number; budget: number; reserve: number; worth: number },
   ): Generator<number, Measured> {
     if (short && pass === 'backward') {
       const first = yield* this.#pilotFirst(degree);
       if (first.upper <= limit || first.error > 2 * limit) return first;
     }
-    const tally = new Tally(hiddenFactor(this.#session));
+    const tally = this.#tally();
     const [first] = this.#heads();
     let [portions, at] = [0, first];
     for (const must of [true, false]) {
@@ -273,7 +264,63 @@ export class Sampler {
         if (error > limit * (pass === 'forward' ? 1 : 1 + CHANCE / ++portions)) return { error, upper, relative };
       }
     }
+    const most = Math.min(worth, budget - reserve - this.#session.spent);
+    if (this.#enlarge(tally.doubtful(limit), pass, 2, most)) return yield* this.#predictAll(pass, degree, short);
     return tally.result();
+  }
+
+  /** Errors of a degree on all sampled rows. */
+  *#predictAll(pass: Pass, degree: number, short: boolean): Generator<number, Measured> {
+    const tally = this.#tally();
+    for (const must of [true, false]) {
+      for (const portion of this.#allPortions(pass, must, short)) {
+        this.#predict(pass, degree, this.#withExact(portion, pass), tally);
+        yield 0;
+      }
+    }
+    return tally.result();
+  }
+
+  #tally(): Tally {
+    const { rows, columns } = this.#times;
+    return new Tally({ hidden: hiddenFactor(this.#session, rows * SLOPE_ROWS), enlarged: { rows: rows > 1, columns: columns > 1 } });
+  }
+
+  /**
+   * Draws more of the samples that leave a doubt, each of them once, if that takes `most` at most; false where nothing was drawn.
+   *
+   * @param looks at each of these: at what is exact, and at a polynomial.
+   */
+  #enlarge(doubtful: readonly Sample[], pass: Pass, looks: number, most: number): boolean {
+    if (doubtful.length === 0 || doubtful.some((sample) => this.#times[sample] > 1)) return false;
+    const { heads, geometry } = this.#session;
+    const prepare = heads > 1 ? heads * prepareCost(geometry) : 0;
+    const cost = (times: number) =>
+      doubtful.reduce((sum, sample) => sum + heads * looks * this.#moreCost(sample, pass, times), prepare);
+    const times = TIMES.find((one) => cost(one) <= most);
+    if (times === undefined) return false;
+    for (const sample of doubtful) {
+      this.#times[sample] = times;
+      for (const head of this.#heads()) {
+        if (sample === 'rows') this.#moreRows(head, pass);
+        else this.#moreColumns(head);
+      }
+    }
+    return true;
+  }
+
+  /** Of what is drawn of a head beyond the first sample, at most. */
+  #moreCost(sample: Sample, pass: Pass, times: number): number {
+    const g = this.#session.geometry;
+    const drawn = sample === 'columns' ? this.#keysToDraw : pass === 'backward' ? this.#rowsToDraw : 0;
+    const slopes = g.alibi ? (sample === 'columns' ? SLOPE_KEYS : SLOPE_ROWS) : 0;
+    const more = Math.ceil((times - 1) * (drawn * (g.causal ? 1.5 : 1) + slopes));
+    const evenly = (of: number) => Array.from({ length: more }, (_, n) => Math.floor((n * of) / more));
+    if (sample === 'columns') return columnsCost(g, evenly(g.keyLength));
+    const rows = evenly(g.queryLength);
+    let cost = 0;
+    for (let n = 0; n < more; n += SAMPLE_ROWS) cost += rowsCost(g, rows.slice(n, n + SAMPLE_ROWS), pass);
+    return cost;
   }
 
   /** What it takes to see what a degree makes of a portion, once another head was looked at. */
@@ -284,7 +331,7 @@ export class Sampler {
 
   /** The same of gradients on the rows that each polynomial is fitted to. */
   *#pilotFirst(degree: number): Generator<number, Measured> {
-    const tally = new Tally(hiddenFactor(this.#session));
+    const tally = this.#tally();
     for (const head of this.#heads()) {
       for (const portion of this.#drawnRows(head).first) {
         this.#predict('backward', degree, this.#withExact(portion, 'backward'), tally);
@@ -364,44 +411,92 @@ export class Sampler {
    * be beyond `limit`, only that.
    *
    * @param portions of each head that are looked at, at most.
-   * @param again output and lse are those of the last time.
    * @param budget what may be taken in all, as in `pilot`; the first portion goes before that.
+   * @param worth what more keys may take where chance decides, but not in dv alone, which may have other weights yet.
    */
-  *foresee(
-    degree: number,
-    limit: number,
-    portions: number,
-    again: boolean,
-    budget: number,
-  ): Generator<number, Measured> {
+  *foresee(degree: number, limit: number, portions: number, budget: number, worth = 0): Generator<number, Measured> {
     this.#session.setOutliers(this.#outliers);
-    if (!again) this.#columns.clear(); // as they are with another output and lse
-    const tally = new Tally(hiddenFactor(this.#session));
+    this.#forgetColumns(); // as they are with another output and lse
+    const tally = this.#tally();
     let [seen, ended] = [0, false];
     const over = (next: number) => (ended ||= seen > 0 && this.#session.spent + next > budget);
     for (const head of this.#heads()) {
-      const own = this.#fit(head, degree);
       let left = portions;
-      for (const { rows: keys, weights, exact } of this.#exactColumns(head, limit, over)) {
-        const got = own && this.#session.columns(head, keys, own);
-        if (got) {
-          tally.gradient('dk', exact.dk, got.dk, this.#columnRounding(head), weights);
-          tally.gradient('dv', exact.dv, got.dv, 0, weights);
-        } else tally.fail();
+      for (const portion of this.#exactColumns(head, limit, over)) {
+        this.#predictColumns(head, degree, portion);
+        this.#addColumns(head, portion, true, tally);
         yield 0;
         if (tally.result().error > limit * (1 + CHANCE / ++seen)) return tally.result();
         if (--left === 0) break;
       }
     }
     const { error, upper, relative, besideDv } = tally.result();
+    const chance = !ended && portions === Infinity && besideDv > limit;
+    if (chance && this.#enlarge(tally.doubtful(limit), 'backward', 2, worth)) return yield* this.#foreseeAll(degree, limit);
     const sure = (most: number) => (ended && most > SURE.backward * limit ? Infinity : most);
     return { error, upper: sure(upper), relative, besideDv: sure(besideDv) };
   }
 
-  /** The error of a finished pass on the sampled rows; of gradients also on columns, as far as it matters to `limit`. */
-  *check(pass: Pass, limit: number): Generator<number, Measured> {
+  /** The same once more, where dv alone has other weights now; its first portion goes before the budget, too. */
+  *foreseeDv(degree: number, limit: number, budget: number, worth: number): Generator<number, Measured> {
+    const tally = this.#tally();
+    let [seen, ended] = [0, false];
+    for (const head of this.#heads()) {
+      for (const portion of this.#drawnColumns(head).portions) {
+        if (!portion.exact) continue; // there was no time for it
+        ended ||= seen++ > 0 && this.#session.spent + columnsCost(this.#session.geometry, portion.rows) > budget;
+        if (!ended) this.#predictColumns(head, degree, portion);
+        this.#addColumns(head, portion as KnownColumns, !ended, tally);
+        yield 0;
+      }
+    }
+    if (!ended && this.#enlarge(tally.doubtful(limit), 'backward', 2, worth)) return yield* this.#foreseeAll(degree, limit);
+    const { error, upper, relative, besideDv } = tally.result();
+    return { error, upper: ended && upper > Math.max(besideDv, SURE.backward * limit) ? Infinity : upper, relative, besideDv };
+  }
+
+  /** The same on all sampled columns. */
+  *#foreseeAll(degree: number, limit: number): Generator<number, Measured> {
+    const tally = this.#tally();
+    for (const head of this.#heads()) {
+      for (const portion of this.#exactColumns(head, limit)) {
+        if (!portion.predicted) this.#predictColumns(head, degree, portion);
+        this.#addColumns(head, portion, true, tally);
+        yield 0;
+      }
+    }
+    return tally.result();
+  }
+
+  /** What a degree makes of columns; null where it has no polynomial. */
+  #predictColumns(head: number, degree: number, portion: ColumnPortion): void {
+    const own = this.#fit(head, degree);
+    portion.predicted = own && this.#session.columns(head, portion.rows, own);
+  }
+
+  /** Adds up errors of predicted columns, with or without those of dv. */
+  #addColumns(head: number, { exact, predicted, weights }: KnownColumns, ofDv: boolean, tally: Tally): void {
+    if (!predicted) return tally.fail();
+    tally.gradient('dk', exact.dk, predicted.dk, this.#columnRounding(head), weights);
+    if (ofDv) tally.gradient('dv', exact.dv, predicted.dv, 0, weights);
+  }
+
+  /**
+   * The error of a finished pass on the sampled rows; of gradients also on columns, as far as it matters to `limit`.
+   *
+   * @param worth what more of them may take where chance decides.
+   */
+  *check(pass: Pass, limit: number, worth = 0): Generator<number, Measured> {
     this.#session.setOutliers(this.#outliers);
-    const tally = new Tally(hiddenFactor(this.#session));
+    let tally = yield* this.#compare(pass, limit);
+    if (this.#enlarge(tally.doubtful(limit), pass, 1, worth)) tally = yield* this.#compare(pass, limit);
+    this.#forgetColumns();
+    return tally.result();
+  }
+
+  /** The same of what is drawn by now. */
+  *#compare(pass: Pass, limit: number): Generator<number, Tally> {
+    const tally = this.#tally();
     for (const portion of [...this.#allPortions(pass, true), ...this.#allPortions(pass, false)]) {
       const { head, rows, weights, exact } = this.#withExact(portion, pass);
       if (pass === 'forward') {
@@ -419,8 +514,7 @@ export class Sampler {
         yield 0;
       }
     }
-    this.#columns.clear();
-    return tally.result();
+    return tally;
   }
 
   /**
@@ -433,11 +527,9 @@ export class Sampler {
     head: number,
     limit: number,
     over: (next: number) => boolean = () => false,
-  ): Generator<ColumnPortion & { exact: Columns }, void> {
-    let portions = this.#columns.get(head);
-    if (!portions) this.#columns.set(head, (portions = this.#columnPortions(head)));
+  ): Generator<KnownColumns, void> {
     const changed = this.changedRows(head, limit);
-    for (const portion of portions) {
+    for (const portion of this.#drawnColumns(head).portions) {
       if (over((portion.byThere ? 1 : 2) * columnsCost(this.#session.geometry, portion.rows))) return;
       portion.byThere ??= this.#session.columns(head, portion.rows, null);
       // more rows are known later, never fewer
@@ -445,7 +537,7 @@ export class Sampler {
         portion.exact = this.#withChanges(head, portion.rows, portion.byThere, changed);
         portion.changes = changed.length;
       }
-      yield portion as ColumnPortion & { exact: Columns };
+      yield portion as KnownColumns;
     }
   }
 
@@ -588,21 +680,46 @@ export class Sampler {
   }
 
   /** Drawn rows of a head: the one of the largest query, for itself, and others that count for all that are not exact. */
-  #drawnRows(head: number): { all: Drawn[]; first: Portion[] } {
+  #drawnRows(head: number): DrawnRows {
     let drawn = this.#drawn.get(head);
     if (!drawn) {
       const { total, length, place, number } = this.#seeing();
-      const count = Math.max(SAMPLE_ROWS, Math.ceil(DRAWN_ROWS / this.#session.heads));
       const largest = number(this.#bounds[head].q_argmax);
       const taken = largest === null ? [] : [largest];
       const next = random(this.#seed, head, DRAWN);
       const apart = new Set([...taken, ...this.#outlierRows(head).map(number).filter((n) => n !== null)]);
-      const rows = drawWeighted(count, total, this.#session.geometry.causal ? length : null, next, apart);
+      const draws = new WeightedDraws(total, this.#session.geometry.causal ? length : null, apart, next);
+      const rows = draws.add(this.#rowsToDraw).rows;
       const all = [...taken.map((n) => ({ row: n, weight: 1 })), ...rows].map(({ row, weight }) => ({ row: place(row), weight }));
-      drawn = { all, first: inPortions(head, all.slice(0, SAMPLE_ROWS)) };
+      drawn = { all, first: inPortions(head, all.slice(0, SAMPLE_ROWS)), draws };
       this.#drawn.set(head, drawn);
     }
     return drawn;
+  }
+
+  /** Rows to draw of each head, to begin with. */
+  get #rowsToDraw(): number {
+    return Math.max(SAMPLE_ROWS, Math.ceil(DRAWN_ROWS / this.#session.heads));
+  }
+
+  /** More drawn rows of a head, all of which then stand for fewer others: beside those of sums of squares first ones of chunks with slopes. */
+  #moreRows(head: number, pass: Pass): void {
+    const [few, most, drawn] = (['few', 'most', 'drawn'] as const).map((of) => this.#portions(head, pass, of));
+    const { first, draws } = this.#drawnRows(head);
+    const hard = this.#hardRows(head, pass);
+    const { place } = this.#seeing();
+    const slope = this.#slopeRows(head);
+    const more = pass === 'backward' ? draws.add((this.#times.rows - 1) * this.#rowsToDraw).rows : [];
+    const others = more.map(({ row, weight }) => ({ row: place(row), weight })).filter(({ row }) => !hard.has(row));
+    const between = Array.from(slope.rows, (row) => ({ row, weight: slope.weight }));
+    const known = [...first, ...drawn, ...few, ...most];
+    drawn.push(...inPortions(head, this.#byPlace(weighAgain(known, others).filter(({ row }) => !slope.stands(row)))));
+    few.push(...inPortions(head, this.#byPlace(weighAgain([...known, ...drawn], between)), SHORT_ROWS));
+  }
+
+  #byPlace(rows: Drawn[]): Drawn[] {
+    const { queryLength } = this.#session.geometry;
+    return rows.sort((a, b) => (a.row % queryLength) - (b.row % queryLength));
   }
 
   /** Outlier queries of a head, as rows. */
@@ -647,8 +764,6 @@ export class Sampler {
     const name = `${head} ${of}`;
     let portions = this.#rest.get(name);
     if (portions) return portions;
-    const { queryLength } = this.#session.geometry;
-    const byPlace = (rows: Drawn[]) => rows.sort((a, b) => (a.row % queryLength) - (b.row % queryLength));
     const { all, first } = this.#drawnRows(head);
     const known = new Set(first.flatMap(({ rows }) => rows));
     const few = this.#fewKeyRows(head, pass);
@@ -656,18 +771,22 @@ export class Sampler {
     const weight = (row: number) => (slope.rows.has(row) ? slope.weight : 1);
     const alone = (rows: Iterable<number>) =>
       Array.from(rows, (row) => ({ row, weight: weight(row) })).filter(({ row }) => !known.has(row));
-    if (of === 'few') portions = inPortions(head, byPlace(alone(few)), SHORT_ROWS);
+    if (of === 'few') portions = inPortions(head, this.#byPlace(alone(few)), SHORT_ROWS);
     else {
-      const extreme = this.#extremeRows(head);
-      if (of === 'most') portions = inPortions(head, alone(new Set(extreme.filter((row) => !few.has(row)))));
+      if (of === 'most') portions = inPortions(head, alone(new Set(this.#extremeRows(head).filter((row) => !few.has(row)))));
       else {
-        const hard = new Set([...few, ...extreme]);
+        const hard = this.#hardRows(head, pass);
         for (const { rows, weights } of first) rows.forEach((row, n) => hard.has(row) && (weights[n] = 1));
-        portions = inPortions(head, byPlace(all.slice(SAMPLE_ROWS).filter(({ row }) => !hard.has(row) && !slope.stands(row))));
+        portions = inPortions(head, this.#byPlace(all.slice(SAMPLE_ROWS).filter(({ row }) => !hard.has(row) && !slope.stands(row))));
       }
     }
     this.#rest.set(name, portions);
     return portions;
+  }
+
+  /** Rows that are looked at for themselves. */
+  #hardRows(head: number, pass: Pass): ReadonlySet<number> {
+    return new Set([...this.#fewKeyRows(head, pass), ...this.#extremeRows(head)]);
   }
 
   /**
@@ -768,7 +887,7 @@ export class Sampler {
     const slope = Math.max(...slopes);
     const before = slopes.indexOf(slope) * queryLength;
     const { first, end } = this.#chunks();
-    const count = Math.min(SLOPE_ROWS, end - first);
+    const count = Math.min(this.#times.rows * SLOPE_ROWS, end - first);
     const chunks = draw(count, end - first, [], random(this.#seed, head, SLOPES)).map((n) => first + n);
     const behind = this.#extremesOf(head).keys.map((key) => Math.floor((key - queryOffset) / CHUNK) + 1);
     const seen = behind.filter((chunk) => chunk >= first && chunk < end);
@@ -799,7 +918,7 @@ export class Sampler {
     const { first, end } = this.#chunks();
     const between = Array.from({ length: end - first }, (_, n) => (first + n) * CHUNK + queryOffset);
     const all = between.flatMap((key) => [key - 1, key]).filter((key) => key >= 0 && key < keyLength);
-    const count = Math.min(SLOPE_KEYS, all.length);
+    const count = Math.min(this.#times.columns * SLOPE_KEYS, all.length);
     const keys = draw(count, all.length, [], random(this.#seed, head, SLOPES)).map((n) => all[n]);
     return { keys, weight: all.length / count, all };
   }
@@ -834,31 +953,61 @@ export class Sampler {
   }
 
   /** The keys whose gradients are looked at: the largest ones, and drawn ones that count for the others; of outliers apart. */
-  #columnPortions(head: number): ColumnPortion[] {
-    const { keyLength, causal } = this.#session.geometry;
+  #drawnColumns(head: number): DrawnColumns {
+    let columns = this.#columns.get(head);
+    if (!columns) {
+      const { keyLength, causal } = this.#session.geometry;
+      const large = new Set(this.#extremesOf(head).keys);
+      const next = random(this.#seed, head, COLUMNS);
+      const apart = new Set([...large, ...this.#outlierKeys(head), ...this.#slopeKeys(head).all]);
+      const draws = new WeightedDraws(keyLength, causal ? keyLength : null, apart, next);
+      columns = { portions: [], draws, next, ofOutliers: [] };
+      const all = [...Array.from(large, (row) => ({ row, weight: 1 })), ...this.#drawKeys(head, columns, this.#keysToDraw)];
+      all.sort((a, b) => a.row - b.row);
+      // What fails should fail soon: a few, then the others
+      columns.portions = [all.slice(0, SAMPLE_ROWS), all.slice(SAMPLE_ROWS)].flatMap((some) => columnPortions(some));
+      this.#columns.set(head, columns);
+    }
+    return columns;
+  }
+
+  /** Draws so many more keys of a head: these and those of before, with what they stand for now. */
+  #drawKeys(head: number, columns: DrawnColumns, count: number): Drawn[] {
+    const { draws, next } = columns;
     const large = new Set(this.#extremesOf(head).keys);
-    const outliers = this.#outliers;
-    const own = outliers?.keys.subarray(head * outliers.counts.keys, (head + 1) * outliers.counts.keys) ?? [];
-    const count = Math.max(SAMPLE_ROWS / 2, Math.ceil((2 * SAMPLE_ROWS) / this.#session.heads));
-    const next = random(this.#seed, head, COLUMNS);
     const slope = this.#slopeKeys(head);
+    const drawn = draws.add(count).rows;
     const between = slope.keys.filter((key) => !large.has(key)).map((row) => ({ row, weight: slope.weight }));
-    const drawn = drawWeighted(count, keyLength, causal ? keyLength : null, next, new Set([...large, ...own, ...slope.all]));
-    const some = draw(SAMPLE_ROWS / 2, own.length, [], next).map((n) => ({
-      row: own[n],
-      weight: Math.max(1, own.length / (SAMPLE_ROWS / 2)),
-    }));
-    const all = [...Array.from(large, (row) => ({ row, weight: 1 })), ...drawn, ...between, ...some];
-    all.sort((a, b) => a.row - b.row);
-    // What fails should fail soon: a few, then the others
-    const portions = [all.slice(0, SAMPLE_ROWS), all.slice(SAMPLE_ROWS)].flatMap((some) => inPortions(head, some, SAMPLE_KEYS));
-    return portions.map(({ rows, weights }) => ({
-      rows,
-      weights,
-      byThere: null,
-      exact: null,
-      changes: 0,
-    }));
+    const outliers = this.#outlierKeys(head);
+    const some = (this.#times.columns * SAMPLE_ROWS) / 2;
+    columns.ofOutliers = draw(some, outliers.length, columns.ofOutliers, next);
+    const weight = Math.max(1, outliers.length / some);
+    return [...drawn, ...between, ...columns.ofOutliers.map((n) => ({ row: outliers[n], weight }))];
+  }
+
+  /** Keys to draw of each head, to begin with. */
+  get #keysToDraw(): number {
+    return Math.max(SAMPLE_ROWS / 2, Math.ceil((2 * SAMPLE_ROWS) / this.#session.heads));
+  }
+
+  /** More drawn keys of a head, all of which then stand for fewer others. */
+  #moreColumns(head: number): void {
+    const columns = this.#drawnColumns(head);
+    const more = weighAgain(columns.portions, this.#drawKeys(head, columns, (this.#times.columns - 1) * this.#keysToDraw));
+    columns.portions.push(...columnPortions(more.sort((a, b) => a.row - b.row)));
+  }
+
+  get #allColumns(): ColumnPortion[] {
+    return [...this.#columns.values()].flatMap(({ portions }) => portions);
+  }
+
+  #forgetColumns(): void {
+    for (const portion of this.#allColumns) Object.assign(portion, NOTHING_KNOWN);
+  }
+
+  #outlierKeys(head: number): ArrayLike<number> & Iterable<number> {
+    const outliers = this.#outliers;
+    return outliers?.keys.subarray(head * outliers.counts.keys, (head + 1) * outliers.counts.keys) ?? [];
   }
 
   /** Rows of an array of the session, one after the other. */
@@ -916,11 +1065,48 @@ interface ColumnPortion {
   /** With what is known of so many rows. */
   exact: Columns | null;
   changes: number;
+  /** By the polynomial that is looked at. */
+  predicted: Columns | null;
 }
 
-interface Drawn {
-  row: number;
-  weight: number;
+const NOTHING_KNOWN = { byThere: null, exact: null, changes: 0, predicted: null } as const;
+
+/** A portion with what is exact. */
+interface KnownColumns extends ColumnPortion {
+  exact: Columns;
+}
+
+/** Drawn rows of a head: all of the first sample, those of them that the polynomial is fitted to, and how to go on. */
+interface DrawnRows {
+  all: Drawn[];
+  first: Portion[];
+  draws: WeightedDraws;
+}
+
+/** Keys of a head, and how to go on; drawn outliers by number. */
+interface DrawnColumns {
+  portions: ColumnPortion[];
+  draws: WeightedDraws;
+  next: () => number;
+  ofOutliers: number[];
+}
+
+function columnPortions(all: readonly Drawn[]): ColumnPortion[] {
+  return inPortions(0, all, SAMPLE_KEYS).map(({ rows, weights }) => ({ rows, weights, ...NOTHING_KNOWN }));
+}
+
+/** Writes down what rows stand for by now in portions that have them; those that are in none. */
+function weighAgain(portions: readonly { rows: number[]; weights: number[] }[], all: readonly Drawn[]): Drawn[] {
+  const left = new Map(all.map(({ row, weight }) => [row, weight]));
+  for (const { rows, weights } of portions) {
+    for (const [n, row] of rows.entries()) {
+      const weight = left.get(row);
+      if (weight === undefined) continue;
+      weights[n] = weight;
+      left.delete(row);
+    }
+  }
+  return Array.from(left, ([row, weight]) => ({ row, weight }));
 }
 
 function inPortions(head: number, all: readonly Drawn[], size: number = SAMPLE_ROWS): Portion[] {
@@ -932,134 +1118,11 @@ function inPortions(head: number, all: readonly Drawn[], size: number = SAMPLE_R
 
 /**
  * With slopes each chunk has a row of few keys that count, and errors of these are much like normal ones: the largest of M is
- * about sqrt(log M / log n) times the largest of n. 1 without.
+ * about sqrt(log M / log n) times the largest of n, which are looked at in each head. 1 without.
  */
-function hiddenFactor({ geometry: { alibi, queryLength }, heads }: Session): number {
+function hiddenFactor({ geometry: { alibi, queryLength }, heads }: Session, looked: number): number {
   const chunks = Math.ceil(queryLength / CHUNK);
-  return alibi && chunks > SLOPE_ROWS ? Math.sqrt(Math.log(chunks * heads) / Math.log(SLOPE_ROWS * heads)) : 1;
-}
-
-/** Adds up errors over heads. NaN anywhere counts as an infinite error. */
-class Tally {
-  /** From the largest sampled error of an output to that of all rows. */
-  readonly #hidden: number;
-  #largest = 0;
-  #squares = new Map<string, Squares>();
-
-  constructor(hidden: number) {
-    this.#hidden = hidden;
-  }
-
-  /** Weights that are not positive, or no polynomial at all. */
-  fail(): void {
-    this.#largest = Infinity;
-  }
-
-  /** @param weights rows that each of these stands for, in sums of squares. */
-  output(exact: Float32Array, got: Float32Array, halfRange: number, weights: readonly number[]): void {
-    this.#largest = worse(this.#largest, outputError(exact, got, halfRange));
-    this.#add('out', exact, got, 0, weights);
-  }
-
-  gradient(
-    name: 'dq' | 'dk' | 'dv',
-    exact: Float32Array,
-    got: Float32Array,
-    rounding: number,
-    weights: readonly number[],
-  ): void {
-    this.#add(name, exact, got, rounding, weights);
-  }
-
-  result(): Required<Measured> {
-    let [error, upper] = [this.#largest, this.#hidden * this.#largest];
-    let besideDv = upper;
-    const total = noSquares();
-    for (const [name, squares] of this.#squares) {
-      if (name !== 'out') {
-        const own = ratio({ ...squares, difference: squares.difference + 2 * deviation(squares) });
-        error = worse(error, ratio(squares));
-        upper = worse(upper, own);
-        if (name !== 'dv') besideDv = worse(besideDv, own);
-      }
-      total.difference += squares.difference;
-      total.reference += squares.reference;
-      total.rounding += squares.rounding;
-    }
-    return { error, upper, relative: worse(ratio(total), this.#largest === Infinity ? Infinity : 0), besideDv };
-  }
-
-  #add(name: string, exact: Float32Array, got: Float32Array, rounding: number, weights: readonly number[]): void {
-    const squares = this.#squares.get(name) ?? noSquares();
-    const width = exact.length / weights.length;
-    for (const [row, weight] of weights.entries()) {
-      let [difference, reference] = [0, 0];
-      for (let n = row * width; n < (row + 1) * width; n++) {
-        difference += (got[n] - exact[n]) ** 2;
-        reference += exact[n] ** 2;
-      }
-      squares.difference += weight * difference;
-      squares.reference += weight * reference;
-      const spread = weight * Math.max(weight - 1, 0);
-      squares.spread.difference += spread * difference ** 2;
-      squares.spread.both += spread * difference * reference;
-      squares.spread.reference += spread * reference ** 2;
-      squares.rounding += (weight * rounding ** 2) / weights.length;
-    }
-    this.#squares.set(name, squares);
-  }
-}
-
-/** max |got - exact| over half the range of v. */
-function outputError(exact: Float32Array, got: Float32Array, halfRange: number): number {
-  let [difference, largest] = [0, 0];
-  exact.forEach((x, n) => {
-    difference = worse(difference, Math.abs(got[n] - x));
-    largest = Math.max(largest, Math.abs(x));
-  });
-  return overRange(difference, largest, halfRange);
-}
-
-/**
- * A difference of outputs over half the range of v. Where v is constant (half range 0) the output is v whatever the weights: then
- * the error is 0 for differences at the rounding level of the largest |entry|, else infinite.
- */
-function overRange(difference: number, largest: number, halfRange: number): number {
-  if (halfRange > 0) return difference / halfRange;
-  return difference <= ROUNDING * largest ? 0 : Infinity;
-}
-
-/** Sums over rows, of squares; `spread`: sums of w (w - 1) times products of them, w being what a row stands for. */
-interface Squares {
-  difference: number;
-  reference: number;
-  rounding: number;
-  spread: { difference: number; both: number; reference: number };
-}
-
-function noSquares(): Squares {
-  return { difference: 0, reference: 0, rounding: 0, spread: { difference: 0, both: 0, reference: 0 } };
-}
-
-/**
- * Standard deviation of the difference, by the choice of rows, for a reference that is known: rows with larger gradients have larger
- * errors, so that most of what chance does to one it does to the other. By the variance of a ratio of sums, sum w (w - 1) (d - r D / R)^2.
- */
-function deviation({ difference, reference, spread }: Squares): number {
-  const ratio = reference > 0 ? difference / reference : 0;
-  const variance = spread.difference - 2 * ratio * spread.both + ratio ** 2 * spread.reference;
-  return Math.sqrt(Math.max(variance, 0));
-}
-
-/** Relative Frobenius error. */
-function ratio({ difference, reference, rounding }: Squares): number {
-  if (difference <= rounding) return 0; // 0 / 0 included
-  return worse(0, Math.sqrt(difference / reference));
-}
-
-/** The larger one; NaN is worse than anything. */
-function worse(a: number, b: number): number {
-  return Number.isNaN(b) ? Infinity : Math.max(a, b);
+  return alibi && chunks > looked ? Math.sqrt(Math.log(chunks * heads) / Math.log(looked * heads)) : 1;
 }
 
 /** sum_j |p(s_j) / sum p - exp(s_j) / sum exp|: what the output can move by for values in [-1, 1]. */
@@ -1071,61 +1134,4 @@ function totalVariation(scores: Float32Array, coefficients: Float32Array): numbe
   const [exactSum, gotSum] = [sum(exact), sum(got)];
   if (scores.length > 0 && !(gotSum > 0)) return Infinity;
   return sum(exact.map((w, n) => Math.abs(got[n] / gotSum - w / exactSum)));
-}
-
-/** Up to `count` different numbers below `total`: those of `first`, then random ones. */
-function draw(count: number, total: number, first: readonly number[], next: () => number): number[] {
-  const drawn = new Set(first);
-  while (drawn.size < Math.min(count, total)) {
-    let n = Math.floor(next() * total);
-    while (drawn.has(n)) n = (n + 1) % total; // the next free one, so that this ends soon
-    drawn.add(n);
-  }
-  return [...drawn];
-}
-
-/**
- * About `count` numbers below `total` that are not `taken`, each with the number of others that it stands for: sums over all
- * that are not taken are, on average, the weighted sums over these. All of them, weight 1, where there are few.
- *
- * @param length null: evenly. Else numbers are rows in runs of this length, of which the first see few keys and have the larger
- *   gradients (of squares that fall as 1 / row): half as many again are drawn evenly in the logarithm of the row.
- */
-function drawWeighted(
-  count: number,
-  total: number,
-  length: number | null,
-  next: () => number,
-  taken: ReadonlySet<number>,
-): Drawn[] {
-  const byLogarithm = length === null ? 0 : Math.ceil(count / 2);
-  if (total <= taken.size + 3 * (count + byLogarithm)) {
-    return draw(total, total, [...taken], next).slice(taken.size).map((row) => ({ row, weight: 1 }));
-  }
-  const run = length ?? total;
-  const perRow = run / total / Math.log(run + 1);
-  const weightOf = (row: number) => {
-    const place = (row % run) + 1;
-    const share = byLogarithm > 0 ? Math.log1p(1 / place) * perRow : 0;
-    return 1 / (count / total + byLogarithm * share);
-  };
-  const drawn = new Map<number, number>();
-  for (let n = 0; n < count + byLogarithm; n++) {
-    const [u, w] = [next(), next()];
-    const place = n < count ? Math.floor(u * run) : Math.min(Math.floor((run + 1) ** u), run) - 1;
-    const row = Math.floor(w * (total / run)) * run + place;
-    if (!taken.has(row)) drawn.set(row, (drawn.get(row) ?? 0) + weightOf(row));
-  }
-  return Array.from(drawn, ([row, weight]) => ({ row, weight }));
-}
-
-/** Numbers in [0, 1) by mulberry32, from a seed and two more integers. */
-export function random(seed: number, head: number, stream: number): () => number {
-  let state = (seed ^ Math.imul(head + 1, 0x9e3779b1) ^ Math.imul(stream, 0x85ebca6b)) >>> 0;
-  return () => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let mixed = Math.imul(state ^ (state >>> 15), state | 1);
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
-  };
 }

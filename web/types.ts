@@ -193,7 +193,8 @@ export interface Options {
    * backward: |dX - exact|_F <= tolerance * |dX|_F for each of dq, dk, dv. Default 1e-3, at least 1e-6.
    *
    * A sampled error has to leave room for rows that are not in the sample: a polynomial runs if it is predicted within 0.7
-   * of the tolerance (gradients 0.66) and its result stands if it is measured within 0.75 (0.72), of both 0.6 beside outliers.
+   * of the tolerance (gradients 0.66) and its result stands if it is measured within 0.75 (0.72), of both 0.6 beside outliers. Of
+   * gradients that includes what chance may hide; where chance decides, more rows are drawn, once.
    */
   tolerance?: number;
   /** Default 'sampled'. Of gradients there is no certificate: 'certified' computes them exactly, by the output and lse that are given, if any. */
