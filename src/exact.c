@@ -545,10 +545,10 @@ RA_KERNEL void finish_strip(const exact *e, uint32_t head, uint32_t strip, uint3
   for (uint32_t i = 0; i < LANES; i++) {
     double sum = e->sum[strip * LANES + i], whole = -INFINITY;
     inverse[i] = sum == 0 ? 0 : (float)(1 / sum);
-    if (sum != 0) whole = (e->reference[strip * LANES + i] + log2(sum)) * RA_LN_2;
+    if (sum != 0) whole = e->reference[strip * LANES + i] * RA_LN_2 + log(sum);
     if (sinks) {
       double sink = sinks[head % e->p->heads], high = sink > whole ? sink : whole, low = sink > whole ? whole : sink;
-      double with_sink = high == -INFINITY ? high : high + log1p(exp(low - high));
+      double with_sink = high == -INFINITY ? high : high + log(1 + exp(low - high));
       if (sum != 0) inverse[i] = (float)(exp(whole - with_sink) / sum);
       whole = with_sink;
     }

@@ -1051,11 +1051,11 @@ static void add_change(const sample *e, const ra_arrays *x, size_t head, uint32_
                        float share, const columns *c, uint32_t groups) {
   size_t row = ra_head(e->p, head, e->p->heads, e->Nq, e->Dv) + i * e->out_row;
   const float *dout = x->dout + row;
-  double by = (double)x->lse[head * e->Nq + i] - lse, ratio = exp(by);
+  double ratio = exp((double)x->lse[head * e->Nq + i] - lse);
   if (lse == -INFINITY) return; // it sees nothing
   queries t = {.head = head, .i0 = i, .count = 1};
   t.delta[0] = (float)(share * (ratio * dot(dout, out, e->Dv) - dot(dout, x->out + row, e->Dv)));
-  for (size_t d = 0; d < e->Dv; d++) e->scaled[d] = (float)(share * expm1(by) * dout[d]);
+  for (size_t d = 0; d < e->Dv; d++) e->scaled[d] = (float)(share * (ratio - 1) * dout[d]);
   add_weighed(e, x, &t, e->scaled, c, groups);
 }
 
