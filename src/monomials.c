@@ -97,7 +97,8 @@ RA_KERNEL void multiply_rows_backward(const float *x, const float *below, uint32
 void ra_features_lower(const ra_features *f, const float *x_t, const float *live, float *lower) {
   uint32_t D = f->D;
   for (uint32_t i = 0; i < RA_CHUNK; i++) lower[i] = live[i];
-  for (uint32_t m = 1; m < f->degree; m++) {
+  if (f->degree > 1) multiply_rows(live, x_t, D, lower + RA_CHUNK);
+  for (uint32_t m = 2; m < f->degree; m++) {
     const uint32_t *below = f->tail + (size_t)(m - 1) * (D + 1), *here = below + D + 1;
     const float *rows_below = lower + (size_t)f->first[m - 1] * RA_CHUNK;
     float *rows = lower + (size_t)f->first[m] * RA_CHUNK;
@@ -154,10 +155,21 @@ void ra_features_block_backward(const ra_features *f, const float *x_t, const fl
                            dx_t + c.a * RA_CHUNK);
 }
 
+// in the forward pass these were y[a] = x_a * live, and so dx_a += live * dy[a]
+RA_KERNEL void first_rows_backward(const float *live, const float *dy, uint32_t rows, float *dx) {
+  for (uint32_t i = 0; i < RA_CHUNK; i += 4) {
+    f32x4 factor = f32x4_load(live + i);
+    RA_ROLLED
+    for (size_t n = i; n < (size_t)rows * RA_CHUNK; n += RA_CHUNK) {
+      f32x4_store(dx + n, f32x4_madd(factor, f32x4_load(dy + n), f32x4_load(dx + n)));
+    }
+  }
+}
+
 void ra_features_lower_backward(const ra_features *f, const float *x_t, const float *lower, float *dlower,
                                 float *dx_t) {
   uint32_t D = f->D;
-  for (uint32_t m = f->degree; m-- > 1;) {
+  for (uint32_t m = f->degree; m-- > 2;) {
     const uint32_t *below = f->tail + (size_t)(m - 1) * (D + 1), *here = below + D + 1;
     size_t rows_below = (size_t)f->first[m - 1] * RA_CHUNK, rows = (size_t)f->first[m] * RA_CHUNK;
     for (uint32_t a = 0; a < D; a++)
@@ -165,4 +177,5 @@ void ra_features_lower_backward(const ra_features *f, const float *x_t, const fl
                              here[a + 1] - here[a], dlower + rows + (size_t)here[a] * RA_CHUNK,
                              dlower + rows_below + (size_t)below[a] * RA_CHUNK, dx_t + a * RA_CHUNK);
   }
+  if (f->degree > 1) first_rows_backward(lower, dlower + RA_CHUNK, D, dx_t);
 }

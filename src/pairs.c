@@ -26,17 +26,10 @@ enum {
 
 // --- Blocks -------------------------------------------------------------------------------------------------------
 
-enum { STRIP = 8, STRIPS = CHUNK / STRIP };
+enum { STRIP = RA_STRIP_QUERIES, STRIPS = RA_STRIPS };
 
-// What is done of a block, which is half of it on a diagonal: the keys that each strip of 8 queries sees, and the queries from ..
-// to - 1 of the strips that see some of each 8 keys.
-typedef struct strips {
-  ra_range keys[STRIPS];
-  uint32_t from[STRIPS], to[STRIPS];
-} strips;
-
-static strips strips_of(const ra_seen *seen) {
-  strips t;
+void ra_see_strips(ra_seen *seen) {
+  ra_strips *t = &seen->strips;
   for (uint32_t s = 0; s < STRIPS; s++) {
     ra_range keys = {CHUNK, 0};
     for (uint32_t n = s * STRIP; n < (s + 1) * STRIP; n++) {
@@ -45,36 +38,41 @@ static strips strips_of(const ra_seen *seen) {
       if (first < keys.first) keys.first = first;
       if (end > keys.end) keys.end = end;
     }
-    t.keys[s] = keys.end > 0 ? keys : (ra_range){0, 0};
+    t->keys[s] = keys.end > 0 ? keys : (ra_range){0, 0};
   }
+  t->whole = 1;
   for (uint32_t g = 0; g < STRIPS; g++) {
-    t.from[g] = CHUNK, t.to[g] = 0;
+    uint32_t some = 0;
+    t->from[g] = CHUNK, t->to[g] = 0;
     for (uint32_t s = 0; s < STRIPS; s++) {
-      if (t.keys[s].first >= (g + 1) * STRIP || t.keys[s].end <= g * STRIP) continue;
-      if (t.to[g] == 0) t.from[g] = s * STRIP;
-      t.to[g] = (s + 1) * STRIP;
+      if (t->keys[s].first >= (g + 1) * STRIP || t->keys[s].end <= g * STRIP) continue;
+      if (t->to[g] == 0) t->from[g] = s * STRIP;
+      t->to[g] = (s + 1) * STRIP;
+      some += t->keys[s].first <= g * STRIP && t->keys[s].end >= (g + 1) * STRIP ? STRIP : 0;
     }
+    if (t->to[g] > t->from[g] && some != t->to[g] - t->from[g]) t->whole = 0;
   }
-  return t;
 }
 
 // c[key][query] = rows[key].x_t[..][query], where strips see keys
-static void score_strips(const strips *t, const float *rows, size_t row, const float *x_t, uint32_t terms, float *c) {
+static void score_strips(const ra_strips *t, const float *rows, size_t row, const float *x_t, uint32_t terms,
+                         float *c) {
   for (uint32_t s = 0; s < STRIPS; s++)
     ra_set_rows(rows + t->keys[s].first * row, row, t->keys[s].end - t->keys[s].first, x_t + s * STRIP, CHUNK, terms,
                 c + t->keys[s].first * CHUNK + s * STRIP, CHUNK);
 }
 
 // sum_t[column][query] += sum_key rows[key][column] a[key][query], likewise
-static void add_strips(const strips *t, const float *rows, size_t row, uint32_t columns, const float *a, float *sum_t) {
+static void add_strips(const ra_strips *t, const float *rows, size_t row, uint32_t columns, const float *a,
+                       float *sum_t) {
   for (uint32_t s = 0; s < STRIPS; s++)
     ra_add_columns(rows + t->keys[s].first * row, row, columns, a + t->keys[s].first * CHUNK + s * STRIP, CHUNK,
                    t->keys[s].end - t->keys[s].first, sum_t + s * STRIP, CHUNK);
 }
 
 // c[key][column] = sum_query a[key][query] rows[query][column] over the queries that may see the key, four keys at a time: a has 32 rows, of
-// zeros past the last key. columns: a multiple of 8
-RA_KERNEL void set_strip_products(const strips *t, const float *a, uint32_t keys, const float *rows, size_t row,
+// zeros past the last key unless these are whole strips. columns: a multiple of 8
+RA_KERNEL void set_strip_products(const ra_strips *t, const float *a, uint32_t keys, const float *rows, size_t row,
                                   uint32_t columns, float *c) {
   f32x4 zero = f32x4_splat(0);
   ra_tile tile;
@@ -88,12 +86,12 @@ RA_KERNEL void set_strip_products(const strips *t, const float *a, uint32_t keys
 }
 
 // a = 2^(s - reference) of scores a = x.y, 0 for keys that are not seen; top[32]: the largest s, in powers of two as well.
-RA_KERNEL void weigh(const ra_polynomial *e, const strips *t, const ra_seen *seen, float *top) {
+RA_KERNEL void weigh(const ra_polynomial *e, const ra_seen *seen, float *top) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), masked = f32x4_splat(RA_MASKED), one = f32x4_splat(1);
   const int biased = e->decaying;
   for (uint32_t c = 0; c < CHUNK; c += 4) {
-    ra_range keys = t->keys[c / STRIP];
+    ra_range keys = seen->strips.keys[c / STRIP];
     f32x4 first = f32x4_load(seen->first + c), end = f32x4_load(seen->end + c),
           reference = f32x4_load(e->reference + c), row = f32x4_load(seen->row + c);
     f32x4 most = masked, key = f32x4_splat((float)keys.first);
@@ -113,10 +111,9 @@ RA_KERNEL void weigh(const ra_polynomial *e, const strips *t, const ra_seen *see
   }
 }
 
-static void score_and_weigh(const ra_polynomial *e, const strips *t, const float *y_rows, const ra_seen *seen,
-                            float *top) {
-  score_strips(t, y_rows, e->Dp, e->x_t, e->D, e->a);
-  weigh(e, t, seen, top);
+static void score_and_weigh(const ra_polynomial *e, const float *y_rows, const ra_seen *seen, float *top) {
+  score_strips(&seen->strips, y_rows, e->Dp, e->x_t, e->D, e->a);
+  weigh(e, seen, top);
 }
 
 void ra_begin_references(const ra_polynomial *e, int empty) {
@@ -142,10 +139,9 @@ static int raise_references(const ra_polynomial *e, const float *top) {
 
 void ra_add_block(const ra_polynomial *e, const float *y_rows, const float *u_rows, const ra_seen *seen) {
   float top[CHUNK];
-  strips t = strips_of(seen);
-  score_and_weigh(e, &t, y_rows, seen, top);
-  if (raise_references(e, top)) score_and_weigh(e, &t, y_rows, seen, top);
-  add_strips(&t, u_rows, e->row, e->columns, e->a, e->sum_t);
+  score_and_weigh(e, y_rows, seen, top);
+  if (raise_references(e, top)) score_and_weigh(e, y_rows, seen, top);
+  add_strips(&seen->strips, u_rows, e->row, e->columns, e->a, e->sum_t);
 }
 
 void ra_add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns, float *y, size_t y_row,
@@ -153,30 +149,28 @@ void ra_add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns,
   for (uint32_t n = 0; n < count; n++) ra_add(x + n * x_row, columns, y + (rows ? rows[n] : first + n) * y_row);
 }
 
-static void block_gradients(const ra_polynomial *e, const strips *t, const float *y_rows, const float *u_rows,
-                            const ra_seen *seen) {
+void ra_block_gradients(const ra_polynomial *e, const float *y_rows, const float *u_rows, const ra_seen *seen) {
+  const ra_strips *t = &seen->strips;
   float top[CHUNK];
   // in the forward pass this was sum += A u, A = exp(x.y)
-  ra_fill(e->a, CHUNK * CHUNK, 0), ra_fill(e->da, CHUNK * CHUNK, 0);
-  score_and_weigh(e, t, y_rows, seen, top);
+  if (!t->whole || e->decaying) ra_fill(e->a, CHUNK * CHUNK, 0), ra_fill(e->da, CHUNK * CHUNK, 0);
+  score_and_weigh(e, y_rows, seen, top);
   score_strips(t, u_rows, e->row, e->h_t, e->columns, e->da);
-  for (uint32_t n = 0; n < CHUNK * CHUNK; n += 4)
-    f32x4_store(e->da + n, f32x4_mul(f32x4_load(e->da + n), f32x4_load(e->a + n)));
-}
-
-void ra_block_gradients(const ra_polynomial *e, const float *y_rows, const float *u_rows, const ra_seen *seen) {
-  strips t = strips_of(seen);
-  block_gradients(e, &t, y_rows, u_rows, seen);
+  for (uint32_t c = 0; c < CHUNK; c += 4)
+    for (uint32_t n = t->keys[c / STRIP].first; n < t->keys[c / STRIP].end; n++) {
+      float *da = e->da + n * CHUNK + c;
+      f32x4_store(da, f32x4_mul(f32x4_load(da), f32x4_load(e->a + n * CHUNK + c)));
+    }
 }
 
 void ra_add_block_backward(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
                            const ra_seen *seen, const uint32_t *rows, uint32_t j, float *dk, float *dv) {
-  strips t = strips_of(seen);
-  block_gradients(e, &t, y_rows, u_rows, seen);
-  add_strips(&t, y_rows, e->Dp, e->D, e->da, e->dx_t);
-  set_strip_products(&t, e->da, keys, e->x_rows, e->Dp, e->Dp, e->d_rows);
+  const ra_strips *t = &seen->strips;
+  ra_block_gradients(e, y_rows, u_rows, seen);
+  add_strips(t, y_rows, e->Dp, e->D, e->da, e->dx_t);
+  set_strip_products(t, e->da, keys, e->x_rows, e->Dp, e->Dp, e->d_rows);
   ra_add_rows(e->d_rows, e->Dp, keys, e->D, dk, e->k_row, rows, j);
-  set_strip_products(&t, e->a, keys, e->h_rows, e->row, e->Dvp, e->d_rows);
+  set_strip_products(t, e->a, keys, e->h_rows, e->row, e->Dvp, e->d_rows);
   ra_add_rows(e->d_rows, e->Dvp, keys, e->Dv, dv, e->v_row, rows, j);
 }
 
@@ -203,8 +197,10 @@ static int next_block(const ra_polynomial *e, size_t kv, ra_range state, uint32_
 
 // All keys of a block, for the queries that are no outliers themselves.
 static ra_seen seen_by_plain(uint32_t keys, uint32_t outliers) {
-  ra_seen seen = {{0}, {0}, {0}, {0}};
+  ra_seen seen;
+  memset(&seen, 0, sizeof seen);
   for (uint32_t n = 0; n < CHUNK; n++) seen.end[n] = outliers >> n & 1 ? 0 : (float)keys;
+  ra_see_strips(&seen);
   return seen;
 }
 
@@ -262,8 +258,9 @@ static gathered gather(const ra_polynomial *e, const ra_arrays *x, size_t kv, ui
 static int load_seen(const ra_polynomial *e, const ra_arrays *x, size_t kv, const gathered *g, uint32_t j,
                      uint32_t keys, ra_seen *seen) {
   int any = 0;
-  *seen = (ra_seen){{0}, {0}, {0}, {0}};
+  memset(seen, 0, sizeof *seen);
   for (uint32_t n = 0; n < g->count; n++) any |= ra_see(seen, n, g->keys[n], j, keys);
+  ra_see_strips(seen);
   if (any) ra_load_keys(e, x, kv, j, keys, 0);
   return any;
 }

@@ -37,6 +37,7 @@
 //   beta - rowsum(s o beta), dA o A its gamma
 //   Katharopoulos et al. Transformers are RNNs. 2020 (2006.16236): running states for causal feature attention
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -474,17 +475,24 @@ static void add_biases(const ra_polynomial *e, size_t head, uint32_t i, uint32_t
   for (uint32_t n = 0; n < CHUNK; n++) seen->row[n] = n < count ? (float)(beyond(e, i + n) - first) : 0;
 }
 
-// Which of the keys j .. j + keys - 1 the queries i .. i + count - 1 of a head may see; `outliers`, done elsewhere, none.
-static ra_seen seen_keys(const ra_polynomial *e, size_t head, uint32_t i, uint32_t count, uint32_t outliers, uint32_t j,
-                         uint32_t keys) {
-  ra_seen seen;
+// Which of the keys j .. j + keys - 1 the queries i .. i + count - 1 of a head may see; `outliers`, done elsewhere, none. Until the next
+// one is asked for.
+static const ra_seen *seen_keys(const ra_polynomial *e, size_t head, uint32_t i, uint32_t count, uint32_t outliers,
+                                uint32_t j, uint32_t keys) {
+  ra_polynomial_state *s = e->state;
+  ra_pattern pattern = {(int64_t)i - j, count, keys};
+  int alike = !e->p->segments && !e->decaying && outliers == 0;
+  int known = s->pattern.ahead == pattern.ahead && s->pattern.count == count && s->pattern.keys == keys;
+  if (alike && known) return &s->seen;
   for (uint32_t n = 0; n < CHUNK; n++) {
     int sees = n < count && !(outliers >> n & 1);
-    ra_see(&seen, n, sees ? ra_keys_of(e->p, i + n) : (ra_range){0, 0}, j, keys);
+    ra_see(&s->seen, n, sees ? ra_keys_of(e->p, i + n) : (ra_range){0, 0}, j, keys);
   }
-  if (e->decaying) add_biases(e, head, i, count, j, &seen);
-  else ra_fill(seen.row, CHUNK, 0);
-  return seen;
+  if (e->decaying) add_biases(e, head, i, count, j, &s->seen);
+  else ra_fill(s->seen.row, CHUNK, 0);
+  ra_see_strips(&s->seen);
+  s->pattern = alike ? pattern : (ra_pattern){0, 0, 0};
+  return &s->seen;
 }
 
 // What the queries i .. i + count - 1 of a chunk see beside the keys of its state: a range on either side, or all when there
@@ -557,12 +565,13 @@ uint32_t ra_normalise(const ra_polynomial *e, uint32_t count, float *lse) {
   return bad;
 }
 
-void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_t seeing, float *out, float *lse) {
+uint32_t ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, float *out, float *lse) {
   float own[CHUNK];
-  if (ra_normalise(e, count, own) & seeing) e->state->not_positive = 1;
+  uint32_t bad = ra_normalise(e, count, own);
   for (uint32_t n = 0; n < count && e->decaying; n++) own[n] += (float)(e->state->decays.top - beyond(e, i + n));
   memcpy(lse + i, own, count * sizeof *own);
   ra_transpose(e->sum_t, CHUNK, e->Dv, count, out + i * e->out_row, e->out_row);
+  return bad;
 }
 
 // Those of the queries i .. i + count - 1 that see some key, bit n.
@@ -606,52 +615,64 @@ RA_KERNEL void forward_chunk(const ra_polynomial *e, const ra_arrays *x, size_t 
   for (int side = 0; side < 2; side++)
     for (uint32_t j = beside.side[side].first, keys; j < beside.side[side].end; j += keys) {
       keys = ra_min_u32(CHUNK, beside.side[side].end - j);
-      ra_seen seen = seen_keys(e, head, i, count, outliers, j, keys);
+      const ra_seen *seen = seen_keys(e, head, i, count, outliers, j, keys);
       ra_load_keys(e, x, kv, j, keys, 0);
-      ra_add_block(e, e->y_rows, e->u_rows, &seen);
+      ra_add_block(e, e->y_rows, e->u_rows, seen);
     }
-  ra_finish_chunk(e, i, count, seeing_queries(p, i, count) & ~outliers, x->out + at.out, x->lse + at.lse);
+  uint32_t bad = ra_finish_chunk(e, i, count, x->out + at.out, x->lse + at.lse) & ~outliers;
+  if (bad && (bad & seeing_queries(p, i, count))) e->state->not_positive = 1;
 }
 
 // --- Backward -----------------------------------------------------------------------------------------------------
 
-// What weights of queries are divided by, from lse, as references, powers of two, and inverse[32], what is left: 1/2 .. 1, or 0
-// of queries that count for nothing.
-static void take_denominators(const ra_polynomial *e, const float *lse, uint32_t count, uint32_t outliers,
-                              float *inverse, float *live) {
+// What weights of queries are divided by, from lse [32], as references, powers of two, and inverse[32], what is left: 1/2 .. 1, or 0
+// of queries whose lse is -infinity, which count for nothing. live[32] as ra_load_gradients.
+RA_KERNEL void take_denominators(const ra_polynomial *e, const float *lse, float *inverse, float *live) {
   const ra_exp2_constants *constants = ra_exp2_load();
+  f32x4 zero = f32x4_splat(0), least = f32x4_splat(-FLT_MAX), weightless = f32x4_splat(-RA_MASKED);
   float shift[CHUNK];
   row_shifts(e, shift);
-  for (uint32_t n = 0; n < CHUNK; n++) {
-    int counts = n < count && lse[n] != -INFINITY && !(outliers >> n & 1);
-    double power_of_all = counts ? RA_LOG2_E * (lse[n] - (double)shift[n]) : 0, power = floor(power_of_all);
-    inverse[n] = counts ? (float)(power - power_of_all) : RA_MASKED;
-    e->reference[n] = counts ? (float)power : -RA_MASKED;                  // weights of nothing are 0
-    live[n] = counts && power > -126 ? ra_power_of_two((float)-power) : 0; // else there is no polynomial in it
+  for (uint32_t n = 0; n < CHUNK; n += 4) {
+    f32x4 lse_n = f32x4_load(lse + n), natural = f32x4_sub(lse_n, f32x4_load(shift + n));
+    f32x4 all = f32x4_mul(natural, f32x4_splat((float)RA_LOG2_E)), power = f32x4_floor(all),
+          none = f32x4_sub(zero, power);
+    f32x4 factor = ra_exp2(none, constants), rest = ra_exp2(f32x4_sub(power, all), constants);
+    factor = f32x4_where_less(f32x4_splat(-126), power, factor, zero); // else there is no polynomial in it
+    f32x4_store(e->reference + n, f32x4_where_less(lse_n, least, weightless, power)); // weights of nothing are 0
+    f32x4_store(inverse + n, f32x4_where_less(lse_n, least, zero, rest));
+    f32x4_store(live + n, f32x4_where_less(lse_n, least, zero, factor));
   }
-  for (uint32_t n = 0; n < CHUNK; n += 4) f32x4_store(inverse + n, ra_exp2(f32x4_load(inverse + n), constants));
 }
 
 void ra_load_gradients(const ra_polynomial *e, const float *out, const float *dout, size_t row, const float *lse,
                        uint32_t count, uint32_t outliers, float *live) {
-  float inverse[CHUNK];
-  uint32_t Dv = e->Dv;
-  take_denominators(e, lse, count, outliers, inverse, live);
-  ra_fill(e->h_rows, (size_t)CHUNK * e->row, 0);
-  for (uint32_t n = 0; n < count; n++) {
-    if (inverse[n] == 0) continue;
-    const float *out_n = out + n * row, *dout_n = dout + n * row;
-    float *h = e->h_rows + n * e->row;
-    f32x4 factor = f32x4_load_splat(inverse + n), sums = f32x4_splat(0);
-    uint32_t d = 0;
-    for (; d + 4 <= Dv; d += 4) {
-      f32x4 dout_d = f32x4_load(dout_n + d);
-      sums = f32x4_madd(dout_d, f32x4_sub(f32x4_load(out_n + d), f32x4_load(e->v_mean + d)), sums);
-      f32x4_store(h + d, f32x4_mul(dout_d, factor));
+  float own[CHUNK], inverse[CHUNK];
+  uint32_t whole = e->Dv / 4 * 4;
+  f32x4 zero = f32x4_splat(0);
+  for (uint32_t n = 0; n < CHUNK; n++) own[n] = n < count && !(outliers >> n & 1) ? lse[n] : -INFINITY;
+  take_denominators(e, own, inverse, live);
+  for (uint32_t n = 0; n < CHUNK; n += 4) { // delta = out.dout of four, as lanes of one vector
+    f32x4 sums[4];
+    float delta[4], rest[4] = {0};
+    for (uint32_t m = 0; m < 4; m++) {
+      size_t at = ra_min_u32(n + m, count - 1) * row; // 0 in `inverse` past the last one
+      const float *out_n = out + at, *dout_n = dout + at;
+      float factor = inverse[n + m], *h = e->h_rows + (n + m) * e->row;
+      f32x4 factors = f32x4_splat(factor), sum = zero;
+      for (uint32_t d = factor == 0 ? 0 : whole; d < e->row; d += 4) f32x4_store(h + d, zero);
+      for (uint32_t d = 0; d < whole && factor != 0; d += 4) {
+        f32x4 dout_d = f32x4_load(dout_n + d);
+        sum = f32x4_madd(dout_d, f32x4_sub(f32x4_load(out_n + d), f32x4_load(e->v_mean + d)), sum);
+        f32x4_store(h + d, f32x4_mul(dout_d, factors));
+      }
+      for (uint32_t d = whole; d < e->Dv && factor != 0; d++)
+        rest[m] += dout_n[d] * (out_n[d] - e->v_mean[d]), h[d] = dout_n[d] * factor;
+      sums[m] = sum;
     }
-    float delta = f32x4_sum(sums);
-    for (; d < Dv; d++) delta += dout_n[d] * (out_n[d] - e->v_mean[d]), h[d] = dout_n[d] * inverse[n];
-    h[e->Dvp] = -delta * inverse[n];
+    f32x4_transpose(sums, sums + 1, sums + 2, sums + 3);
+    f32x4 all = f32x4_add(f32x4_add(sums[0], sums[1]), f32x4_add(sums[2], sums[3]));
+    f32x4_store(delta, f32x4_mul(f32x4_add(all, f32x4_load(rest)), f32x4_load(inverse + n)));
+    for (uint32_t m = 0; m < 4; m++) e->h_rows[(n + m) * e->row + e->Dvp] = -delta[m];
   }
   ra_transpose(e->h_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
 }
@@ -723,9 +744,9 @@ static void add_near_lags(const ra_polynomial *e, uint32_t i, uint32_t count, ui
 RA_KERNEL void add_last_keys(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count,
                              ra_range state) {
   uint32_t keys = ra_min_u32(CHUNK, state.end - state.first), j = state.end - keys;
-  ra_seen seen = seen_keys(e, head, i, count, 0, j, keys);
+  const ra_seen *seen = seen_keys(e, head, i, count, 0, j, keys);
   ra_load_keys(e, x, head / ra_group(e->p), j, keys, 0);
-  ra_block_gradients(e, e->y_rows, e->u_rows, &seen);
+  ra_block_gradients(e, e->y_rows, e->u_rows, seen);
   add_near_lags(e, i, count, j, keys);
 }
 
@@ -751,9 +772,9 @@ RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size
   for (int side = 0; side < 2; side++)
     for (uint32_t j = beside.side[side].first, keys; j < beside.side[side].end; j += keys) {
       keys = ra_min_u32(CHUNK, beside.side[side].end - j);
-      ra_seen seen = seen_keys(e, head, i, count, outliers, j, keys);
+      const ra_seen *seen = seen_keys(e, head, i, count, outliers, j, keys);
       ra_load_keys(e, x, kv, j, keys, 0);
-      ra_add_block_backward(e, e->y_rows, e->u_rows, keys, &seen, NULL, j, x->dk + at.k, x->dv + at.v);
+      ra_add_block_backward(e, e->y_rows, e->u_rows, keys, seen, NULL, j, x->dk + at.k, x->dv + at.v);
       if (e->moment) e->state->dslope += edge_moment(e, j, keys, reads ? e->state->origin : beside.side[0].first);
       if (e->near_lags) add_near_lags(e, i, count, j, keys);
     }
@@ -1006,6 +1027,7 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
   uint32_t blocks = n.key_blocks + n.query_blocks, all = units(p, pass);
   if (first == 0) {
     e.state->not_positive = 0;
+    e.state->pattern.count = 0;
     ra_rotary_init(&e.state->q_rotary, p, 1, NULL, e.q_space);
     ra_rotary_init(&e.state->k_rotary, p, 0, &e.state->q_rotary, e.k_space);
     if (e.near_lags && x->dbias) ra_fill(x->dbias, p->bias_heads * ra_diagonals(p), 0);

@@ -30,6 +30,29 @@ typedef struct ra_loaded {
   uint32_t j, count;
 } ra_loaded;
 
+enum { RA_STRIP_QUERIES = 8, RA_STRIPS = RA_CHUNK / RA_STRIP_QUERIES };
+
+// What is done of a block of keys, which is half of it on a diagonal: the keys that each strip of 8 queries sees, and the queries
+// from .. to - 1 of the strips that see some of each 8 keys; `whole`: these see all of them.
+typedef struct ra_strips {
+  ra_range keys[RA_STRIPS];
+  uint32_t from[RA_STRIPS], to[RA_STRIPS];
+  int whole;
+} ra_strips;
+
+// Of a block of keys each query sees first[i] .. end[i] - 1. Where weights decay, key n has bias[31 + i - n] + row[i] added.
+typedef struct ra_seen {
+  float first[RA_CHUNK], end[RA_CHUNK], row[RA_CHUNK], bias[2 * RA_CHUNK];
+  ra_strips strips;
+} ra_seen;
+
+// Blocks of `keys` keys from j on are seen alike by `count` queries from i on, i - j being `ahead`, where nothing else decides; of none
+// when count is 0.
+typedef struct ra_pattern {
+  int64_t ahead;
+  uint32_t count, keys;
+} ra_pattern;
+
 // What stays between calls.
 typedef struct ra_polynomial_state {
   ra_rotary q_rotary, k_rotary;
@@ -40,6 +63,8 @@ typedef struct ra_polynomial_state {
   uint32_t
       origin; // key r from which tokens in Z and Y decay: a key's by exp(-rate (r - j)), a query's likewise from its position
   ra_loaded loaded; // what y_rows and u_rows hold
+  ra_seen seen;     // of the last block beside a state, and which that was
+  ra_pattern pattern;
   double dslope;
   ra_decays decays;
 } ra_polynomial_state;
@@ -139,17 +164,12 @@ void ra_load_gradients(const ra_polynomial *e, const float *out, const float *do
 // do not add up to a positive finite number: zeros, -infinity.
 uint32_t ra_normalise(const ra_polynomial *e, uint32_t count, float *lse);
 
-// sum_t of queries i .. i + count - 1 becomes their rows of out and lse; those in `seeing` (bit n) are to have positive weights.
-void ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, uint32_t seeing, float *out, float *lse);
+// sum_t of queries i .. i + count - 1 becomes their rows of out and lse; returns what ra_normalise does.
+uint32_t ra_finish_chunk(const ra_polynomial *e, uint32_t i, uint32_t count, float *out, float *lse);
 
 // --- Pairs that are done exactly (pairs.c) -----------------------------------------------------------------------------
 //
 // Their scores may be large, so each query has a reference: sum_t, and A = exp(x.y), are meant times 2^reference.
-
-// Of a block of keys each query sees first[i] .. end[i] - 1. Where weights decay, key n has bias[31 + i - n] + row[i] added.
-typedef struct ra_seen {
-  float first[RA_CHUNK], end[RA_CHUNK], row[RA_CHUNK], bias[2 * RA_CHUNK];
-} ra_seen;
 
 // What a query with this range sees of the keys j .. j + keys - 1; 0 when that is nothing.
 static inline int ra_see(ra_seen *seen, uint32_t query, ra_range range, uint32_t j, uint32_t keys) {
@@ -158,6 +178,9 @@ static inline int ra_see(ra_seen *seen, uint32_t query, ra_range range, uint32_t
   seen->first[query] = (float)first, seen->end[query] = (float)end;
   return first < end;
 }
+
+// Sets `strips`, once first and end are there.
+void ra_see_strips(ra_seen *seen);
 
 // The references at the beginning, for sum_t as it is; `empty`: nothing is in it.
 void ra_begin_references(const ra_polynomial *e, int empty);

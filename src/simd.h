@@ -39,6 +39,7 @@ RA_INLINE f32x4 f32x4_sub(f32x4 a, f32x4 b) { return wasm_f32x4_sub(a, b); }
 RA_INLINE f32x4 f32x4_mul(f32x4 a, f32x4 b) { return wasm_f32x4_mul(a, b); }
 RA_INLINE f32x4 f32x4_div(f32x4 a, f32x4 b) { return wasm_f32x4_div(a, b); }
 RA_INLINE f32x4 f32x4_abs(f32x4 a) { return wasm_f32x4_abs(a); }
+RA_INLINE f32x4 f32x4_floor(f32x4 a) { return wasm_f32x4_floor(a); }
 
 // a * b + c; one rounding when relaxed, two otherwise.
 RA_INLINE f32x4 f32x4_madd(f32x4 a, f32x4 b, f32x4 c) {
@@ -101,6 +102,7 @@ RA_INLINE f32x4 f32x4_high_halves(f32x4 a, f32x4 b) { return wasm_i32x4_shuffle(
 
 #else
 
+#include <math.h>
 #include <string.h>
 
 // Vectors of the compiler: gcc, clang.
@@ -129,6 +131,7 @@ RA_INLINE f32x4 ra_select(ra_mask where, f32x4 a, f32x4 b) {
 RA_INLINE f32x4 f32x4_abs(f32x4 a) {
   return (f32x4)((ra_mask)a & (ra_mask){INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX});
 }
+RA_INLINE f32x4 f32x4_floor(f32x4 a) { return (f32x4){floorf(a[0]), floorf(a[1]), floorf(a[2]), floorf(a[3])}; }
 RA_INLINE f32x4 f32x4_max(f32x4 a, f32x4 b) { return ra_select(b < a, a, b); }
 RA_INLINE f32x4 f32x4_min(f32x4 a, f32x4 b) { return ra_select(a < b, a, b); }
 RA_INLINE f32x4 f32x4_where_less(f32x4 x, f32x4 y, f32x4 a, f32x4 b) { return ra_select(x < y, a, b); }

@@ -142,14 +142,17 @@ int ra_state_attend(const ra_problem *p, const ra_arrays *x, const void *state, 
       ra_heads at = ra_heads_of(&e, head);
       for (uint32_t i = 0; i < p->query_length; i += CHUNK) {
         uint32_t count = ra_min_u32(CHUNK, p->query_length - i);
-        ra_seen seen = {{0}, {0}, {0}, {0}};
+        ra_seen seen;
+        memset(&seen, 0, sizeof seen);
         ra_fill(seen.end, count, (float)s->waiting);
+        ra_see_strips(&seen);
         ra_fill(e.sum_t, (size_t)e.columns * CHUNK, 0);
         ra_load_queries(&e, x->q + at.q, i, count, s->joined != 0);
         ra_begin_references(&e, !s->joined);
         if (s->joined) ra_read_state(&e, e.x_t, count, e.sum_t);
         if (s->waiting > 0) ra_add_block(&e, own.y_rows, own.u_rows, &seen);
-        ra_finish_chunk(&e, i, count, s->joined || s->waiting > 0 ? UINT32_MAX : 0, x->out + at.out, x->lse + at.lse);
+        uint32_t bad = ra_finish_chunk(&e, i, count, x->out + at.out, x->lse + at.lse);
+        if (bad && (s->joined || s->waiting > 0)) e.state->not_positive = 1;
       }
     }
   }
