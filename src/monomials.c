@@ -94,6 +94,17 @@ RA_KERNEL void multiply_rows_backward(const float *x, const float *below, uint32
   }
 }
 
+// in the forward pass these were y[a] = x_a * live, and so dx_a += live * dy[a]
+RA_KERNEL void first_rows_backward(const float *live, const float *dy, uint32_t rows, float *dx) {
+  for (uint32_t i = 0; i < RA_CHUNK; i += 4) {
+    f32x4 factor = f32x4_load(live + i);
+    RA_ROLLED
+    for (size_t n = i; n < (size_t)rows * RA_CHUNK; n += RA_CHUNK) {
+      f32x4_store(dx + n, f32x4_madd(factor, f32x4_load(dy + n), f32x4_load(dx + n)));
+    }
+  }
+}
+
 void ra_features_lower(const ra_features *f, const float *x_t, const float *live, float *lower) {
   uint32_t D = f->D;
   for (uint32_t i = 0; i < RA_CHUNK; i++) lower[i] = live[i];
@@ -140,6 +151,10 @@ static int next_cut(const ra_features *f, uint32_t row, uint32_t count, uint32_t
 void ra_features_block(const ra_features *f, const float *x_t, const float *lower, uint32_t row0, uint32_t count,
                        float *block) {
   uint32_t row = row0 - f->lower, at = 0;
+  if (f->degree == 1) {
+    multiply_rows(lower, x_t + (size_t)row * RA_CHUNK, count, block);
+    return;
+  }
   uint32_t a = first_variable(f->tail + (size_t)f->degree * (f->D + 1), f->D, row);
   for (cut c; next_cut(f, row, count, &a, &at, &c);)
     multiply_rows(x_t + c.a * RA_CHUNK, lower + (size_t)c.below * RA_CHUNK, c.rows, block + (size_t)c.at * RA_CHUNK);
@@ -148,22 +163,15 @@ void ra_features_block(const ra_features *f, const float *x_t, const float *lowe
 void ra_features_block_backward(const ra_features *f, const float *x_t, const float *lower, uint32_t row0,
                                 uint32_t count, const float *dblock, float *dlower, float *dx_t) {
   uint32_t row = row0 - f->lower, at = 0;
+  if (f->degree == 1) {
+    first_rows_backward(lower, dblock, count, dx_t + (size_t)row * RA_CHUNK);
+    return;
+  }
   uint32_t a = first_variable(f->tail + (size_t)f->degree * (f->D + 1), f->D, row);
   for (cut c; next_cut(f, row, count, &a, &at, &c);)
     multiply_rows_backward(x_t + c.a * RA_CHUNK, lower + (size_t)c.below * RA_CHUNK, c.rows,
                            dblock + (size_t)c.at * RA_CHUNK, dlower + (size_t)c.below * RA_CHUNK,
                            dx_t + c.a * RA_CHUNK);
-}
-
-// in the forward pass these were y[a] = x_a * live, and so dx_a += live * dy[a]
-RA_KERNEL void first_rows_backward(const float *live, const float *dy, uint32_t rows, float *dx) {
-  for (uint32_t i = 0; i < RA_CHUNK; i += 4) {
-    f32x4 factor = f32x4_load(live + i);
-    RA_ROLLED
-    for (size_t n = i; n < (size_t)rows * RA_CHUNK; n += RA_CHUNK) {
-      f32x4_store(dx + n, f32x4_madd(factor, f32x4_load(dy + n), f32x4_load(dx + n)));
-    }
-  }
 }
 
 void ra_features_lower_backward(const ra_features *f, const float *x_t, const float *lower, float *dlower,

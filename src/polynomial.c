@@ -543,17 +543,20 @@ void ra_take_weights(const ra_polynomial *e, uint32_t kv) {
 // --- Forward ------------------------------------------------------------------------------------------------------
 
 uint32_t ra_normalise(const ra_polynomial *e, uint32_t count, float *lse) {
+  f32x4 zero = f32x4_splat(0), least = f32x4_splat(FLT_MIN), most = f32x4_splat(3.4e38f);
   float shift[CHUNK], inverse[CHUNK];
   uint32_t bad = 0;
   row_shifts(e, shift);
-  const float *denominator = e->sum_t + (size_t)e->Dvp * CHUNK;
-  for (uint32_t n = 0; n < CHUNK; n++) {
-    float sum = denominator[n];
-    int good = sum > 0 && sum <= 3.4e38f;
-    inverse[n] = good ? 1 / sum : 0;
-    lse[n] = good ? (float)(log((double)sum) + RA_LN_2 * e->reference[n] + shift[n]) : -INFINITY;
-    if (!good && n < count) bad |= 1u << n;
+  for (uint32_t n = 0; n < CHUNK; n += 4) {
+    f32x4 sum = f32x4_load(e->sum_t + (size_t)e->Dvp * CHUNK + n), own = f32x4_max(least, f32x4_min(most, sum));
+    f32x4 power = f32x4_add(f32x4_exponent(own), f32x4_load(e->reference + n));
+    f32x4 log_n = f32x4_add(ra_log(f32x4_mantissa(own), power), f32x4_load(shift + n));
+    f32x4 good = f32x4_where_less(sum, most, f32x4_div(f32x4_splat(1), own), zero); // of NaN too
+    good = f32x4_where_less(sum, least, zero, good);
+    f32x4_store(inverse + n, good);
+    f32x4_store(lse + n, f32x4_where_less(zero, good, log_n, f32x4_splat(-INFINITY)));
   }
+  for (uint32_t n = 0; n < count; n++) bad |= (uint32_t) !(inverse[n] > 0) << n;
   for (uint32_t d = 0; d < e->Dv; d++) {
     f32x4 mean = f32x4_load_splat(e->v_mean + d);
     for (uint32_t c = 0; c < CHUNK; c += 4) {

@@ -74,6 +74,14 @@ RA_INLINE f32x4 f32x4_where_less(f32x4 x, f32x4 y, f32x4 a, f32x4 b) {
 // 2^n in each lane, n being the low 8 bits of the float's bits less 127 (see ra_exp2): the bits move to the exponent.
 RA_INLINE f32x4 f32x4_bits_to_exponent(f32x4 a) { return wasm_i32x4_shl(a, 23); }
 
+// x = m 2^n for positive lanes that are not subnormal: m in [1, 2), and n as a float.
+RA_INLINE f32x4 f32x4_mantissa(f32x4 a) {
+  return wasm_v128_or(wasm_v128_and(a, wasm_i32x4_splat(0x7fffff)), wasm_f32x4_splat(1));
+}
+RA_INLINE f32x4 f32x4_exponent(f32x4 a) {
+  return wasm_f32x4_convert_i32x4(wasm_i32x4_sub(wasm_u32x4_shr(a, 23), wasm_i32x4_splat(127)));
+}
+
 // Four bytes of each of four rows, as the bits of four lanes; and the lanes of a whose byte n of these is 0, else 0.
 RA_INLINE f32x4 f32x4_load_bytes(const uint8_t *p, size_t row) {
   v128_t a = wasm_v128_load32_lane(p + row, wasm_v128_load32_zero(p), 1);
@@ -146,6 +154,13 @@ RA_INLINE f32x4 f32x4_bits_to_exponent(f32x4 a) {
   memcpy(bits, &a, sizeof bits);
   for (int i = 0; i < 4; i++) bits[i] <<= 23;
   memcpy(&a, bits, sizeof bits);
+  return a;
+}
+
+RA_INLINE f32x4 f32x4_exponent(f32x4 a) { return (f32x4){logbf(a[0]), logbf(a[1]), logbf(a[2]), logbf(a[3])}; }
+RA_INLINE f32x4 f32x4_mantissa(f32x4 a) {
+  f32x4 n = f32x4_exponent(a);
+  for (int i = 0; i < 4; i++) a[i] = ldexpf(a[i], -(int)n[i]);
   return a;
 }
 

@@ -67,6 +67,24 @@ RA_INLINE f32x4 ra_exp2(f32x4 x, const ra_exp2_constants *k) {
   return ra_exp2_near(f32x4_max(f32x4_load(k->low), x), k);
 }
 
+// log of m in [1, 2), and 2^whole times as much, for a whole number: an absolute error of 1e-7, of results above 1 a relative one.
+// t = m - 1, or m / 2 - 1 from sqrt 2 on: log(1 + t) = t - t^2 / 2 + t^3 q(t), q of degree 7: relative error 5.8e-9 before rounding
+// (weighted least squares, weights by Lawson, coefficients rounded one after another).
+RA_INLINE f32x4 ra_log(f32x4 m, f32x4 whole) {
+  static const float c[8] = {0x1.555554p-2f, -0x1.000226p-2f, 0x1.99a01ep-3f, -0x1.54728cp-3f,
+                             0x1.22d8fap-3f, -0x1.0d81f4p-3f, 0x1.05600cp-3f, -0x1.38cea0p-4f};
+  static const float ln_2[2] = {0x1.63p-1f, -0x1.bd0106p-13f}; // in two parts, of which the first makes exact products
+  f32x4 one = f32x4_splat(1), half = f32x4_splat(0.5f), root = f32x4_splat(0x1.6a09e6p0f);
+  f32x4 n = f32x4_where_less(m, root, whole, f32x4_add(whole, one));
+  f32x4 t = f32x4_sub(f32x4_where_less(m, root, m, f32x4_mul(m, half)), one), square = f32x4_mul(t, t);
+  f32x4 q = f32x4_load_splat(c + 7);
+  RA_ROLLED
+  for (int i = 7; i-- > 0;) q = f32x4_madd(q, t, f32x4_load_splat(c + i));
+  q = f32x4_mul(square, f32x4_sub(f32x4_mul(t, q), half));
+  q = f32x4_add(t, f32x4_madd(n, f32x4_load_splat(ln_2 + 1), q));
+  return f32x4_madd(n, f32x4_load_splat(ln_2), q);
+}
+
 // Constants of tanh: c_m of x^(2m + 1) in ra_tanh_near; p_m and q_m of the quotient in ra_tanh.
 typedef struct ra_tanh_constants {
   float c4[4], c3[4], c2[4], c1[4], one[4];
