@@ -519,20 +519,24 @@ RA_KERNEL void row_shifts(const ra_polynomial *e, float *shift) {
 
 // --- Preparation --------------------------------------------------------------------------------------------------
 
-// Means of the rotated keys, without outliers, and of the values.
-RA_KERNEL void take_means(const ra_polynomial *e, size_t kv, const float *k, const float *v) {
+// Means of the rotated keys, without outliers, unless they are known, and of the values.
+RA_KERNEL void take_means(const ra_polynomial *e, const ra_arrays *x, size_t kv) {
   uint32_t Nk = e->p->key_length, plain = Nk - e->p->outlier_key_count;
   ra_outliers far = ra_outlier_keys(e->p, kv);
+  ra_heads at = ra_heads_of(e, kv * ra_group(e->p));
+  const float *k = x->k + at.k, *v = x->v + at.v;
   double k_sum[RA_MAX_HEAD_DIM] = {0}, v_sum[RA_MAX_HEAD_DIM] = {0};
   ra_forget_keys(e);
   for (uint32_t j = 0; j < Nk; j += CHUNK) {
     uint32_t count = ra_min_u32(CHUNK, Nk - j);
+    ra_sum_rows(v + j * e->v_row, e->v_row, count, e->Dv, 0, v_sum);
+    if (x->means) continue;
     ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->y_rows, e->Dp, count, j, RA_ROTATE, 1.0f);
     ra_sum_rows(e->y_rows, e->Dp, count, e->D, ra_outlier_bits(far, 1, 0, j, count), k_sum);
-    ra_sum_rows(v + j * e->v_row, e->v_row, count, e->Dv, 0, v_sum);
   }
   ra_fill(e->k_mean, e->Dp, 0), ra_fill(e->v_mean, e->Dvp, 0);
   for (uint32_t d = 0; d < e->D && plain > 0; d++) e->k_mean[d] = (float)(k_sum[d] / plain);
+  if (x->means) memcpy(e->k_mean, x->means + kv * e->D, e->D * sizeof *x->means);
   for (uint32_t d = 0; d < e->Dv; d++) e->v_mean[d] = (float)(v_sum[d] / Nk);
 }
 
@@ -897,7 +901,7 @@ static void prepare_state(const ra_polynomial *e, const ra_arrays *x, uint32_t p
   ra_rotary_batch(&e->state->q_rotary, p, 1, kv / p->kv_heads);
   ra_rotary_batch(&e->state->k_rotary, p, 0, kv / p->kv_heads);
   ra_take_weights(e, kv);
-  take_means(e, kv, x->k + at.k, x->v + at.v);
+  take_means(e, x, kv);
   ra_load_outlier_keys(e, x, kv);
   e->state->first = e->state->edge = 0;
   take_decays(e, head);

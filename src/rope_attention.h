@@ -188,6 +188,8 @@ typedef struct ra_arrays {
   float *dalibi;     // [H], summed over batches; or NULL
   float *dsinks;     // [H], summed over batches; or NULL
   float *dweights;   // [support_count][Nq + Nk - 1], summed over batches and heads; or NULL
+  float *means; // [B][kv_heads][D] mean rotated keys without outliers, which ra_sample_prepare leaves there and the
+                // polynomial engine then need not find; or NULL
 } ra_arrays;
 
 // --- The contract: any engine, either pass -----------------------------------------------------------------------

@@ -284,6 +284,7 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
     bounds->k_norm = norm(t.squares, bounds->k_entry, e.D);
   }
   rotate_keys(&e, k, kv_head);
+  if (x->means) memcpy(x->means + kv_head * e.D, e.k_mean, e.D * sizeof *x->means);
   extent t = no_extent();
   for (uint32_t j = 0; j < e.Nk; j += RA_CHUNK) {
     uint32_t count = ra_min_u32(RA_CHUNK, p->key_length - j);

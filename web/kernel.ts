@@ -413,6 +413,8 @@ export class Session {
   #prepared: { head: number; bounds: Bounds } | null = null;
   #measured: number | null = null;
   #outliers: Outliers | null = null;
+  /** Beside which outliers the mean keys of each head were found. */
+  readonly #meansBeside: (Outliers | null | undefined)[];
   #overwritten = false;
   #given = false;
   #spent = 0;
@@ -422,6 +424,7 @@ export class Session {
     this.#name = name;
     this.geometry = g;
     this.heads = g.batch * g.kvHeads;
+    this.#meansBeside = Array<undefined>(this.heads).fill(undefined);
     this.rowsOfHead = (g.heads / g.kvHeads) * g.queryLength;
     const limit = (rows: number) => (g.alibi || g.decays ? 1 : outlierLimit(rows)); // none is chosen: the engine has not both
     this.outlierLimits = { queries: limit(this.rowsOfHead), keys: limit(g.keyLength) };
@@ -636,6 +639,7 @@ export class Session {
     arrays.v = floats(size.v);
     arrays.out = floats(size.output);
     arrays.lse = floats(size.lse);
+    arrays.means = floats(this.heads * this.geometry.headDim);
     if (pass === 'backward') {
       arrays.dout = floats(size.output);
       arrays.dq = floats(size.q);
@@ -704,6 +708,7 @@ export class Session {
   run(pass: Pass, first: number, last: number): boolean {
     this.#check();
     if (pass === 'forward') this.#overwritten = true;
+    this.#giveMeans(this.#meansBeside.every((one) => one === this.#outliers));
     const code = this.#exports.ra_run(
       this.#at.problem,
       this.#at.arrays,
@@ -715,6 +720,11 @@ export class Session {
     if (code === NOT_POSITIVE) return false;
     this.#expect(code, 'ra_run');
     return true;
+  }
+
+  /** Whether mean keys have a place, from which they are read or in which they are left. */
+  #giveMeans(there: boolean): void {
+    this.#arena.writeStruct(this.#at.arrays, ARRAYS, { means: there ? this.#arrays.means : 0 });
   }
 
   /** A copy of what a pass wrote. */
@@ -773,11 +783,13 @@ export class Session {
       this.#prepared = null;
       this.#measured = head;
       this.#spent += prepareCost(this.geometry, again);
+      this.#giveMeans(true);
       const { ra_sample_prepare } = this.#exports;
       this.#expect(
         ra_sample_prepare(problem, arrays, head, Number(again), bounds, this.#sampling),
         'ra_sample_prepare',
       );
+      this.#meansBeside[head] = this.#outliers;
       this.#prepared = { head, bounds: this.#arena.readStruct(bounds, BOUNDS) };
     }
     return this.#prepared.bounds;

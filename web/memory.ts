@@ -86,6 +86,7 @@ export const ARRAYS = {
   dalibi: 'address',
   dsinks: 'address',
   dweights: 'address',
+  means: 'address',
 } as const satisfies Fields;
 
 /** ra_bounds. */
