@@ -519,7 +519,7 @@ RA_KERNEL void row_shifts(const ra_polynomial *e, float *shift) {
 
 // --- Preparation --------------------------------------------------------------------------------------------------
 
-// Means of the rotated keys, without outliers, unless they are known, and of the values.
+// Means of the rotated keys, without outliers, and of the values, unless they are known.
 RA_KERNEL void take_means(const ra_polynomial *e, const ra_arrays *x, size_t kv) {
   uint32_t Nk = e->p->key_length, plain = Nk - e->p->outlier_key_count;
   ra_outliers far = ra_outlier_keys(e->p, kv);
@@ -527,16 +527,19 @@ RA_KERNEL void take_means(const ra_polynomial *e, const ra_arrays *x, size_t kv)
   const float *k = x->k + at.k, *v = x->v + at.v;
   double k_sum[RA_MAX_HEAD_DIM] = {0}, v_sum[RA_MAX_HEAD_DIM] = {0};
   ra_forget_keys(e);
+  ra_fill(e->k_mean, e->Dp, 0), ra_fill(e->v_mean, e->Dvp, 0);
+  if (x->means) {
+    const float *known = x->means + kv * (e->D + e->Dv);
+    memcpy(e->k_mean, known, e->D * sizeof *known), memcpy(e->v_mean, known + e->D, e->Dv * sizeof *known);
+    return;
+  }
   for (uint32_t j = 0; j < Nk; j += CHUNK) {
     uint32_t count = ra_min_u32(CHUNK, Nk - j);
-    ra_sum_rows(v + j * e->v_row, e->v_row, count, e->Dv, 0, v_sum);
-    if (x->means) continue;
     ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, e->y_rows, e->Dp, count, j, RA_ROTATE, 1.0f);
     ra_sum_rows(e->y_rows, e->Dp, count, e->D, ra_outlier_bits(far, 1, 0, j, count), k_sum);
+    ra_sum_rows(v + j * e->v_row, e->v_row, count, e->Dv, 0, v_sum);
   }
-  ra_fill(e->k_mean, e->Dp, 0), ra_fill(e->v_mean, e->Dvp, 0);
   for (uint32_t d = 0; d < e->D && plain > 0; d++) e->k_mean[d] = (float)(k_sum[d] / plain);
-  if (x->means) memcpy(e->k_mean, x->means + kv * e->D, e->D * sizeof *x->means);
   for (uint32_t d = 0; d < e->Dv; d++) e->v_mean[d] = (float)(v_sum[d] / Nk);
 }
 
@@ -757,6 +760,15 @@ RA_KERNEL void add_last_keys(const ra_polynomial *e, const ra_arrays *x, size_t 
   add_near_lags(e, i, count, j, keys);
 }
 
+// Rows of dk and dv before key `end` begin at zero, just before something is first added to them.
+static void clear_rows(const ra_polynomial *e, const ra_arrays *x, ra_heads at, uint32_t end) {
+  for (uint32_t *j = &e->state->cleared; *j < end; ++*j) {
+    float *dk = x->dk + at.k + *j * e->k_row, *dv = x->dv + at.v + *j * e->v_row;
+    for (uint32_t d = 0; d < e->D; d++) dk[d] = 0;
+    for (uint32_t d = 0; d < e->Dv; d++) dv[d] = 0;
+  }
+}
+
 // The sweep forwards, one chunk of one query head: dq, and what pairs that are done exactly give to dk and dv.
 RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
   const ra_problem *p = e->p;
@@ -768,6 +780,7 @@ RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size
   int reads = has_plain_keys(p, kv, state);
   load_queries_backward(e, x, head, i, count, reads);
   ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
+  clear_rows(e, x, at, ra_key_limit(p, i + count - 1));
 
   // in the forward pass this was sum = phi(x) Z
   if (reads) {
@@ -894,10 +907,9 @@ RA_KERNEL void finish_keys(const ra_polynomial *e, size_t kv, float *dk) {
 }
 
 // Before the first unit of a state, of the query heads from `head` on.
-static void prepare_state(const ra_polynomial *e, const ra_arrays *x, uint32_t pass, uint32_t head) {
+static void prepare_state(const ra_polynomial *e, const ra_arrays *x, uint32_t head) {
   const ra_problem *p = e->p;
   uint32_t kv = head / ra_group(p);
-  ra_heads at = ra_heads_of(e, head);
   ra_rotary_batch(&e->state->q_rotary, p, 1, kv / p->kv_heads);
   ra_rotary_batch(&e->state->k_rotary, p, 0, kv / p->kv_heads);
   ra_take_weights(e, kv);
@@ -907,10 +919,7 @@ static void prepare_state(const ra_polynomial *e, const ra_arrays *x, uint32_t p
   take_decays(e, head);
   e->state->dslope = 0;
   for (uint32_t t = 0; e->near_lags && t < ra_lags_from(p); t++) e->near_lags[t] = 0;
-  for (uint32_t j = 0; pass == RA_BACKWARD && head % ra_group(p) == 0 && j < p->key_length; j++) {
-    ra_fill(x->dk + at.k + j * e->k_row, e->D, 0);
-    ra_fill(x->dv + at.v + j * e->v_row, e->Dv, 0);
-  }
+  if (head % ra_group(p) == 0) e->state->cleared = 0;
 }
 
 // --- The gradient of the bias -------------------------------------------------------------------------------------------
@@ -1041,9 +1050,10 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
   }
   for (uint32_t unit = first; unit < last; unit++) {
     uint32_t state = unit / n.per_head, at = unit % n.per_head, head = state * sharing(p), kv = head / ra_group(p);
-    if (at == 0) prepare_state(&e, x, pass, head);
+    if (at == 0) prepare_state(&e, x, head);
     if (pass == RA_BACKWARD && at == blocks) { // keys that no query saw through the state are done
       clear_state(&e);
+      clear_rows(&e, x, ra_heads_of(&e, head), p->key_length);
       e.state->queries = (ra_range){p->query_length, p->query_length};
       e.state->edge = ra_state_keys(p, ra_chunk_start(p, p->query_length - 1)).end;
     }

@@ -58,6 +58,7 @@ typedef struct ra_polynomial_state {
   ra_rotary q_rotary, k_rotary;
   uint32_t first, edge;  // keys first .. edge-1 are in Z (forward sweep); keys edge .. are done (backward sweep)
   ra_range queries;      // those in Y (backward sweep)
+  uint32_t cleared;      // keys before this one have rows of dk and dv that hold something (backward)
   uint32_t gone;         // tokens that have left Z, or Y, since it was made
   uint32_t not_positive; // rows whose denominator was not positive and finite
   uint32_t

@@ -188,8 +188,9 @@ typedef struct ra_arrays {
   float *dalibi;     // [H], summed over batches; or NULL
   float *dsinks;     // [H], summed over batches; or NULL
   float *dweights;   // [support_count][Nq + Nk - 1], summed over batches and heads; or NULL
-  float *means; // [B][kv_heads][D] mean rotated keys without outliers, which ra_sample_prepare leaves there and the
-                // polynomial engine then need not find; or NULL
+  float *
+      means; // [B][kv_heads][D + Dv] mean rotated keys without outliers and mean values, which ra_sample_prepare leaves there
+             // and the polynomial engine then need not find; or NULL
 } ra_arrays;
 
 // --- The contract: any engine, either pass -----------------------------------------------------------------------
@@ -303,20 +304,22 @@ typedef struct ra_distance {
 // coefficients[degree + 1] as the polynomial engine would use it (exact at the edges of causal masks and windows, and for
 // outliers), times exp(bias), directly from the scores: O(count Nk (D + Dv)). out [count][Dv], lse [count], dq [count][D]; and
 // *distance unless that is NULL. The gradient itself reads x->dout only.
-// RA_NOT_POSITIVE when a row's weights do not add up to a positive finite number.
+// RA_NOT_POSITIVE when a row's weights do not add up to a positive finite number. `beside`: the same rows with exp as well, for what that
+// takes beyond the scores; out, lse and dq are twice as long then, and these come second.
 int RA_API(ra_sample_rows)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
-                           uint32_t count, const float *coefficients, uint32_t degree, float *out, float *lse,
-                           float *dq, ra_distance *distance, void *workspace);
+                           uint32_t count, const float *coefficients, uint32_t degree, uint32_t beside, float *out,
+                           float *lse, float *dq, ra_distance *distance, void *workspace);
 
 enum { RA_SAMPLE_KEYS = 32 };
 
 // Up to RA_SAMPLE_KEYS rows of dk and dv (keys[count], ascending), with exp (coefficients NULL) or with the polynomial as for rows,
-// with lse and out taken from x->lse and x->out: O(count heads/kv_heads Nq (D + Dv)). dk [count][D], dv [count][Dv]. With a
+// with lse and out taken from x->lse and x->out: O(count heads/kv_heads Nq (D + Dv)). dk [count][D], dv [count][Dv], twice as long where these are wanted
+// with exp as well (`beside`), which come second. With a
 // polynomial dk lacks what the engine has through the mean key, R_j^T x with the same x for every key: of the size of the
 // polynomial's error.
 int RA_API(ra_sample_columns)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys,
-                              uint32_t count, const float *coefficients, uint32_t degree, float *dk, float *dv,
-                              void *workspace);
+                              uint32_t count, const float *coefficients, uint32_t degree, uint32_t beside, float *dk,
+                              float *dv, void *workspace);
 
 // What such rows of dk and dv, with exp, gain when the lse and out of some rows (flat, as above) are not x->lse and x->out but
 // lse [count] and out [count][Dv], each counted shares[count] times. O(count (D + Dv)).

@@ -22,7 +22,9 @@ enum {
   LANES = 8,
   TILE = 128, // keys, or queries, that are weighed together
   GROUPS = RA_SAMPLE_KEYS / LANES,
-  SMALL = 40, // exp of scores as large, 2^22 of them, and times values up to 2^40, still fits a float
+  WAYS = 2,             // that rows or columns are weighed in at a time
+  SUMS = WAYS * GROUPS, // eight lanes each
+  SMALL = 40,           // exp of scores as large, 2^22 of them, and times values up to 2^40, still fits a float
 };
 
 typedef struct sample_state {
@@ -39,17 +41,17 @@ typedef struct sample {
   size_t group;
   size_t q_row, k_row, v_row, out_row; // floats from token to token in the arrays
   char *q_space, *k_space;
-  float *k_mean;      // [Dp]
-  float *k_rows;      // [Nk][Dp] rotated, centred
-  float *k_squares;   // [Nk] their sums of squares
-  float *q_squares;   // [group][Nq] those of queries
-  float *rows;        // [TILE][Dp]
-  float *strip;       // [Dp][8] the eight rows as lanes; of columns four times that, as of v_strip, sum_t, d_t
-  float *v_strip;     // [Dv][8] their values, or their dout
-  float *s;           // [max(Nk, TILE)][8]
-  float *weight, *ds; // [TILE][8]
-  float *sum_t, *d_t; // [Dv][8], [Dp][8]
-  float *scaled;      // [Dv] one row of dout
+  float *k_mean;           // [Dp]
+  float *k_rows;           // [Nk][Dp] rotated, centred
+  float *k_squares;        // [Nk] their sums of squares
+  float *q_squares;        // [group][Nq] those of queries
+  float *rows;             // [TILE][Dp]
+  float *strip;            // [Dp][8] the eight rows as lanes; of columns four times that, as of v_strip
+  float *v_strip;          // [Dv][8] their values, or their dout
+  float *s;                // [max(Nk, TILE)][8]
+  float *weight, *ds, *dp; // [TILE][8]
+  float *sum_t, *d_t;      // [Dv][8], [Dp][8], of all that is summed at a time SUMS times
+  float *scaled;           // [Dv] one row of dout
   // with a relative map
   char *map_space;
   float *columns; // [Dp][TILE] keys, or queries, of a tile
@@ -77,8 +79,9 @@ static sample arrange(const ra_problem *p, ra_workspace_cursor *w) {
   e.s = ra_take_floats(w, e.Nk > TILE ? e.Nk : TILE, LANES);
   e.weight = ra_take_floats(w, TILE, LANES);
   e.ds = ra_take_floats(w, TILE, LANES);
-  e.sum_t = ra_take_floats(w, e.Dv, RA_SAMPLE_KEYS);
-  e.d_t = ra_take_floats(w, e.Dp, RA_SAMPLE_KEYS);
+  e.dp = ra_take_floats(w, TILE, LANES);
+  e.sum_t = ra_take_floats(w, e.Dv, SUMS * LANES);
+  e.d_t = ra_take_floats(w, e.Dp, SUMS * LANES);
   e.scaled = ra_take_floats(w, 1, e.Dv);
   if (ra_is_relative(p)) {
     e.map_space = ra_take(w, 1, ra_relative_bytes(p, 1, 1), 1);
@@ -200,17 +203,21 @@ static void measure_queries(const sample *e, const float *q, size_t kv_head, int
   b->q_squares = (float)t.sum;
 }
 
-// Ranges of 4 `vectors` columns of v [Nk].
-RA_INLINE void measure_columns(const float *v, size_t v_row, size_t Nk, const int vectors, ra_bounds *b) {
-  f32x4 low[4], high[4], nothing = f32x4_splat(0), zero = nothing; // nothing: 0, or NaN once a value was not finite
+// Ranges and means, as sums of shares so that they stay finite, of 4 `vectors` columns of v [Nk]. `mean` may be NULL.
+RA_INLINE void measure_columns(const float *v, size_t v_row, size_t Nk, const int vectors, ra_bounds *b, float *mean) {
+  f32x4 low[4], high[4], sum[4], nothing = f32x4_splat(0),
+                                 zero = nothing; // nothing: 0, or NaN once a value was not finite
+  f32x4 share = f32x4_splat(1 / (float)Nk);
   RA_UNROLLED
-  for (int n = 0; n < vectors; n++) low[n] = high[n] = f32x4_load(v + 4 * n);
+  for (int n = 0; n < vectors; n++) low[n] = high[n] = f32x4_load(v + 4 * n), sum[n] = zero;
   for (size_t j = 0; j < Nk; j++, v += v_row) RA_UNROLLED
   for (int n = 0; n < vectors; n++) {
     f32x4 value = f32x4_load(v + 4 * n);
     nothing = f32x4_madd(value, zero, nothing);
     low[n] = f32x4_min(value, low[n]), high[n] = f32x4_max(value, high[n]);
+    sum[n] = f32x4_madd(value, share, sum[n]);
   }
+  for (int n = 0; n < vectors && mean; n++) f32x4_store(mean + 4 * n, sum[n]);
   if (f32x4_sum(nothing) != 0) b->finite = 0;
   for (int n = 0; n < vectors; n++) {
     f32x4 half = f32x4_sub(f32x4_mul(high[n], f32x4_splat(0.5f)), f32x4_mul(low[n], f32x4_splat(0.5f)));
@@ -224,17 +231,19 @@ RA_INLINE void measure_columns(const float *v, size_t v_row, size_t Nk, const in
   }
 }
 
-static void measure_values(const float *v, size_t v_row, size_t Nk, size_t Dv, ra_bounds *b) {
+static void measure_values(const float *v, size_t v_row, size_t Nk, size_t Dv, ra_bounds *b, float *means) {
   size_t d = 0;
-  for (; d + 16 <= Dv; d += 16) measure_columns(v + d, v_row, Nk, 4, b);
-  for (; d + 4 <= Dv; d += 4) measure_columns(v + d, v_row, Nk, 1, b);
+  for (; d + 16 <= Dv; d += 16) measure_columns(v + d, v_row, Nk, 4, b, means ? means + d : NULL);
+  for (; d + 4 <= Dv; d += 4) measure_columns(v + d, v_row, Nk, 1, b, means ? means + d : NULL);
   for (; d < Dv; d++) {
-    float low = v[d], high = low;
+    float low = v[d], high = low, sum = 0;
     for (size_t j = 0; j < Nk; j++) {
       float value = v[j * v_row + d];
+      sum += value / (float)Nk;
       if (!(fabsf(value) <= FLT_MAX)) b->finite = 0;
       low = value < low ? value : low, high = value > high ? value : high;
     }
+    if (means) means[d] = sum;
     if (high / 2 - low / 2 > b->v_half_range) b->v_half_range = high / 2 - low / 2;
     if (high > b->v_entry) b->v_entry = high;
     if (-low > b->v_entry) b->v_entry = -low;
@@ -262,6 +271,7 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
   const float *k = x->k + ra_head(p, kv_head, p->kv_heads, e.Nk, e.D);
+  float *means = x->means ? x->means + kv_head * (e.D + e.Dv) : NULL;
   ra_problem rows = *p; // with a relative map they stay as they are
   if (ra_is_relative(p)) rows.rotary_dim = 0;
   ra_rotary_init(&e.state->q_rotary, &rows, 1, NULL, e.q_space);
@@ -273,7 +283,8 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   if (!again) {
     extent t = no_extent();
     bounds->v_entry = bounds->v_half_range = 0;
-    if (x->v) measure_values(x->v + ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv), e.v_row, e.Nk, e.Dv, bounds);
+    size_t v = ra_head(p, kv_head, p->kv_heads, e.Nk, e.Dv);
+    if (x->v) measure_values(x->v + v, e.v_row, e.Nk, e.Dv, bounds, means ? means + e.D : NULL);
     for (uint32_t j = 0; j < e.Nk; j += RA_CHUNK) {
       uint32_t count = ra_min_u32(RA_CHUNK, p->key_length - j);
       measure_rows(k + j * e.k_row, e.k_row, count, e.D, e.k_squares + j, &t);
@@ -284,7 +295,7 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
     bounds->k_norm = norm(t.squares, bounds->k_entry, e.D);
   }
   rotate_keys(&e, k, kv_head);
-  if (x->means) memcpy(x->means + kv_head * e.D, e.k_mean, e.D * sizeof *x->means);
+  if (means) memcpy(means, e.k_mean, e.D * sizeof *means);
   extent t = no_extent();
   for (uint32_t j = 0; j < e.Nk; j += RA_CHUNK) {
     uint32_t count = ra_min_u32(RA_CHUNK, p->key_length - j);
@@ -738,21 +749,23 @@ static int are_small(const sample *e, const lanes *l) {
   return 1;
 }
 
-// Scores of all tiles, and what to measure them by: the largest that exp weighs; where a polynomial is beside it and that is not
-// large the largest bias, or 0.
-static void score_all(const sample *e, const lanes *l, weigher *w) {
-  float most[LANES], top[LANES];
-  ra_fill(most, LANES, -FLT_MAX), ra_fill(top, LANES, -FLT_MAX);
+// Scores of all tiles, and what to measure them by in each way: the largest that exp weighs; where a polynomial is beside it and
+// that is not large the largest bias, or 0.
+static void score_all(const sample *e, const lanes *l, weigher *w, int ways) {
+  float most[WAYS][LANES], top[WAYS][LANES];
+  ra_fill(most[0], WAYS * LANES, -FLT_MAX), ra_fill(top[0], WAYS * LANES, -FLT_MAX);
   for (uint32_t j = next_tile(l, 0); j < l->end; j = next_tile(l, j + TILE)) {
     uint32_t keys = ra_min_u32(TILE, l->end - j);
-    score_keys(e, l, j, keys, e->s + (size_t)j * LANES);
-    look_at_scores(l, w, e->s + (size_t)j * LANES, j, keys, most, top);
+    float *s = e->s + (size_t)j * LANES;
+    score_keys(e, l, j, keys, s);
+    for (int n = 0; n < ways; n++) look_at_scores(l, w + n, s, j, keys, most[n], top[n]);
   }
-  for (int i = 0; i < LANES; i++) {
-    if (most[i] < top[i] + 20) most[i] = top[i];
-    w->seen[i] = most[i] > RA_FORBIDDEN / (float)RA_LOG2_E;
-    w->reference[i] = w->seen[i] ? most[i] : 0;
-  }
+  for (int n = 0; n < ways; n++, w++)
+    for (int i = 0; i < LANES; i++) {
+      if (most[n][i] < top[n][i] + 20) most[n][i] = top[n][i];
+      w->seen[i] = most[n][i] > RA_FORBIDDEN / (float)RA_LOG2_E;
+      w->reference[i] = w->seen[i] ? most[n][i] : 0;
+    }
 }
 
 // sum[8] += the weights of a tile
@@ -788,10 +801,10 @@ static void add_distance(const sample *e, const ra_arrays *x, const lanes *l, co
 
 // How far gradients by x->out and x->lse are from those of rows, in d_t, whose out.dout is delta: with r = exp(lse - lse there),
 // dS by these is r P (dP - delta there), and so dq is r (dq + (delta - delta there) mean), mean being that of the keys by the derivatives
-// of weights, in the second d_t; with exp the mean key as well, which has no part in dq itself.
+// of weights, in the last d_t; with exp the mean key as well, which has no part in dq itself.
 static void add_gradient_distance(const sample *e, const ra_arrays *x, const lanes *l, int by_exp, const float *lse,
                                   const float *delta, const float *inverse, ra_distance *distance) {
-  const float *means = e->d_t + e->Dp * LANES;
+  const float *means = e->d_t + WAYS * e->Dp * LANES;
   double difference = (double)distance->dq * distance->dq, size = (double)distance->dq_size * distance->dq_size;
   for (uint32_t n = 0; n < l->count; n++) {
     size_t row = ra_head(e->p, l->head[n], e->p->heads, e->Nq, e->Dv) + l->i[n] * e->out_row;
@@ -809,88 +822,122 @@ static void add_gradient_distance(const sample *e, const ra_arrays *x, const lan
   distance->dq_size = (float)sqrt(size);
 }
 
-// Up to eight rows.
-static int sample_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
-                        weigher *w, float *out, float *lse, float *dq, ra_distance *distance) {
-  const ra_problem *p = e->p;
-  lanes l = load_lanes(e, x, kv_head, rows, count);
-  const float *v = x->v + ra_head(p, kv_head, p->kv_heads, e->Nk, e->Dv);
-  double sum[LANES] = {0};
+// What is wanted of some rows; dq NULL for nothing of gradients.
+typedef struct row_results {
+  float *out, *lse, *dq;
+} row_results;
 
-  // pass 1: scores; small ones come with pass 2
-  int small = are_small(e, &l);
-  for (int i = 0; i < LANES && small; i++) w->reference[i] = 0, w->seen[i] = l.keys[i].first < l.keys[i].end;
-  if (!small) score_all(e, &l, w);
-
-  // pass 2: weights, their sums, weighted values; exp being its own derivative, pass 3 finds its weights in the place of scores
-  ra_fill(e->sum_t, e->Dv * LANES, 0);
-  for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE)) {
-    uint32_t keys = ra_min_u32(TILE, l.end - j);
-    float *s = e->s + (small && !dq ? 0 : (size_t)j * LANES), *weight = w->polynomial ? e->weight : s;
-    if (small) score_keys(e, &l, j, keys, s);
-    weigh(&l, w, s, j, keys, 0, weight);
-    add_weights(weight, keys, sum);
-    ra_add_columns(v + j * e->v_row, e->v_row, (uint32_t)e->Dv, weight, LANES, keys, e->sum_t, LANES);
-  }
+// Output and lse of rows whose weights have these sums, and inverse[8], their reciprocals or 0.
+static int finish_rows(const sample *e, const lanes *l, const weigher *w, const double *sum, row_results to,
+                       float *inverse) {
   int status = RA_OK;
-  for (uint32_t n = 0; n < count; n++) {
-    double shift = 0, inverse = sum[n] > 0 ? 1 / sum[n] : 0;
+  for (uint32_t n = 0; n < l->count; n++) {
+    double shift = 0, reciprocal = sum[n] > 0 ? 1 / sum[n] : 0;
     if (w->polynomial && w->seen[n] && !(sum[n] > 0 && sum[n] <= (double)FLT_MAX)) status = RA_NOT_POSITIVE;
     for (size_t d = 0; d < e->D; d++) shift += (double)e->rows[n * e->Dp + d] * e->k_mean[d];
-    shift -= l.slope[n] * (double)l.near[n];
-    lse[n] = sum[n] > 0 ? (float)(log(sum[n]) + w->reference[n] + shift) : -INFINITY;
-    for (size_t d = 0; d < e->Dv; d++) out[n * e->Dv + d] = (float)(e->sum_t[d * LANES + n] * inverse);
+    shift -= l->slope[n] * (double)l->near[n];
+    inverse[n] = (float)reciprocal;
+    to.lse[n] = sum[n] > 0 ? (float)(log(sum[n]) + w->reference[n] + shift) : -INFINITY;
+    for (size_t d = 0; d < e->Dv; d++) to.out[n * e->Dv + d] = (float)(e->sum_t[d * LANES + n] * reciprocal);
   }
-  if (distance) add_distance(e, x, &l, out, lse, distance);
-  if (!dq) return status;
-
-  // pass 3: dS = weight' / sum (dout.v - dout.out), dq = scale R^T sum_j dS k
-  float delta[LANES] = {0}, inverse[LANES] = {0};
-  sample means = *e;
-  means.d_t += e->Dp * LANES;
-  ra_fill(e->v_strip, e->Dv * LANES, 0);
-  ra_fill(e->d_t, 2 * e->Dp * LANES, 0);
-  for (uint32_t n = 0; n < count; n++) {
-    const float *dout = x->dout + ra_head(p, l.head[n], p->heads, e->Nq, e->Dv) + l.i[n] * e->out_row;
-    double dot = 0;
-    for (size_t d = 0; d < e->Dv; d++) dot += (double)dout[d] * out[n * e->Dv + d], e->v_strip[d * LANES + n] = dout[d];
-    delta[n] = (float)dot;
-    inverse[n] = sum[n] > 0 ? (float)(1 / sum[n]) : 0;
-  }
-  for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE)) {
-    uint32_t keys = ra_min_u32(TILE, l.end - j);
-    float *s = e->s + (size_t)j * LANES, *weights = w->polynomial ? e->weight : s;
-    if (w->polynomial) weigh(&l, w, s, j, keys, 1, weights);
-    if (distance) add_query_gradients(&means, &l, j, keys, weights);
-    ra_set_rows(v + j * e->v_row, e->v_row, keys, e->v_strip, LANES, (uint32_t)e->Dv, e->ds, LANES);
-    for (uint32_t n = 0; n < keys; n++)
-      for (int h = 0; h < LANES; h += 4) {
-        float *at = e->ds + n * LANES + h;
-        f32x4 weight = f32x4_mul(f32x4_load(weights + n * LANES + h), f32x4_load(inverse + h));
-        f32x4_store(at, f32x4_mul(weight, f32x4_sub(f32x4_load(at), f32x4_load(delta + h))));
-      }
-    add_query_gradients(e, &l, j, keys, e->ds);
-  }
-  if (distance) add_gradient_distance(e, x, &l, !w->polynomial, lse, delta, inverse, distance);
-  ra_transpose(e->d_t, LANES, e->D, LANES, e->rows, e->Dp);
-  for (uint32_t n = 0; n < count; n++)
-    ra_rotary_rows(&e->state->q_rotary, e->rows + n * e->Dp, e->Dp, dq + n * e->D, e->D, 1, l.i[n], RA_ROTATE_TRANSPOSE,
-                   p->scale);
   return status;
 }
 
+// Up to eight rows in one or two ways; distance is that of the first.
+static int sample_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
+                        weigher *w, int ways, const row_results *to, ra_distance *distance) {
+  const ra_problem *p = e->p;
+  lanes l = load_lanes(e, x, kv_head, rows, count);
+  const float *v = x->v + ra_head(p, kv_head, p->kv_heads, e->Nk, e->Dv);
+  double sum[WAYS][LANES] = {{0}};
+  float delta[WAYS][LANES] = {{0}}, inverse[WAYS][LANES] = {{0}};
+  sample own[WAYS + 1]; // sums apart; the last one's are of what distances need
+  for (size_t n = 0; n <= WAYS; n++) own[n] = *e, own[n].sum_t += n * e->Dv * LANES, own[n].d_t += n * e->Dp * LANES;
+
+  // pass 1: scores; small ones come with pass 2
+  int small = are_small(e, &l), in_place = ways == 1 && !w->polynomial; // weights, in the place of scores
+  for (int n = 0; n < ways && small; n++)
+    for (int i = 0; i < LANES; i++) w[n].reference[i] = 0, w[n].seen[i] = l.keys[i].first < l.keys[i].end;
+  if (!small) score_all(e, &l, w, ways);
+
+  // pass 2: weights, their sums, weighted values; exp being its own derivative, pass 3 finds its weights in the place of scores
+  ra_fill(e->sum_t, WAYS * e->Dv * LANES, 0);
+  for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE)) {
+    uint32_t keys = ra_min_u32(TILE, l.end - j);
+    float *s = e->s + (small && !to->dq ? 0 : (size_t)j * LANES), *weight = in_place ? s : e->weight;
+    if (small) score_keys(e, &l, j, keys, s);
+    for (int n = 0; n < ways; n++) {
+      weigh(&l, w + n, s, j, keys, 0, weight);
+      add_weights(weight, keys, sum[n]);
+      ra_add_columns(v + j * e->v_row, e->v_row, (uint32_t)e->Dv, weight, LANES, keys, own[n].sum_t, LANES);
+    }
+  }
+  int status = RA_OK;
+  for (int n = 0; n < ways; n++)
+    if (finish_rows(own + n, &l, w + n, sum[n], to[n], inverse[n]) != RA_OK) status = RA_NOT_POSITIVE;
+  if (distance) add_distance(e, x, &l, to->out, to->lse, distance);
+  if (!to->dq) return status;
+
+  // pass 3: dS = weight' / sum (dout.v - dout.out), dq = scale R^T sum_j dS k
+  ra_fill(e->v_strip, e->Dv * LANES, 0);
+  ra_fill(e->d_t, (WAYS + 1) * e->Dp * LANES, 0);
+  for (uint32_t n = 0; n < count; n++) {
+    const float *dout = x->dout + ra_head(p, l.head[n], p->heads, e->Nq, e->Dv) + l.i[n] * e->out_row;
+    for (size_t d = 0; d < e->Dv; d++) e->v_strip[d * LANES + n] = dout[d];
+    for (int m = 0; m < ways; m++) {
+      double dot = 0;
+      for (size_t d = 0; d < e->Dv; d++) dot += (double)dout[d] * to[m].out[n * e->Dv + d];
+      delta[m][n] = (float)dot;
+    }
+  }
+  for (uint32_t j = next_tile(&l, 0); j < l.end; j = next_tile(&l, j + TILE)) {
+    uint32_t keys = ra_min_u32(TILE, l.end - j);
+    float *s = e->s + (size_t)j * LANES, *weight = in_place ? s : e->weight;
+    ra_set_rows(v + j * e->v_row, e->v_row, keys, e->v_strip, LANES, (uint32_t)e->Dv, e->dp, LANES);
+    for (int m = 0; m < ways; m++) {
+      if (!in_place) weigh(&l, w + m, s, j, keys, 1, weight);
+      if (distance && m == 0) add_query_gradients(own + WAYS, &l, j, keys, weight);
+      for (uint32_t n = 0; n < keys * LANES; n += 4) {
+        f32x4 share = f32x4_mul(f32x4_load(weight + n), f32x4_load(inverse[m] + n % LANES));
+        f32x4_store(weight + n, f32x4_mul(share, f32x4_sub(f32x4_load(e->dp + n), f32x4_load(delta[m] + n % LANES))));
+      }
+      add_query_gradients(own + m, &l, j, keys, weight);
+    }
+  }
+  if (distance) add_gradient_distance(own, x, &l, !w->polynomial, to->lse, delta[0], inverse[0], distance);
+  for (int m = 0; m < ways; m++) {
+    ra_transpose(own[m].d_t, LANES, e->D, LANES, e->rows, e->Dp);
+    for (uint32_t n = 0; n < count; n++)
+      ra_rotary_rows(&e->state->q_rotary, e->rows + n * e->Dp, e->Dp, to[m].dq + n * e->D, e->D, 1, l.i[n],
+                     RA_ROTATE_TRANSPOSE, p->scale);
+  }
+  return status;
+}
+
+// The polynomial, or exp where there is none, and exp beside it; how many ways that is.
+static int weighers_of(const ra_problem *p, uint32_t kv_head, const float *coefficients, uint32_t degree,
+                       uint32_t beside, weigher *w) {
+  w[0] = weigher_of(p, kv_head, coefficients, degree);
+  w[1] = weigher_of(p, kv_head, NULL, 0);
+  return beside ? WAYS : 1;
+}
+
 int ra_sample_rows(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows, uint32_t count,
-                   const float *coefficients, uint32_t degree, float *out, float *lse, float *dq, ra_distance *distance,
-                   void *workspace) {
+                   const float *coefficients, uint32_t degree, uint32_t beside, float *out, float *lse, float *dq,
+                   ra_distance *distance, void *workspace) {
   if (ra_check(p) != RA_OK || count == 0 || degree > RA_MAX_DEGREE) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
-  weigher w = weigher_of(p, kv_head, coefficients, degree);
-  int status = RA_OK;
+  weigher w[WAYS];
+  int status = RA_OK, ways = weighers_of(p, kv_head, coefficients, degree, beside, w);
   if (distance) *distance = (ra_distance){0, 0, 0, 0, 0, 0};
   for (uint32_t n = 0; n < count; n += LANES) {
-    int some = sample_lanes(&e, x, kv_head, rows + n, ra_min_u32(LANES, count - n), &w, out + n * e.Dv, lse + n,
-                            dq ? dq + n * e.D : NULL, distance);
+    row_results to[WAYS];
+    for (size_t m = 0; m < WAYS; m++) {
+      size_t row = m * count + n;
+      to[m] = (row_results){out + row * e.Dv, lse + row, dq ? dq + row * e.D : NULL};
+    }
+    int some = sample_lanes(&e, x, kv_head, rows + n, ra_min_u32(LANES, count - n), w, ways, to, distance);
     if (some != RA_OK) status = some;
   }
   return status;
@@ -942,7 +989,7 @@ static int weighs_alike(const sample *e, const queries *t, const columns *c, flo
   return 1;
 }
 
-// Weights and the gradients by scores of all these queries, in e->weight and over dP in e->ds.
+// Weights and, dP being there, the gradients by scores of all these queries, in e->weight and e->ds.
 RA_KERNEL void weigh_alike(const sample *e, const queries *t, const columns *c, const float *live,
                            const float *through) {
   const ra_exp2_constants *constants = ra_exp2_load();
@@ -952,7 +999,7 @@ RA_KERNEL void weigh_alike(const sample *e, const queries *t, const columns *c, 
     int some_state = f32x4_any_greater(by_state, zero), some_exp = f32x4_any_greater(seen, by_state);
     for (uint32_t n = 0; n < t->count; n++) {
       float *weight = e->weight + n * LANES + h, *ds = e->ds + n * LANES + h;
-      f32x4 s = f32x4_load(e->s + n * LANES + h), value = zero, slope = zero;
+      f32x4 dp = f32x4_load(e->dp + n * LANES + h), s = f32x4_load(e->s + n * LANES + h), value = zero, slope = zero;
       if (some_exp) {
         f32x4 x = f32x4_mul(f32x4_add(s, f32x4_load_splat(t->offset + n)), to_log2);
         value = slope = ra_exp2(x, constants);
@@ -964,7 +1011,7 @@ RA_KERNEL void weigh_alike(const sample *e, const queries *t, const columns *c, 
       }
       slope = f32x4_where_less(zero, seen, slope, zero);
       f32x4_store(weight, f32x4_where_less(zero, seen, value, zero));
-      f32x4_store(ds, f32x4_mul(slope, f32x4_sub(f32x4_load(ds), f32x4_load_splat(t->delta + n))));
+      f32x4_store(ds, f32x4_mul(slope, f32x4_sub(dp, f32x4_load_splat(t->delta + n))));
     }
   }
 }
@@ -998,7 +1045,7 @@ static void weigh_apart(const sample *e, const queries *t, const columns *c, uin
     }
     f32x4_store(weight, f32x4_where_less(zero, f32x4_load(live + m), value, zero));
     slope = f32x4_where_less(zero, f32x4_load(live + m), slope, zero);
-    f32x4_store(ds, f32x4_mul(slope, f32x4_sub(f32x4_load(ds), f32x4_splat(t->delta[n]))));
+    f32x4_store(ds, f32x4_mul(slope, f32x4_sub(f32x4_load(e->dp + n * LANES + m), f32x4_splat(t->delta[n]))));
   }
 }
 
@@ -1008,48 +1055,60 @@ static int some_between(const uint32_t *keys, uint32_t first, uint32_t end) {
   return some;
 }
 
-// These queries, with rows of dout for them, against groups of eight keys, the lanes of strip and v_strip of e[g]; t lacks all but
-// delta.
-static void add_weighed(const sample *e, const ra_arrays *x, queries *t, const float *dout, const columns *c,
-                        uint32_t groups) {
+// Groups of eight keys, the same for every way that they are weighed in.
+typedef struct groups {
+  uint32_t count;
+  int ways;
+  columns c[WAYS][GROUPS];
+  sample own[WAYS][GROUPS]; // their lanes in strip and v_strip; sums apart
+} groups;
+
+// These queries, with rows of dout for them, against all groups; t lacks all but delta.
+static void add_weighed(const groups *g, const ra_arrays *x, queries *t, const float *dout) {
+  const sample *e = g->own[0];
+  int polynomial = g->c[0]->w->polynomial;
   uint32_t i0 = t->i0, count = t->count, first = ra_keys_of(e->p, i0).first, end = ra_key_limit(e->p, i0 + count - 1);
   const float *q = x->q + ra_head(e->p, t->head, e->p->heads, e->Nq, e->D) + i0 * e->q_row;
   const float *lse = x->lse + t->head * e->Nq + i0;
   ra_rotary_rows(&e->state->q_rotary, q, e->q_row, e->rows, e->Dp, count, i0, RA_ROTATE, e->p->scale);
   for (uint32_t n = 0; n < count; n++)
     t->offset[n] = dot(e->rows + n * e->Dp, e->k_mean, e->D) - (lse[n] == -INFINITY ? 0 : lse[n]);
-  for (uint32_t n = 0; n < TILE && c->w->polynomial; n += 4) {
+  for (uint32_t n = 0; n < TILE && polynomial; n += 4) {
     f32x4 offset = f32x4_mul(f32x4_load(t->offset + n), f32x4_splat((float)RA_LOG2_E));
     f32x4_store(t->factor + n, ra_exp2(offset, ra_exp2_load()));
   }
-  for (; groups > 0; groups--, e++, c++) {
-    if (!some_between(c->keys, first, end)) continue;
-    float live[LANES], through[LANES];
-    score_queries(e, i0, count, c->keys, e->s);
-    ra_set_rows(dout, e->out_row, count, e->v_strip, LANES, (uint32_t)e->Dv, e->ds, LANES);
-    if (weighs_alike(e, t, c, live, through)) weigh_alike(e, t, c, live, through);
-    else
-      for (uint32_t n = 0; n < count; n++) weigh_apart(e, t, c, n);
-    ra_add_columns(dout, e->out_row, (uint32_t)e->Dv, e->weight, LANES, count, e->sum_t, LANES);
-    add_key_gradients(e, i0, count, c->keys, e->ds);
+  for (uint32_t m = 0; m < g->count; m++) {
+    if (!some_between(g->c[0][m].keys, first, end)) continue;
+    score_queries(g->own[0] + m, i0, count, g->c[0][m].keys, e->s);
+    ra_set_rows(dout, e->out_row, count, g->own[0][m].v_strip, LANES, (uint32_t)e->Dv, e->dp, LANES);
+    for (int way = 0; way < g->ways; way++) {
+      const columns *c = g->c[way] + m;
+      const sample *own = g->own[way] + m;
+      float live[LANES], through[LANES];
+      if (weighs_alike(e, t, c, live, through)) weigh_alike(e, t, c, live, through);
+      else
+        for (uint32_t n = 0; n < count; n++) weigh_apart(e, t, c, n);
+      ra_add_columns(dout, e->out_row, (uint32_t)e->Dv, e->weight, LANES, count, own->sum_t, LANES);
+      add_key_gradients(own, i0, count, c->keys, e->ds);
+    }
   }
 }
 
 // Queries i0 .. i0 + count - 1 of one head with the dout, out and lse that are there.
-static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32_t i0, uint32_t count, const columns *c,
-                        uint32_t groups) {
+static void add_queries(const sample *e, const ra_arrays *x, size_t head, uint32_t i0, uint32_t count,
+                        const groups *g) {
   size_t row = ra_head(e->p, head, e->p->heads, e->Nq, e->Dv) + i0 * e->out_row;
   const float *dout = x->dout + row, *out = x->out + row;
   queries t = {.head = head, .i0 = i0, .count = count};
   for (uint32_t n = 0; n < count; n++) t.delta[n] = dot(dout + n * e->out_row, out + n * e->out_row, e->Dv);
-  add_weighed(e, x, &t, dout, c, groups);
+  add_weighed(g, x, &t, dout);
 }
 
 // What changes when the lse and out of query i become those given, `share` times. P~ being the weight by what is there, the weight
 // becomes r P~, r = exp(lse there - lse), and dS = P~ (dP - delta~) becomes r P~ (dP - delta): differences are those of a query with
 // share (r - 1) dout for its dout and share (r delta - delta~) for its delta.
 static void add_change(const sample *e, const ra_arrays *x, size_t head, uint32_t i, float lse, const float *out,
-                       float share, const columns *c, uint32_t groups) {
+                       float share, const groups *g) {
   size_t row = ra_head(e->p, head, e->p->heads, e->Nq, e->Dv) + i * e->out_row;
   const float *dout = x->dout + row;
   double ratio = exp((double)x->lse[head * e->Nq + i] - lse);
@@ -1057,58 +1116,67 @@ static void add_change(const sample *e, const ra_arrays *x, size_t head, uint32_
   queries t = {.head = head, .i0 = i, .count = 1};
   t.delta[0] = (float)(share * (ratio * dot(dout, out, e->Dv) - dot(dout, x->out + row, e->Dv)));
   for (size_t d = 0; d < e->Dv; d++) e->scaled[d] = (float)(share * (ratio - 1) * dout[d]);
-  add_weighed(e, x, &t, e->scaled, c, groups);
+  add_weighed(g, x, &t, e->scaled);
 }
 
 // Groups of eight of `count` keys, with their rows and values in the lanes of strip and v_strip; sums begin at zero. Lanes past the last
-// key repeat it. Returns how many groups.
-static uint32_t load_columns(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys,
-                             uint32_t count, const weigher *w, sample *own, columns *c) {
-  uint32_t groups = ra_ceil_div(count, LANES);
+// key repeat it.
+static void load_columns(const sample *e, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys, uint32_t count,
+                         const weigher *w, int ways, groups *g) {
   const float *v = x->v + ra_head(e->p, kv_head, e->p->kv_heads, e->Nk, e->Dv);
-  ra_fill(e->sum_t, e->Dv * RA_SAMPLE_KEYS, 0);
-  ra_fill(e->d_t, e->Dp * RA_SAMPLE_KEYS, 0);
-  for (uint32_t g = 0; g < groups; g++) {
-    own[g] = *e;
-    own[g].strip += g * e->Dp * LANES, own[g].v_strip += g * e->Dv * LANES;
-    own[g].sum_t += g * e->Dv * LANES, own[g].d_t += g * e->Dp * LANES;
-    c[g].w = w;
+  g->count = ra_ceil_div(count, LANES), g->ways = ways;
+  ra_fill(e->sum_t, e->Dv * SUMS * LANES, 0);
+  ra_fill(e->d_t, e->Dp * SUMS * LANES, 0);
+  for (uint32_t m = 0; m < g->count; m++) {
+    for (size_t way = 0; way < WAYS; way++) {
+      sample *own = g->own[way] + m;
+      size_t at = way * GROUPS + m;
+      *own = *e;
+      own->strip += m * e->Dp * LANES, own->v_strip += m * e->Dv * LANES;
+      own->sum_t += at * e->Dv * LANES, own->d_t += at * e->Dp * LANES;
+      g->c[way][m].w = w + way;
+    }
     for (uint32_t n = 0; n < LANES; n++) {
-      uint32_t j = c[g].keys[n] = keys[ra_min_u32(g * LANES + n, count - 1)];
-      c[g].outlier[n] = ra_outlier_bits(ra_outlier_keys(e->p, kv_head), 1, 0, j, 1);
-      ra_transpose(e->k_rows + j * e->Dp, e->Dp, 1, e->D, own[g].strip + n, LANES);
-      ra_transpose(v + j * e->v_row, e->v_row, 1, e->Dv, own[g].v_strip + n, LANES);
+      uint32_t j = keys[ra_min_u32(m * LANES + n, count - 1)];
+      uint32_t outlier = ra_outlier_bits(ra_outlier_keys(e->p, kv_head), 1, 0, j, 1);
+      for (int way = 0; way < WAYS; way++) g->c[way][m].keys[n] = j, g->c[way][m].outlier[n] = outlier;
+      ra_transpose(e->k_rows + j * e->Dp, e->Dp, 1, e->D, g->own[0][m].strip + n, LANES);
+      ra_transpose(v + j * e->v_row, e->v_row, 1, e->Dv, g->own[0][m].v_strip + n, LANES);
     }
   }
-  return groups;
 }
 
-static void store_columns(const sample *own, const uint32_t *keys, uint32_t count, float *dk, float *dv) {
-  for (uint32_t n = 0; n < count; n++) {
-    const sample *e = own + n / LANES;
-    ra_transpose(e->d_t + n % LANES, LANES, e->D, 1, e->rows, e->Dp);
-    ra_transpose(e->sum_t + n % LANES, LANES, e->Dv, 1, dv + n * e->Dv, e->Dv);
-    ra_rotary_rows(&e->state->k_rotary, e->rows, e->Dp, dk + n * e->D, e->D, 1, keys[n], RA_ROTATE_TRANSPOSE, 1.0f);
-  }
+// Of all ways, one after the other.
+static void store_columns(const groups *g, const uint32_t *keys, uint32_t count, float *dk, float *dv) {
+  for (int way = 0; way < g->ways; way++)
+    for (uint32_t n = 0; n < count; n++) {
+      const sample *e = g->own[way] + n / LANES;
+      ra_transpose(e->d_t + n % LANES, LANES, e->D, 1, e->rows, e->Dp);
+      ra_transpose(e->sum_t + n % LANES, LANES, e->Dv, 1, dv, e->Dv);
+      ra_rotary_rows(&e->state->k_rotary, e->rows, e->Dp, dk, e->D, 1, keys[n], RA_ROTATE_TRANSPOSE, 1.0f);
+      dk += e->D, dv += e->Dv;
+    }
 }
 
 int ra_sample_columns(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys, uint32_t count,
-                      const float *coefficients, uint32_t degree, float *dk, float *dv, void *workspace) {
+                      const float *coefficients, uint32_t degree, uint32_t beside, float *dk, float *dv,
+                      void *workspace) {
   if (ra_check(p) != RA_OK || count == 0 || count > RA_SAMPLE_KEYS || degree > RA_MAX_DEGREE) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
-  sample e = arrange(p, &cursor), own[GROUPS];
-  columns c[GROUPS];
-  weigher w = weigher_of(p, kv_head, coefficients, degree);
-  if (p->dv_by_derivative && degree > 0) memcpy(w.c[0], w.c[1], sizeof w.c[0]);
-  uint32_t groups = load_columns(&e, x, kv_head, keys, count, &w, own, c);
+  sample e = arrange(p, &cursor);
+  groups g;
+  weigher w[WAYS];
+  int ways = weighers_of(p, kv_head, coefficients, degree, beside, w);
+  if (p->dv_by_derivative && degree > 0) memcpy(w->c[0], w->c[1], sizeof w->c[0]);
+  load_columns(&e, x, kv_head, keys, count, w, ways, &g);
   for (size_t head = kv_head * e.group; head < (kv_head + 1) * e.group; head++)
     for (uint32_t i = ra_query_start(p, keys[0]), end = ra_query_end(p, keys[count - 1]), some; i < end; i += some) {
       some = ra_min_u32(TILE, end - i);
       uint32_t first = ra_keys_of(p, i).first, limit = ra_key_limit(p, i + some - 1), seen = 0;
-      for (uint32_t g = 0; g < groups; g++) seen |= (uint32_t)some_between(c[g].keys, first, limit);
-      if (seen) add_queries(own, x, head, i, some, c, groups);
+      for (uint32_t m = 0; m < g.count; m++) seen |= (uint32_t)some_between(g.c[0][m].keys, first, limit);
+      if (seen) add_queries(&e, x, head, i, some, &g);
     }
-  store_columns(own, keys, count, dk, dv);
+  store_columns(&g, keys, count, dk, dv);
   return RA_OK;
 }
 
@@ -1117,16 +1185,16 @@ int ra_sample_changes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
                       float *dk, float *dv, void *workspace) {
   if (ra_check(p) != RA_OK || key_count == 0 || key_count > RA_SAMPLE_KEYS) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
-  sample e = arrange(p, &cursor), own[GROUPS];
-  columns c[GROUPS];
+  sample e = arrange(p, &cursor);
+  groups g;
   for (uint32_t n = 0; n < count; n++)
     if (rows[n] >= e.group * e.Nq) return RA_ERROR_PROBLEM;
-  weigher w = weigher_of(p, kv_head, NULL, 0);
-  uint32_t groups = load_columns(&e, x, kv_head, keys, key_count, &w, own, c);
+  weigher w[WAYS];
+  load_columns(&e, x, kv_head, keys, key_count, w, weighers_of(p, kv_head, NULL, 0, 0, w), &g);
   for (uint32_t n = 0; n < count; n++)
-    add_change(own, x, kv_head * e.group + rows[n] / e.Nq, (uint32_t)(rows[n] % e.Nq), lse[n], out + n * e.Dv,
-               shares[n], c, groups);
-  store_columns(own, keys, key_count, dk, dv);
+    add_change(&e, x, kv_head * e.group + rows[n] / e.Nq, (uint32_t)(rows[n] % e.Nq), lse[n], out + n * e.Dv, shares[n],
+               &g);
+  store_columns(&g, keys, key_count, dk, dv);
   return RA_OK;
 }
 

@@ -117,7 +117,7 @@ test.each<[string, Partial<Setting>, (number | null)[]]>([
     const arena = new Arena(exports.memory, (exports.__heap_base.value as number) + shift, MEMORY_LIMIT);
     const session = new Session('backward', settled, exports, arena);
     session.load(inputs, 'backward', 0);
-    const found: unknown[] = [session.prepare(1), session.scores(1, rows, 3), session.rows(1, rows, null, true)];
+    const found: unknown[] = [session.prepare(1), session.scores(1, rows, 3), session.rows(1, rows, true)];
     for (const degree of degrees) {
       for (const pass of ['forward', 'backward'] as const) {
         session.setWorkspace(session.workspaceBytes(pass, degree));
@@ -125,7 +125,7 @@ test.each<[string, Partial<Setting>, (number | null)[]]>([
         expect(session.run(pass, 0, session.units(pass))).toBe(true);
       }
       for (const name of ['out', 'lse', 'dq', 'dk', 'dv'] as const) found.push(session.result(name));
-      found.push(session.columns(1, rows, null));
+      found.push(session.columns(1, rows));
       found.push(...(['dbias', 'dsinks', 'dweights'] as const).map((name) => session.vector(name)));
     }
     expect(session.bytes).toBeGreaterThan(shift);

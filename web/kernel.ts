@@ -87,6 +87,12 @@ export interface Rows {
   distance: Distance | null;
 }
 
+/** Sampled rows of dk [keys][D] and dv [keys][Dv]. */
+export interface Columns {
+  dk: Float32Array;
+  dv: Float32Array;
+}
+
 interface Exports {
   memory: WebAssembly.Memory;
   __heap_base: WebAssembly.Global;
@@ -142,6 +148,7 @@ interface Exports {
     count: number,
     coefficients: number,
     degree: number,
+    beside: number,
     out: number,
     lse: number,
     dq: number,
@@ -156,6 +163,7 @@ interface Exports {
     count: number,
     coefficients: number,
     degree: number,
+    beside: number,
     dk: number,
     dv: number,
     workspace: number,
@@ -467,11 +475,11 @@ export class Session {
       outlierKeys: floats(this.heads * this.outlierLimits.keys),
       largest: floats(2 * Math.max(this.outlierLimits.queries, this.outlierLimits.keys)),
       scores: floats(SAMPLE_ROWS * g.keyLength),
-      out: floats(SHORT_ROWS * g.valueDim),
-      lse: floats(SHORT_ROWS),
-      dq: floats(SHORT_ROWS * g.headDim),
-      dk: floats(SAMPLE_KEYS * g.headDim),
-      dv: floats(SAMPLE_KEYS * g.valueDim),
+      out: floats(2 * SHORT_ROWS * g.valueDim), // in two ways at a time
+      lse: floats(2 * SHORT_ROWS),
+      dq: floats(2 * SHORT_ROWS * g.headDim),
+      dk: floats(2 * SAMPLE_KEYS * g.headDim),
+      dv: floats(2 * SAMPLE_KEYS * g.valueDim),
     };
     arena.commit(name);
     this.#writeGeometry();
@@ -639,7 +647,7 @@ export class Session {
     arrays.v = floats(size.v);
     arrays.out = floats(size.output);
     arrays.lse = floats(size.lse);
-    arrays.means = floats(this.heads * this.geometry.headDim);
+    arrays.means = floats(this.heads * (this.geometry.headDim + this.geometry.valueDim));
     if (pass === 'backward') {
       arrays.dout = floats(size.output);
       arrays.dq = floats(size.q);
@@ -755,10 +763,10 @@ export class Session {
     return this.#arena.readFloats(this.#arrays[array] + 4 * width * at, width);
   }
 
-  /** A copy of the lse of all rows of a key/value head. */
-  lseOfHead(head: number): Float32Array {
+  /** The lse of rows of a key/value head. */
+  lseOf(head: number, rows: readonly number[]): Float32Array {
     this.#check();
-    return this.#arena.readFloats(this.#arrays.lse + 4 * this.rowsOfHead * head, this.rowsOfHead);
+    return this.#arena.gatherFloats(this.#arrays.lse + 4 * this.rowsOfHead * head, rows);
   }
 
   /**
@@ -845,27 +853,43 @@ export class Session {
     return this.#arena.readFloats(at.scores, count);
   }
 
+  /** Rows of the forward pass, and of dq when `gradient`, with exp. */
+  rows(head: number, rows: ArrayLike<number>, gradient: boolean): Rows {
+    this.#sampleRows(head, rows, null, false, gradient ? this.#at.dq : 0, 0);
+    return this.#rowsThere(0, rows.length, gradient, true, false);
+  }
+
   /**
-   * Rows of the forward pass, and of dq when `gradient`, with exp (`coefficients` null) or a polynomial; of gradients by a polynomial
-   * `withDistance`, where there is a given output.
+   * The same with a polynomial, of gradients `withDistance` where there is a given output; and, `withExact`, with exp as well, for what
+   * that takes beyond the scores.
    */
-  rows(
+  polynomialRows(
     head: number,
     rows: ArrayLike<number>,
-    coefficients: Float32Array | null,
+    coefficients: Float32Array,
     gradient: boolean,
-    withDistance = false,
-  ): Rows {
+    withDistance: boolean,
+    withExact: boolean,
+  ): { got: Rows; exact: Rows | null } {
     const at = this.#at;
-    const { headDim, valueDim } = this.geometry;
-    const there = withDistance && gradient && coefficients !== null && this.hasGiven;
-    const positive = this.#sampleRows(head, rows, coefficients, gradient ? at.dq : 0, there ? at.distance : 0);
+    const there = withDistance && gradient && this.hasGiven;
+    const positive = this.#sampleRows(head, rows, coefficients, withExact, gradient ? at.dq : 0, there ? at.distance : 0);
+    return {
+      got: this.#rowsThere(0, rows.length, gradient, positive, there),
+      exact: withExact ? this.#rowsThere(rows.length, rows.length, gradient, true, false) : null,
+    };
+  }
+
+  /** Rows that sampling has left, `count` from `first` on. */
+  #rowsThere(first: number, count: number, gradient: boolean, positive: boolean, distance: boolean): Rows {
+    const at = this.#at;
+    const read = (from: number, width: number) => this.#arena.readFloats(from + 4 * first * width, count * width);
     return {
       positive,
-      out: this.#arena.readFloats(at.out, rows.length * valueDim),
-      lse: this.#arena.readFloats(at.lse, rows.length),
-      dq: gradient ? this.#arena.readFloats(at.dq, rows.length * headDim) : NOTHING,
-      distance: there ? this.#arena.readStruct(at.distance, DISTANCE) : null,
+      out: read(at.out, this.geometry.valueDim),
+      lse: read(at.lse, 1),
+      dq: gradient ? read(at.dq, this.geometry.headDim) : NOTHING,
+      distance: distance ? this.#arena.readStruct(at.distance, DISTANCE) : null,
     };
   }
 
@@ -876,7 +900,7 @@ export class Session {
     coefficients: Float32Array | null,
     gradient: boolean,
   ): Distance {
-    this.#sampleRows(head, rows, coefficients, gradient ? this.#at.dq : 0, this.#at.distance);
+    this.#sampleRows(head, rows, coefficients, false, gradient ? this.#at.dq : 0, this.#at.distance);
     return this.#arena.readStruct(this.#at.distance, DISTANCE);
   }
 
@@ -885,12 +909,14 @@ export class Session {
     head: number,
     rows: ArrayLike<number>,
     coefficients: Float32Array | null,
+    beside: boolean,
     dq: number,
     distance: number,
   ): boolean {
     this.prepare(head);
     const at = this.#at;
-    this.#spent += (dq && distance ? DISTANCE_OF_GRADIENTS : 1) * rowsCost(this.geometry, rows, dq ? 'backward' : 'forward');
+    const ways = (dq && distance ? DISTANCE_OF_GRADIENTS : 1) + Number(beside);
+    this.#spent += ways * rowsCost(this.geometry, rows, dq ? 'backward' : 'forward');
     this.#arena.writeIntegers(at.rows, rows);
     if (coefficients) this.#arena.writeFloats(at.own, coefficients);
     const [own, degree] = coefficients ? [at.own, coefficients.length - 1] : [0, 0];
@@ -903,6 +929,7 @@ export class Session {
       rows.length,
       own,
       degree,
+      Number(beside),
       at.out,
       at.lse,
       dq,
@@ -913,28 +940,58 @@ export class Session {
     return code === OK;
   }
 
-  /** Up to SAMPLE_KEYS rows `keys` (ascending) of dk and dv with exp or a polynomial, and the lse and out that are there. */
-  columns(head: number, keys: ArrayLike<number>, coefficients: Float32Array | null): { dk: Float32Array; dv: Float32Array } {
+  /** Up to SAMPLE_KEYS rows `keys` (ascending) of dk and dv with exp, and the lse and out that are there. */
+  columns(head: number, keys: ArrayLike<number>): Columns {
+    this.#sampleColumns(head, keys, null, false);
+    return this.#columnsThere(0, keys.length);
+  }
+
+  /** The same with a polynomial; and, `withExact`, with exp as well, for what that takes beyond the scores. */
+  polynomialColumns(
+    head: number,
+    keys: ArrayLike<number>,
+    coefficients: Float32Array,
+    withExact: boolean,
+  ): { got: Columns; exact: Columns | null } {
+    this.#sampleColumns(head, keys, coefficients, withExact);
+    return {
+      got: this.#columnsThere(0, keys.length),
+      exact: withExact ? this.#columnsThere(keys.length, keys.length) : null,
+    };
+  }
+
+  #sampleColumns(head: number, keys: ArrayLike<number>, coefficients: Float32Array | null, beside: boolean): void {
     this.prepare(head);
     const at = this.#at;
-    this.#spent += columnsCost(this.geometry, keys);
+    this.#spent += (1 + Number(beside)) * columnsCost(this.geometry, keys);
     this.#arena.writeIntegers(at.rows, keys);
     if (coefficients) this.#arena.writeFloats(at.own, coefficients);
     const [own, degree] = coefficients ? [at.own, coefficients.length - 1] : [0, 0];
     const { ra_sample_columns } = this.#exports;
     const { problem, arrays, rows, dk, dv } = at;
     this.#expect(
-      ra_sample_columns(problem, arrays, head, rows, keys.length, own, degree, dk, dv, this.#sampling),
+      ra_sample_columns(
+        problem,
+        arrays,
+        head,
+        rows,
+        keys.length,
+        own,
+        degree,
+        Number(beside),
+        dk,
+        dv,
+        this.#sampling,
+      ),
       'ra_sample_columns',
     );
-    return this.#columnsThere(keys.length);
   }
 
   /**
    * What rows `keys` of dk and dv with exp gain when the lse and out of up to SAMPLE_CHANGES rows are not those that are there but
    * others, each counted `share` times.
    */
-  changes(head: number, rows: readonly Change[], keys: readonly number[]): { dk: Float32Array; dv: Float32Array } {
+  changes(head: number, rows: readonly Change[], keys: readonly number[]): Columns {
     this.prepare(head);
     const at = this.#at;
     this.#spent += changesCost(this.geometry, rows.length);
@@ -964,16 +1021,14 @@ export class Session {
       this.#sampling,
     );
     this.#expect(code, 'ra_sample_changes');
-    return this.#columnsThere(keys.length);
+    return this.#columnsThere(0, keys.length);
   }
 
-  /** Rows of dk and dv that sampling has left. */
-  #columnsThere(count: number): { dk: Float32Array; dv: Float32Array } {
+  /** Rows of dk and dv that sampling has left, `count` from `first` on. */
+  #columnsThere(first: number, count: number): Columns {
     const { headDim, valueDim } = this.geometry;
-    return {
-      dk: this.#arena.readFloats(this.#at.dk, count * headDim),
-      dv: this.#arena.readFloats(this.#at.dv, count * valueDim),
-    };
+    const read = (from: number, width: number) => this.#arena.readFloats(from + 4 * first * width, count * width);
+    return { dk: read(this.#at.dk, headDim), dv: read(this.#at.dv, valueDim) };
   }
 
   /**

@@ -221,6 +221,12 @@ export class Arena {
     return new Float32Array(new Float32Array(this.#memory.buffer, address, count)); // slice() fills the new one with zeros first
   }
 
+  /** Entries of an array that is there. */
+  gatherFloats(address: number, places: readonly number[]): Float32Array {
+    const view = new Float32Array(this.#memory.buffer, address);
+    return Float32Array.from(places, (place) => view[place]);
+  }
+
   /** Fields that `values` does not have keep what they held. */
   writeStruct<F extends Fields>(address: number, fields: F, values: Partial<Values<F>>): void {
     const view = new DataView(this.#memory.buffer, address, sizeOf(fields));

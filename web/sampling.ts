@@ -15,7 +15,7 @@ import { CHUNK, columnsCost, DRAWN_ROWS, extremesCost, FIT, LOOKED_SEGMENTS, por
 import { SAMPLE_KEYS, SAMPLE_ROWS, SAMPLE_SCORES, SHORT_ROWS, STEEP, type Pass } from './cost.js';
 import { scoreRadius } from './certificate.js';
 import { draw, random, WeightedDraws, type Drawn } from './draws.js';
-import { SAMPLE_CHANGES, type Bounds, type Change, type Distance, type Outliers, type Rows, type Session } from './kernel.js';
+import { SAMPLE_CHANGES, type Bounds, type Change, type Columns, type Distance, type Outliers, type Rows, type Session } from './kernel.js';
 import { condense, evaluate, fitToScores } from './polynomial.js';
 import { seeingQueries, seenKeys, segmentsOf } from './scores.js';
 import { overRange, ROUNDING, Tally, worse, type Measured, type Sample } from './tally.js';
@@ -254,7 +254,7 @@ export class Sampler {
           const { error, upper, relative } = tally.result();
           return { error, upper: must || upper > SURE[pass] * limit ? Infinity : upper, relative };
         }
-        this.#predict(pass, degree, this.#withExact(portion, pass), tally);
+        this.#predict(pass, degree, portion, tally);
         at = portion.head;
         yield 0;
         if (thorough) continue;
@@ -274,7 +274,7 @@ export class Sampler {
     const tally = this.#tally();
     for (const must of [true, false]) {
       for (const portion of this.#allPortions(pass, must, short)) {
-        this.#predict(pass, degree, this.#withExact(portion, pass), tally);
+        this.#predict(pass, degree, portion, tally);
         yield 0;
       }
     }
@@ -334,7 +334,7 @@ export class Sampler {
     const tally = this.#tally();
     for (const head of this.#heads()) {
       for (const portion of this.#drawnRows(head).first) {
-        this.#predict('backward', degree, this.#withExact(portion, 'backward'), tally);
+        this.#predict('backward', degree, portion, tally);
         yield 0;
       }
     }
@@ -342,7 +342,7 @@ export class Sampler {
   }
 
   #withExact(portion: Portion, pass: Pass): Known {
-    portion.exact ??= this.#session.rows(portion.head, portion.rows, null, pass === 'backward');
+    portion.exact ??= this.#session.rows(portion.head, portion.rows, pass === 'backward');
     return portion as Known;
   }
 
@@ -351,15 +351,19 @@ export class Sampler {
     for (const head of this.#heads()) yield* must ? this.#musts(head, pass) : this.#others(head, pass, short);
   }
 
-  /** What a degree would make of known rows. */
-  #predict(pass: Pass, degree: number, known: Known, tally: Tally): void {
-    const { head, rows, weights, exact } = known;
-    let got = known.predicted.get(degree);
+  /** What a degree would make of some rows. */
+  #predict(pass: Pass, degree: number, portion: Portion, tally: Tally): void {
+    const { head, rows, weights, predicted } = portion;
+    let got = predicted.get(degree);
     if (got === undefined) {
       const own = this.#fit(head, degree);
-      const compared = this.#drawnRows(head).first.some((one) => one === known); // see `distance`
-      known.predicted.set(degree, (got = own && this.#session.rows(head, rows, own, pass === 'backward', compared)));
+      const compared = this.#drawnRows(head).first.some((one) => one === portion); // see `distance`
+      const gradient = pass === 'backward';
+      const both = own && this.#session.polynomialRows(head, rows, own, gradient, compared, portion.exact === null);
+      predicted.set(degree, (got = both && both.got));
+      portion.exact ??= both && both.exact;
     }
+    const { exact } = this.#withExact(portion, pass);
     if (!got?.positive) tally.fail();
     else if (pass === 'forward') tally.output(exact.out, got.out, this.#bounds[head].v_half_range, weights);
     else tally.gradient('dq', exact.dq, got.dq, this.#rounding(head, rows, exact), weights);
@@ -422,8 +426,7 @@ export class Sampler {
     const over = (next: number) => (ended ||= seen > 0 && this.#session.spent + next > budget);
     for (const head of this.#heads()) {
       let left = portions;
-      for (const portion of this.#exactColumns(head, limit, over)) {
-        this.#predictColumns(head, degree, portion);
+      for (const portion of this.#exactColumns(head, limit, degree, over)) {
         this.#addColumns(head, portion, true, tally);
         yield 0;
         if (tally.result().error > limit * (1 + CHANCE / ++seen)) return tally.result();
@@ -459,8 +462,7 @@ export class Sampler {
   *#foreseeAll(degree: number, limit: number): Generator<number, Measured> {
     const tally = this.#tally();
     for (const head of this.#heads()) {
-      for (const portion of this.#exactColumns(head, limit)) {
-        if (!portion.predicted) this.#predictColumns(head, degree, portion);
+      for (const portion of this.#exactColumns(head, limit, degree)) {
         this.#addColumns(head, portion, true, tally);
         yield 0;
       }
@@ -468,10 +470,12 @@ export class Sampler {
     return tally.result();
   }
 
-  /** What a degree makes of columns; null where it has no polynomial. */
+  /** What a degree makes of columns, and what they are by the output and lse that are there; null where it has no polynomial. */
   #predictColumns(head: number, degree: number, portion: ColumnPortion): void {
     const own = this.#fit(head, degree);
-    portion.predicted = own && this.#session.columns(head, portion.rows, own);
+    const both = own && this.#session.polynomialColumns(head, portion.rows, own, portion.byThere === null);
+    portion.predicted = both && both.got;
+    portion.byThere ??= both && both.exact;
   }
 
   /** Adds up errors of predicted columns, with or without those of dv. */
@@ -521,17 +525,20 @@ export class Sampler {
    * Sampled columns of a head with exact values: by the output and lse that are there, each computed when it is first asked for, but by
    * the exact ones in those known rows where that matters to a limit.
    *
-   * @param over ends it before what takes so much, a look at a polynomial included.
+   * @param degree what is to be known of them as well, unless it is; null for nothing.
+   * @param over ends it before what takes so much, that included.
    */
   *#exactColumns(
     head: number,
     limit: number,
+    degree: number | null = null,
     over: (next: number) => boolean = () => false,
   ): Generator<KnownColumns, void> {
     const changed = this.changedRows(head, limit);
     for (const portion of this.#drawnColumns(head).portions) {
       if (over((portion.byThere ? 1 : 2) * columnsCost(this.#session.geometry, portion.rows))) return;
-      portion.byThere ??= this.#session.columns(head, portion.rows, null);
+      if (degree !== null && !portion.predicted) this.#predictColumns(head, degree, portion);
+      portion.byThere ??= this.#session.columns(head, portion.rows);
       // more rows are known later, never fewer
       if (!portion.exact || portion.changes !== changed.length) {
         portion.exact = this.#withChanges(head, portion.rows, portion.byThere, changed);
@@ -561,16 +568,16 @@ export class Sampler {
     const { first } = this.#drawnRows(head);
     const rest = (['few', 'most', 'drawn'] as const).flatMap((of) => this.#rest.get(`${head} ${of}`) ?? []);
     const { valueDim } = this.#session.geometry;
-    const there = this.#session.lseOfHead(head);
-    return [...first, ...rest].flatMap(({ rows, weights, exact }) =>
-      rows.flatMap((row, n): Change[] => {
+    return [...first, ...rest].flatMap(({ rows, weights, exact }) => {
+      const there = exact && this.#session.lseOf(head, rows);
+      return rows.flatMap((row, n): Change[] => {
         const lse = exact?.lse[n] ?? -Infinity; // nothing is seen
         if (lse === -Infinity) return [];
-        const off = Math.abs(lse - there[row]);
+        const off = Math.abs(lse - there![n]);
         if (off <= Math.max(HARMLESS * limit, ROUNDING * Math.max(1, Math.abs(lse)))) return [];
         return [{ row, share: Math.sqrt(weights[n]), lse, out: exact!.out.subarray(n * valueDim, (n + 1) * valueDim) }];
-      }),
-    );
+      });
+    });
   }
 
   /**
@@ -1053,8 +1060,6 @@ interface Portion {
 interface Known extends Portion {
   exact: Rows;
 }
-
-type Columns = ReturnType<Session['columns']>;
 
 /** Up to SAMPLE_KEYS keys of a head, each standing for `weights` keys. */
 interface ColumnPortion {

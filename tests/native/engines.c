@@ -481,7 +481,7 @@ static void derivative_gives_dv(const shape *given) {
     guarded dk = guarded_new((size_t)count * s.D, 1, 1), dv = guarded_new((size_t)count * s.Dv, 1, 1);
     ra_bounds bounds;
     CHECK(ra_sample_prepare(&r.p, &r.x, 0, 0, &bounds, workspace) == RA_OK, "prepare");
-    CHECK(ra_sample_columns(&r.p, &r.x, 0, keys, count, c, 3, dk.data, dv.data, workspace) == RA_OK, "columns");
+    CHECK(ra_sample_columns(&r.p, &r.x, 0, keys, count, c, 3, 0, dk.data, dv.data, workspace) == RA_OK, "columns");
     double top = 1e-3;
     for (size_t n = 0; n < r.dv.count; n++) top = fmax(top, fabs((double)r.dv.data[n]));
     for (uint32_t n = 0; n < count; n++)
@@ -710,7 +710,7 @@ static void gradient_distance_is_right(const shape *s, run *wrong, uint32_t kv, 
   guarded dq = guarded_new((size_t)count * s->D, 1, 1);
   ra_distance distance;
   double difference = 0, size = 0;
-  CHECK(ra_sample_rows(&wrong->p, &wrong->x, kv, rows, count, NULL, 0, out.data, lse.data, dq.data, &distance,
+  CHECK(ra_sample_rows(&wrong->p, &wrong->x, kv, rows, count, NULL, 0, 0, out.data, lse.data, dq.data, &distance,
                        workspace) == RA_OK,
         "rows");
   compute_pass(wrong, RA_BACKWARD, 1);
@@ -743,7 +743,7 @@ static void changes_undo_errors(const shape *s, run *oracle, uint32_t kv, const 
           shares = guarded_new(count, 1, 1);
   guarded dk[4], dv[4]; // by what is right, by what is wrong, changes, changes by halves
   for (int n = 0; n < 4; n++) dk[n] = guarded_new(k_count, 1, 1), dv[n] = guarded_new(v_count, 1, 1);
-  CHECK(ra_sample_columns(&oracle->p, &oracle->x, kv, keys, key_count, NULL, 0, dk[0].data, dv[0].data, workspace) ==
+  CHECK(ra_sample_columns(&oracle->p, &oracle->x, kv, keys, key_count, NULL, 0, 0, dk[0].data, dv[0].data, workspace) ==
             RA_OK,
         "right columns");
   const ra_problem *p = &oracle->p;
@@ -758,7 +758,7 @@ static void changes_undo_errors(const shape *s, run *oracle, uint32_t kv, const 
     *own_lse[n] += 0.25f - 0.1f * (float)n;
     for (uint32_t d = 0; d < s->Dv; d++) own_out[n][d] = 0.5f * own_out[n][d] + 0.1f;
   }
-  CHECK(ra_sample_columns(p, x, kv, keys, key_count, NULL, 0, dk[1].data, dv[1].data, workspace) == RA_OK,
+  CHECK(ra_sample_columns(p, x, kv, keys, key_count, NULL, 0, 0, dk[1].data, dv[1].data, workspace) == RA_OK,
         "wrong columns");
   guarded before = guarded_new(oracle->dq.count, 1, 1);
   memcpy(before.data, oracle->dq.data, before.count * sizeof(float));
@@ -820,6 +820,75 @@ static void distance_is_largest(const shape *s, const run *there, uint32_t kv, c
   CHECK(distance->dq <= 1e-5f * distance->dq_size + 1e-6f, "dq by what is there off by %g", (double)distance->dq);
   CHECK(memcmp(&want, distance, sizeof want) == 0, "distance %g %g, not %g %g", (double)distance->out,
         (double)distance->lse, (double)want.out, (double)want.lse);
+}
+
+// What two calls give one gives that is asked for both.
+static void both_ways_are_each(const run *r, uint32_t kv, const uint32_t *rows, uint32_t count, const uint32_t *keys,
+                               uint32_t key_count, void *workspace) {
+  const ra_problem *p = &r->p;
+  size_t outs = (size_t)count * p->value_dim, dqs = (size_t)count * p->head_dim;
+  size_t dks = (size_t)key_count * p->head_dim, dvs = (size_t)key_count * p->value_dim;
+  guarded out[2], lse[2], dq[2], dk[2], dv[2]; // apart, together
+  ra_distance distance[2];
+  for (int n = 0; n < 2; n++) {
+    out[n] = guarded_new(2 * outs, 1, 1), lse[n] = guarded_new(2 * (size_t)count, 1, 1),
+    dq[n] = guarded_new(2 * dqs, 1, 1);
+    dk[n] = guarded_new(2 * dks, 1, 1), dv[n] = guarded_new(2 * dvs, 1, 1);
+  }
+  CHECK(ra_sample_rows(p, &r->x, kv, rows, count, coefficients, 2, 0, out[0].data, lse[0].data, dq[0].data, distance,
+                       workspace) == RA_OK &&
+            ra_sample_rows(p, &r->x, kv, rows, count, NULL, 0, 0, out[0].data + outs, lse[0].data + count,
+                           dq[0].data + dqs, NULL, workspace) == RA_OK &&
+            ra_sample_rows(p, &r->x, kv, rows, count, coefficients, 2, 1, out[1].data, lse[1].data, dq[1].data,
+                           distance + 1, workspace) == RA_OK,
+        "rows in both ways");
+  CHECK(ra_sample_columns(p, &r->x, kv, keys, key_count, coefficients, 2, 0, dk[0].data, dv[0].data, workspace) ==
+                RA_OK &&
+            ra_sample_columns(p, &r->x, kv, keys, key_count, NULL, 0, 0, dk[0].data + dks, dv[0].data + dvs,
+                              workspace) == RA_OK &&
+            ra_sample_columns(p, &r->x, kv, keys, key_count, coefficients, 2, 1, dk[1].data, dv[1].data, workspace) ==
+                RA_OK,
+        "columns in both ways");
+  const guarded *all[] = {out, lse, dq, dk, dv};
+  for (int n = 0; n < 5; n++) {
+    CHECK(memcmp(all[n][0].data, all[n][1].data, all[n][0].count * sizeof(float)) == 0, "array %d in both ways", n);
+    CHECK(guarded_intact(all[n]) && guarded_intact(all[n] + 1), "canary");
+  }
+  CHECK(memcmp(distance, distance + 1, sizeof *distance) == 0, "distance in both ways");
+  for (int n = 0; n < 2; n++)
+    guarded_free(out + n), guarded_free(lse + n), guarded_free(dq + n), guarded_free(dk + n), guarded_free(dv + n);
+}
+
+// By means that sampling has left the engine computes what it does by its own, but for the rounding of mean values.
+static void found_means_serve(const shape *s, run *r) {
+  uint32_t heads = s->batch * s->kv_heads;
+  guarded means = guarded_new((size_t)heads * (s->D + s->Dv), 1, 1), *got[] = {&r->out, &r->dq, &r->dk, &r->dv},
+          before[4];
+  for (size_t n = 0; n < means.count; n++) means.data[n] = NAN;
+  for (int n = 0; n < 4; n++) {
+    before[n] = guarded_new(got[n]->count, 1, 1);
+    memcpy(before[n].data, got[n]->data, got[n]->count * sizeof(float));
+  }
+  r->x.means = means.data;
+  for (uint32_t kv = 0; kv < heads; kv++) {
+    void *workspace = aligned_alloc(16, ra_sample_workspace(&r->p));
+    ra_bounds b;
+    CHECK(ra_sample_prepare(&r->p, &r->x, kv, 0, &b, workspace) == RA_OK, "prepare");
+    free(workspace);
+  }
+  for (size_t n = 0; n < means.count; n++) CHECK(fabsf(means.data[n]) <= s->bound + 1, "mean %g", means.data[n]);
+  compute(r, 1);
+  for (int n = 0; n < 4; n++) {
+    double top = 1e-30, worst = 0;
+    for (size_t i = 0; i < before[n].count; i++) top = fmax(top, fabs((double)before[n].data[i]));
+    if (n == 1 || n == 2) top = fmax(top, 0.2 * fabs((double)s->scale) * s->bound); // as in compare()
+    for (size_t i = 0; i < before[n].count; i++) worst = fmax(worst, fabs((double)got[n]->data[i] - before[n].data[i]));
+    CHECK(worst <= 4e-6 * top, "array %d by means that were found: %g", n, worst / top);
+    guarded_free(before + n);
+  }
+  CHECK(guarded_intact(&means), "canary");
+  guarded_free(&means);
+  r->x.means = NULL;
 }
 
 static void samples_match_the_oracle(const shape *s) {
@@ -886,7 +955,7 @@ static void samples_match_the_oracle(const shape *s) {
       guarded dq = guarded_new((size_t)count * s->D, 1, 1);
       const float *c = polynomials ? coefficients : NULL;
       ra_distance distance;
-      CHECK(ra_sample_rows(&want->p, &want->x, kv, rows, count, c, 2, out.data, lse.data, dq.data, &distance,
+      CHECK(ra_sample_rows(&want->p, &want->x, kv, rows, count, c, 2, 0, out.data, lse.data, dq.data, &distance,
                            workspace) == RA_OK,
             "rows");
       double top = 0;
@@ -906,7 +975,7 @@ static void samples_match_the_oracle(const shape *s) {
       uint32_t twice[16]; // more than go together
       guarded more = guarded_new(2 * (size_t)count * s->Dv, 1, 1), more_lse = guarded_new(2 * count, 1, 1);
       for (uint32_t n = 0; n < 2 * count; n++) twice[n] = rows[n % count];
-      CHECK(ra_sample_rows(&want->p, &want->x, kv, twice, 2 * count, c, 2, more.data, more_lse.data, NULL, &distance,
+      CHECK(ra_sample_rows(&want->p, &want->x, kv, twice, 2 * count, c, 2, 0, more.data, more_lse.data, NULL, &distance,
                            workspace) == RA_OK,
             "rows again");
       for (size_t n = 0, once = count * (size_t)s->Dv; n < 2 * once; n++) {
@@ -925,7 +994,7 @@ static void samples_match_the_oracle(const shape *s) {
       const run *want = polynomials ? &polynomial : &oracle;
       const float *c = polynomials ? coefficients : NULL;
       guarded dk = guarded_new((size_t)key_count * s->D, 1, 1), dv = guarded_new((size_t)key_count * s->Dv, 1, 1);
-      CHECK(ra_sample_columns(&want->p, &want->x, kv, keys, key_count, c, 2, dk.data, dv.data, workspace) == RA_OK,
+      CHECK(ra_sample_columns(&want->p, &want->x, kv, keys, key_count, c, 2, 0, dk.data, dv.data, workspace) == RA_OK,
             "columns");
       // dk: a difference of terms of that size, as in compare()
       double top_k = 0.2 * fabs((double)s->scale) * s->bound, top_v = 1e-3, mean_share = 0;
@@ -946,9 +1015,11 @@ static void samples_match_the_oracle(const shape *s) {
       CHECK(guarded_intact(&dk) && guarded_intact(&dv), "canary");
       guarded_free(&dk), guarded_free(&dv);
     }
+    if (engines == 2) both_ways_are_each(&polynomial, kv, rows, count, keys, key_count, workspace);
     changes_undo_errors(s, &oracle, kv, rows, count, keys, key_count, workspace);
     free(workspace);
   }
+  if (engines == 2) found_means_serve(s, &polynomial);
   finish(&oracle), finish(&polynomial);
 }
 
@@ -1007,7 +1078,7 @@ static void sampled_maps_are_sums(const shape *s) {
       size_t head = kv * group + row / s->Nq, i = row % s->Nq;
       double sum = 0, out[16] = {0}, delta = 0, dq[16] = {0}, lse;
       const float *dout = r.dout.data + place(s, head, s->heads, s->Nq, i, Dv);
-      CHECK(ra_sample_rows(p, &r.x, kv, &row, 1, c, 2, got_out, got_lse, got_dq, NULL, workspace) == RA_OK, "rows");
+      CHECK(ra_sample_rows(p, &r.x, kv, &row, 1, c, 2, 0, got_out, got_lse, got_dq, NULL, workspace) == RA_OK, "rows");
       for (uint32_t j = 0; j < s->Nk; j++) {
         double weight = weigh_pair(s, &r, head, (uint32_t)i, j, 0).weight;
         sum += weight;
@@ -1032,7 +1103,7 @@ static void sampled_maps_are_sums(const shape *s) {
     }
     for (uint32_t j = 0; j < s->Nk; j += 1 + s->Nk / 20) {
       double dk[16] = {0}, dv[16] = {0};
-      CHECK(ra_sample_columns(p, &r.x, kv, &j, 1, c, 2, got_dq, got_dv, workspace) == RA_OK, "columns");
+      CHECK(ra_sample_columns(p, &r.x, kv, &j, 1, c, 2, 0, got_dq, got_dv, workspace) == RA_OK, "columns");
       for (uint32_t row = 0; row < group * s->Nq; row++) {
         size_t head = kv * group + row / s->Nq, i = row % s->Nq;
         double lse = r.lse.data[head * s->Nq + i], dp = 0;
@@ -1231,7 +1302,7 @@ static void negative_sums_are_reported(void) {
   uint32_t row = 7;
   void *sample = aligned_alloc(16, ra_sample_workspace(&r.p));
   CHECK(ra_sample_prepare(&r.p, &r.x, 0, 0, &b, sample) == RA_OK, "prepare");
-  CHECK(ra_sample_rows(&r.p, &r.x, 0, &row, 1, bad, 1, out, &lse, NULL, NULL, sample) == RA_NOT_POSITIVE,
+  CHECK(ra_sample_rows(&r.p, &r.x, 0, &row, 1, bad, 1, 0, out, &lse, NULL, NULL, sample) == RA_NOT_POSITIVE,
         "p = -1, sampled");
   free(sample);
   free(workspace), finish(&r);
