@@ -40,6 +40,14 @@ void ra_see_strips(ra_seen *seen) {
     }
     t->keys[s] = keys.end > 0 ? keys : (ra_range){0, 0};
   }
+  for (uint32_t c = 0; c < CHUNK; c += STRIP) {
+    ra_range all = {0, CHUNK};
+    for (uint32_t n = c; n < c + STRIP; n++) {
+      if (seen->first[n] > (float)all.first) all.first = (uint32_t)seen->first[n];
+      if (seen->end[n] < (float)all.end) all.end = (uint32_t)seen->end[n];
+    }
+    t->all[c / STRIP] = all;
+  }
   t->whole = 1;
   for (uint32_t g = 0; g < STRIPS; g++) {
     uint32_t some = 0;
@@ -88,26 +96,39 @@ RA_KERNEL void set_strip_products(const ra_strips *t, const float *a, uint32_t k
 // a = 2^(s - reference) of scores a = x.y, 0 for keys that are not seen; top[32]: the largest s, in powers of two as well.
 RA_KERNEL void weigh(const ra_polynomial *e, const ra_seen *seen, float *top) {
   const ra_exp2_constants *constants = ra_exp2_load();
-  f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), masked = f32x4_splat(RA_MASKED), one = f32x4_splat(1);
+  f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), masked = f32x4_splat(RA_MASKED), zero = f32x4_splat(0);
   const int biased = e->decaying;
-  for (uint32_t c = 0; c < CHUNK; c += 4) {
-    ra_range keys = seen->strips.keys[c / STRIP];
-    f32x4 first = f32x4_load(seen->first + c), end = f32x4_load(seen->end + c),
-          reference = f32x4_load(e->reference + c), row = f32x4_load(seen->row + c);
-    f32x4 most = masked, key = f32x4_splat((float)keys.first);
+  for (uint32_t c = 0; c < CHUNK; c += STRIP) {
+    ra_range keys = seen->strips.keys[c / STRIP], all = seen->strips.all[c / STRIP];
+    f32x4 most[2] = {masked, masked}, less[2];
     float *at = e->a + keys.first * CHUNK + c;
     const float *bias = seen->bias + CHUNK - 1 + c - keys.first;
+    for (int h = 0; h < 2; h++) less[h] = f32x4_sub(zero, f32x4_load(e->reference + c + 4 * h));
     RA_ROLLED
     for (uint32_t n = keys.first; n < keys.end; n++, at += CHUNK, bias--) {
-      f32x4 s = f32x4_load(at);
-      if (biased) s = f32x4_add(s, f32x4_add(row, f32x4_load(bias)));
-      s = f32x4_where_less(key, end, f32x4_mul(s, to_log2), masked);
-      s = f32x4_where_less(key, first, masked, s);
-      most = f32x4_max(most, s);
-      f32x4_store(at, ra_exp2(f32x4_min(f32x4_splat(128), f32x4_sub(s, reference)), constants));
-      key = f32x4_add(key, one);
+      f32x4 s[2], key = f32x4_splat((float)n);
+      RA_UNROLLED
+      for (uint32_t h = 0; h < 2; h++) s[h] = f32x4_load(at + 4 * h);
+      if (biased) {
+        RA_UNROLLED
+        for (uint32_t h = 0; h < 2; h++)
+          s[h] = f32x4_add(s[h], f32x4_add(f32x4_load(seen->row + c + 4 * h), f32x4_load(bias + 4 * h)));
+      }
+      if (n < all.first || n >= all.end) {
+        RA_UNROLLED
+        for (uint32_t h = 0; h < 2; h++) {
+          f32x4 first = f32x4_load(seen->first + c + 4 * h), end = f32x4_load(seen->end + c + 4 * h);
+          s[h] = f32x4_where_less(key, first, masked, f32x4_where_less(key, end, s[h], masked));
+        }
+      }
+      RA_UNROLLED
+      for (uint32_t h = 0; h < 2; h++) {
+        most[h] = f32x4_max(most[h], s[h]);
+        s[h] = f32x4_min(f32x4_splat(128), f32x4_madd(s[h], to_log2, less[h]));
+        f32x4_store(at + 4 * h, ra_exp2(s[h], constants));
+      }
     }
-    f32x4_store(top + c, most);
+    for (uint32_t h = 0; h < 2; h++) f32x4_store(top + c + 4 * h, f32x4_mul(most[h], to_log2));
   }
 }
 

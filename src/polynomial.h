@@ -35,7 +35,7 @@ enum { RA_STRIP_QUERIES = 8, RA_STRIPS = RA_CHUNK / RA_STRIP_QUERIES };
 // What is done of a block of keys, which is half of it on a diagonal: the keys that each strip of 8 queries sees, and the queries
 // from .. to - 1 of the strips that see some of each 8 keys; `whole`: these see all of them.
 typedef struct ra_strips {
-  ra_range keys[RA_STRIPS];
+  ra_range keys[RA_STRIPS], all[RA_STRIPS]; // all: those that each of its queries sees
   uint32_t from[RA_STRIPS], to[RA_STRIPS];
   int whole;
 } ra_strips;
