@@ -148,16 +148,17 @@ describe('calls at the border of a tolerance', () => {
   test('no more is drawn where nothing is in doubt, and more than once never', () => {
     const shape = { heads: 1, queryLength: 8192, headDim: 16 };
     const args = { ...instance({ kind: 'uniform', bound: 0.5, seed: 1, shape }), seed: 28 };
-    const columns = jest.spyOn(Session.prototype, 'columns');
+    const [apart, beside] = [jest.spyOn(Session.prototype, 'columns'), jest.spyOn(Session.prototype, 'polynomialColumns')];
     /** Keys that gradients are exact for, in all. */
     const keys = (tolerance: number) => {
-      columns.mockClear();
+      for (const columns of [apart, beside]) columns.mockClear();
       const { report } = attention.backward({ ...args, tolerance });
       expect(report.degree).toBe(2);
-      return sum(columns.mock.calls.map(([, rows, coefficients]) => (coefficients ? 0 : rows.length)));
+      const lengths = beside.mock.calls.map(([, rows, , withExact]) => (withExact ? rows.length : 0));
+      return sum([...lengths, ...apart.mock.calls.map(([, rows]) => rows.length)]);
     };
     const [clear, doubtful] = [keys(1.5e-2), keys(9.5e-3)];
-    columns.mockRestore();
+    for (const columns of [apart, beside]) columns.mockRestore();
     expect(clear).toBeLessThanOrEqual(24);
     expect(doubtful).toBeGreaterThan(24);
     expect(doubtful).toBeLessThanOrEqual(24 + 48);
