@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Exact attention: tiled online softmax, forward and backward. O(Nq Nk (D + Dv)) time, never an N x N matrix: the
-// workspace is O(N (D + Dv)) for one head at a time.
+// workspace is O(N (D + Dv)) for one head at a time: keys in panels forward, queries and dout in strips backward.
 //
 // This work is based on:
 //   Milakov, Gimelshein. Online normalizer calculation for softmax. 2018 (1805.02867)
@@ -55,6 +55,7 @@ typedef struct exact {
   exact_state *state;
   uint32_t D, Dv, Dp, Dvp;             // Dp, Dvp: padded to 8
   int narrow;                          // scores are within NARROW, and plain or only capped
+  int in_place;                        // dq_t is
   int near;                            // softcap bends scores by little: ra_tanh_near
   uint32_t panels, strips;             // groups of PANEL keys, of 8 queries (backward: of 32, times 4)
   uint32_t block_queries, block_keys;  // of a forward tile, of a backward step
@@ -64,7 +65,7 @@ typedef struct exact {
   ra_relative *relative;               // NULL: none
   char *relative_space;
   float *rows;    // [ROWS][Dp] rotated rows on their way
-  float *k_panel; // [panels][D][PANEL] rotated keys
+  float *k_panel; // [panels][D][PANEL] rotated keys; backward: of a block
   // forward
   float *q_strip;         // [32 strips][D][8]; backward: all strips of the head
   float *out_t;           // [32 strips][Dv][8] numerators
@@ -75,13 +76,12 @@ typedef struct exact {
   float *mask; // [keys of a tile or block][8 or 32 queries]
   float *zero; // [8] where scores start
   // backward
-  float *k_rows, *q_rows;     // [PANEL panels][Dp], [8 strips][Dp] rotated
-  float *v_panel;             // [panels][Dv][PANEL]
-  float *dout_rows;           // [8 strips][Dvp]
+  float *k_rows, *v_panel;    // [KEY_BLOCK][Dp] rotated, [panels of a block][Dv][PANEL]
+  float *q_rows, *dout_rows;  // [32][Dp], [32][Dvp] of a step
   float *dout_strip;          // [strips][Dv][8]
   float *lse2, *delta;        // [8 strips], lse in powers of two
   float *weight, *ds;         // [KEY_BLOCK][32]
-  float *dq_t;                // [strips][Dp][8]
+  float *dq_t;                // [strips][Dp][8]; in the place of dq where strips are as long as its rows
   float *dk_block, *dv_block; // [KEY_BLOCK][Dp], [KEY_BLOCK][Dvp]
   float *slope;               // [KEY_BLOCK][32] derivative of softcap
   float *dbias;               // [PAD + Nq + Nk - 1 + PAD] of one head
@@ -112,7 +112,7 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
     e.relative_space = ra_take(w, 1, ra_relative_bytes(p, e.block_queries, e.block_keys), 1);
   }
   e.rows = ra_take_floats(w, ROWS, e.Dp);
-  e.k_panel = ra_take_floats(w, e.panels, (size_t)e.D * PANEL);
+  e.k_panel = ra_take_floats(w, pass == RA_BACKWARD ? KEY_BLOCK / PANEL : e.panels, (size_t)e.D * PANEL);
   if (pass == RA_FORWARD) {
     e.strips = QUERY_BLOCK / LANES;
     e.q_strip = ra_take_floats(w, e.strips, (size_t)e.D * LANES);
@@ -123,14 +123,15 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
   } else {
     e.strips = ra_ceil_div(p->query_length, QUERY_CHUNK) * (QUERY_CHUNK / LANES);
     e.q_strip = ra_take_floats(w, e.strips, (size_t)e.D * LANES);
-    e.q_rows = ra_take_floats(w, e.strips, (size_t)e.Dp * LANES);
-    e.dout_rows = ra_take_floats(w, e.strips, (size_t)e.Dvp * LANES);
+    e.q_rows = ra_take_floats(w, QUERY_CHUNK, e.Dp);
+    e.dout_rows = ra_take_floats(w, QUERY_CHUNK, e.Dvp);
     e.dout_strip = ra_take_floats(w, e.strips, (size_t)e.Dv * LANES);
     e.lse2 = ra_take_floats(w, e.strips, LANES);
     e.delta = ra_take_floats(w, e.strips, LANES);
-    e.dq_t = ra_take_floats(w, e.strips, (size_t)e.Dp * LANES);
-    e.k_rows = ra_take_floats(w, e.panels, (size_t)e.Dp * PANEL);
-    e.v_panel = ra_take_floats(w, e.panels, (size_t)e.Dv * PANEL);
+    e.in_place = e.D == e.Dp && e.D == e.q_row && p->query_length % QUERY_CHUNK == 0;
+    e.dq_t = ra_take_floats(w, e.in_place ? 0 : e.strips, (size_t)e.Dp * LANES);
+    e.k_rows = ra_take_floats(w, KEY_BLOCK, e.Dp);
+    e.v_panel = ra_take_floats(w, KEY_BLOCK, e.Dv);
     e.weight = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
     e.ds = ra_take_floats(w, KEY_BLOCK, QUERY_CHUNK);
     e.dk_block = ra_take_floats(w, KEY_BLOCK, e.Dp);
@@ -155,14 +156,14 @@ RA_KERNEL void pack(const float *x, size_t x_row, uint32_t count, uint32_t colum
   }
 }
 
-// Rotates the keys of one head into panels, and into plain rows where the pass has them.
-RA_KERNEL void prepare_keys(const exact *e, const float *k) {
-  const ra_problem *p = e->p;
-  if (e->k_rows) ra_fill(e->k_rows, (size_t)e->panels * PANEL * e->Dp, 0);
-  for (uint32_t j = 0; j < p->key_length; j += ROWS) {
-    uint32_t count = ra_min_u32(ROWS, p->key_length - j);
+// Rotates `keys` keys of a head from `first` on into panels, and into plain rows where the pass has them.
+RA_KERNEL void prepare_keys(const exact *e, const float *k, uint32_t first, uint32_t keys) {
+  if (e->k_rows) ra_fill(e->k_rows, (size_t)KEY_BLOCK * e->Dp, 0);
+  for (uint32_t j = 0; j < keys; j += ROWS) {
+    uint32_t count = ra_min_u32(ROWS, keys - j);
     float *rows = e->k_rows ? e->k_rows + (size_t)j * e->Dp : e->rows;
-    ra_rotary_rows(&e->state->k_rotary, k + j * e->k_row, e->k_row, rows, e->Dp, count, j, RA_ROTATE, 1.0f);
+    ra_rotary_rows(&e->state->k_rotary, k + (first + j) * e->k_row, e->k_row, rows, e->Dp, count, first + j, RA_ROTATE,
+                   1.0f);
     pack(rows, e->Dp, count, e->D, PANEL, e->k_panel + (size_t)j * e->D);
   }
 }
@@ -596,13 +597,13 @@ RA_KERNEL void forward_block(const exact *e, uint32_t head, const float *q, cons
 
 // --- Backward -----------------------------------------------------------------------------------------------------
 
-// What every key block of a head reads: queries, dout, lse and delta in lanes, queries and dout as padded rows.
+// What every key block of a head reads: queries, dout, lse and delta in lanes.
 RA_KERNEL void prepare_queries(const exact *e, uint32_t head, const float *q, const float *out, const float *lse,
                                const float *dout, float *dsinks) {
   const ra_problem *p = e->p;
   uint32_t Nq = p->query_length;
-  ra_fill(e->q_rows, (size_t)e->strips * LANES * e->Dp, 0);
-  ra_fill(e->dout_rows, (size_t)e->strips * LANES * e->Dvp, 0);
+  ra_fill(e->q_rows, (size_t)QUERY_CHUNK * e->Dp, 0);
+  ra_fill(e->dout_rows, (size_t)QUERY_CHUNK * e->Dvp, 0);
   ra_fill(e->q_strip, (size_t)e->strips * LANES * e->D, 0);
   ra_fill(e->dout_strip, (size_t)e->strips * LANES * e->Dv, 0);
   ra_fill(e->dq_t, (size_t)e->strips * LANES * e->Dp, 0);
@@ -610,10 +611,9 @@ RA_KERNEL void prepare_queries(const exact *e, uint32_t head, const float *q, co
   ra_fill(e->delta, (size_t)e->strips * LANES, 0);
   const float *sink = p->sinks ? p->sinks + head % p->heads : NULL;
   double dsink = 0;
-  for (uint32_t i = 0; i < Nq; i += 32) {
-    uint32_t rows = ra_min_u32(32, Nq - i);
-    float *q_rows = e->q_rows + (size_t)i * e->Dp, *dout_rows = e->dout_rows + (size_t)i * e->Dvp;
-    ra_rotary_rows(&e->state->q_rotary, q + i * e->q_row, e->q_row, q_rows, e->Dp, rows, i, RA_ROTATE,
+  for (uint32_t i = 0; i < Nq; i += QUERY_CHUNK) {
+    uint32_t rows = ra_min_u32(QUERY_CHUNK, Nq - i);
+    ra_rotary_rows(&e->state->q_rotary, q + i * e->q_row, e->q_row, e->q_rows, e->Dp, rows, i, RA_ROTATE,
                    (float)(p->scale * RA_LOG2_E));
     for (uint32_t r = 0; r < rows; r++) {
       const float *dout_i = dout + (i + r) * e->out_row, *out_i = out + (i + r) * e->out_row;
@@ -621,15 +621,15 @@ RA_KERNEL void prepare_queries(const exact *e, uint32_t head, const float *q, co
       int seen = !(lse[i + r] <= RA_FORBIDDEN);
       double delta = 0;
       for (uint32_t d = 0; d < e->Dv; d++) {
-        dout_rows[(size_t)r * e->Dvp + d] = seen ? dout_i[d] : 0;
+        e->dout_rows[(size_t)r * e->Dvp + d] = seen ? dout_i[d] : 0;
         delta += (double)dout_i[d] * out_i[d];
       }
       if (sink) dsink -= exp(*sink - (double)lse[i + r]) * delta;
       e->delta[i + r] = seen ? (float)delta : 0;
       e->lse2[i + r] = seen ? (float)(lse[i + r] * RA_LOG2_E) : 0;
     }
-    pack(q_rows, e->Dp, rows, e->D, LANES, e->q_strip + (size_t)i * e->D);
-    pack(dout_rows, e->Dvp, rows, e->Dv, LANES, e->dout_strip + (size_t)i * e->Dv);
+    pack(e->q_rows, e->Dp, rows, e->D, LANES, e->q_strip + (size_t)i * e->D);
+    pack(e->dout_rows, e->Dvp, rows, e->Dv, LANES, e->dout_strip + (size_t)i * e->Dv);
   }
   if (sink && dsinks) dsinks[head % p->heads] = (float)((head < p->heads ? 0 : dsinks[head % p->heads]) + dsink);
 }
@@ -704,10 +704,11 @@ RA_KERNEL void accumulate_rows(const float *a, uint32_t panels, const float *b, 
 }
 
 // What dS of a step gives where scores are those of a relative map: products with the mapped queries where the map is constant.
-// Queries carry scale * log2 e.
-static void relative_gradients(const exact *e, uint32_t query0, uint32_t key0, uint32_t panels, int pairwise,
-                               float *dk_block, float *dweights) {
-  const float *k_panel = e->k_panel + (size_t)key0 * e->D, *q_strip = e->q_strip + (size_t)query0 * e->D;
+// Queries carry scale * log2 e; keys are those of the block from `start` on.
+static void relative_gradients(const exact *e, uint32_t query0, uint32_t key0, uint32_t start, uint32_t panels,
+                               int pairwise, float *dweights) {
+  float *dk_block = e->dk_block + (size_t)start * e->Dp;
+  const float *k_panel = e->k_panel + (size_t)start * e->D, *q_strip = e->q_strip + (size_t)query0 * e->D;
   size_t strip_size = (size_t)e->D * LANES;
   for (uint32_t n = 0; n < QUERY_CHUNK; n += LANES) {
     float *dq_t = e->dq_t + (size_t)(query0 + n) * e->Dp, *mapped = e->relative->mapped + n * e->D;
@@ -717,7 +718,7 @@ static void relative_gradients(const exact *e, uint32_t query0, uint32_t key0, u
     }
     ra_transpose(mapped, LANES, e->D, LANES, e->rows + n * e->Dp, e->Dp);
     ra_fill(mapped, strip_size, 0); // its gradient now
-    ra_add_columns(e->k_rows + (size_t)key0 * e->Dp, e->Dp, e->D, e->ds + n, QUERY_CHUNK, PANEL * panels, mapped,
+    ra_add_columns(e->k_rows + (size_t)start * e->Dp, e->Dp, e->D, e->ds + n, QUERY_CHUNK, PANEL * panels, mapped,
                    LANES);
     ra_relative_map_back(e->relative, mapped, query0 + n, key0, dq_t);
   }
@@ -726,6 +727,12 @@ static void relative_gradients(const exact *e, uint32_t query0, uint32_t key0, u
   if (dweights)
     ra_relative_weights(e->relative, q_strip, strip_size, k_panel, e->ds, query0, key0, panels, (float)RA_LN_2,
                         dweights);
+}
+
+// Strips of 32 queries, or their dout, as rows again.
+static void unpack(const float *strips, uint32_t columns, float *rows, size_t row) {
+  for (uint32_t n = 0; n < QUERY_CHUNK; n += LANES)
+    ra_transpose(strips + (size_t)n * columns, LANES, columns, LANES, rows + n * row, row);
 }
 
 // A chunk of 32 queries against a block of keys: the five products of the backward pass.
@@ -740,7 +747,7 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
   keys = ra_min_u32(keys, of_last.end - key0) - start;
   key0 += start;
   uint32_t panels = ra_ceil_div(keys, PANEL);
-  const float *k_panel = e->k_panel + (size_t)key0 * e->D, *v_panel = e->v_panel + (size_t)key0 * e->Dv;
+  const float *k_panel = e->k_panel + (size_t)start * e->D, *v_panel = e->v_panel + (size_t)start * e->Dv;
 
   // in the forward pass this was s = q.k, P = 2^(s - lse)
   if (e->mask) load_mask(e, head, query0, QUERY_CHUNK, key0, keys);
@@ -768,8 +775,8 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
   for (uint32_t n = 0; n < 4; n++)
     product_tiles_weighted(v_panel, e->dout_strip + (size_t)(strip0 + n) * e->Dv * LANES, e->Dv, panels,
                            e->delta + (strip0 + n) * LANES, e->weight + n * LANES, e->ds + n * LANES);
-  accumulate_rows(e->weight, panels, e->dout_rows + (size_t)query0 * e->Dvp, e->Dvp,
-                  e->dv_block + (size_t)start * e->Dvp);
+  unpack(e->dout_strip + (size_t)query0 * e->Dv, e->Dv, e->dout_rows, e->Dvp);
+  accumulate_rows(e->weight, panels, e->dout_rows, e->Dvp, e->dv_block + (size_t)start * e->Dvp);
 
   // in the forward pass this was s = softcap tanh(q.k / softcap) + bias
   if (e->dbias) add_diagonals(e, query0, key0, PANEL * panels, e->ds);
@@ -777,22 +784,24 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
     f32x4_store(e->ds + n, f32x4_mul(f32x4_load(e->ds + n), f32x4_load(e->slope + n)));
 
   // undoes q.k on both sides, or q W k on all three
-  float *dk_block = e->dk_block + (size_t)start * e->Dp;
   if (e->relative) {
-    relative_gradients(e, query0, key0, panels, pairwise, dk_block, dweights);
+    relative_gradients(e, query0, key0, start, panels, pairwise, dweights);
     return;
   }
-  accumulate_rows(e->ds, panels, e->q_rows + (size_t)query0 * e->Dp, e->Dp, dk_block);
+  unpack(e->q_strip + (size_t)query0 * e->D, e->D, e->q_rows, e->Dp);
+  accumulate_rows(e->ds, panels, e->q_rows, e->Dp, e->dk_block + (size_t)start * e->Dp);
   for (uint32_t n = 0; n < 4; n++)
-    ra_add_columns(e->k_rows + (size_t)key0 * e->Dp, e->Dp, e->Dp, e->ds + n * LANES, QUERY_CHUNK, PANEL * panels,
+    ra_add_columns(e->k_rows + (size_t)start * e->Dp, e->Dp, e->Dp, e->ds + n * LANES, QUERY_CHUNK, PANEL * panels,
                    e->dq_t + (size_t)(strip0 + n) * e->Dp * LANES, LANES);
 }
 
 // One block of keys against all queries of a head; dk, dv of the block are overwritten, or added to (`add`), dweights added to.
-RA_KERNEL void backward_block(const exact *e, uint32_t head, uint32_t key0, float *dk, float *dv, int add,
-                              float *dweights) {
+RA_KERNEL void backward_block(const exact *e, uint32_t head, uint32_t key0, const float *k, const float *v, float *dk,
+                              float *dv, int add, float *dweights) {
   const ra_problem *p = e->p;
   uint32_t keys = ra_min_u32(KEY_BLOCK, p->key_length - key0), end = ra_query_end(p, key0 + keys - 1);
+  prepare_keys(e, k, key0, keys);
+  pack(v + key0 * e->v_row, e->v_row, keys, e->Dv, PANEL, e->v_panel);
   ra_fill(e->dk_block, (size_t)KEY_BLOCK * e->Dp, 0);
   ra_fill(e->dv_block, (size_t)KEY_BLOCK * e->Dvp, 0);
   for (uint32_t i = ra_query_start(p, key0) / QUERY_CHUNK * QUERY_CHUNK; i < end; i += QUERY_CHUNK)
@@ -812,8 +821,8 @@ RA_KERNEL void backward_block(const exact *e, uint32_t head, uint32_t key0, floa
 // dq of a head, back to rows and back-rotated.
 RA_KERNEL void finish_queries(const exact *e, float *dq) {
   const ra_problem *p = e->p;
-  for (uint32_t i = 0; i < p->query_length; i += 32) {
-    uint32_t rows = ra_min_u32(32, p->query_length - i);
+  for (uint32_t i = 0; i < p->query_length; i += QUERY_CHUNK) {
+    uint32_t rows = ra_min_u32(QUERY_CHUNK, p->query_length - i);
     for (uint32_t r = 0; r < rows; r += LANES)
       ra_transpose(e->dq_t + (size_t)(i + r) * e->Dp, LANES, e->Dp, LANES, e->rows + r * e->Dp, e->Dp);
     ra_rotary_rows(&e->state->q_rotary, e->rows, e->Dp, dq + i * e->q_row, e->q_row, rows, i, RA_ROTATE_TRANSPOSE,
@@ -869,17 +878,16 @@ static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *wor
       ra_rotary_batch(&e.state->k_rotary, &rows, 0, batch);
       prepare_modifiers(&e, head);
     }
-    if (block == 0 && head % group == 0) {
-      prepare_keys(&e, x->k + k_head);
-      if (pass == RA_BACKWARD) pack(x->v + v_head, e.v_row, p->key_length, e.Dv, PANEL, e.v_panel);
-    }
     if (pass == RA_FORWARD) {
+      if (block == 0 && head % group == 0) prepare_keys(&e, x->k + k_head, 0, p->key_length);
       forward_block(&e, head, x->q + q_head, x->v + v_head, block * QUERY_BLOCK, x->out + out_head, x->lse + head * Nq);
       continue;
     }
+    if (e.in_place) e.dq_t = x->dq + q_head;
     if (block == 0)
       prepare_queries(&e, head, x->q + q_head, x->out + out_head, x->lse + head * Nq, x->dout + out_head, x->dsinks);
-    backward_block(&e, head, block * KEY_BLOCK, x->dk + k_head, x->dv + v_head, head % group != 0, dweights);
+    backward_block(&e, head, block * KEY_BLOCK, x->k + k_head, x->v + v_head, x->dk + k_head, x->dv + v_head,
+                   head % group != 0, dweights);
     if (block == blocks - 1) finish_queries(&e, x->dq + q_head), finish_bias(&e, head, x->dbias, x->dalibi);
   }
   return RA_OK;

@@ -181,7 +181,7 @@ export class Attention implements RopeAttention {
       if (problem.method !== 'auto' && chosen.degree !== null) refusePredicted(task, chosen);
       const bound = boundOf(task, { ...chosen, coefficients });
       session.setOutliers(chosen.split.outliers);
-      const bytes = session.bytes + workspaceOf(session, passes, chosen.degree);
+      const bytes = session.bytesWith(workspaceOf(session, passes, chosen.degree), chosen.degree === null);
       yield 1;
       const reason = explain(task, { ...chosen, bound }, chosen.predicted, 'predicted', plan.because, []);
       const cost = costOf(problem, passes, chosen.degree, countsOf(chosen));
@@ -318,7 +318,7 @@ export class Attention implements RopeAttention {
   *#plan(session: Session, task: Task, inputs: Call['inputs']): Generator<number, Plan> {
     // Whatever is chosen, the exact engine must fit, unless only one degree may run.
     const fallback = task.problem.method === 'auto' ? null : task.problem.degree;
-    session.load(inputs, task.pass, workspaceOf(session, task.passes, fallback));
+    session.load(inputs, task.pass, workspaceOf(session, task.passes, fallback), fallback === null);
     return yield* choose(session, task);
   }
 
@@ -380,7 +380,7 @@ export class Attention implements RopeAttention {
       return { coefficients, dvDegree, measured, miss, sound: positive && measured !== null && passes.length > 1 };
     };
     if (degree !== null && !coefficients) return missed('has coefficients beyond float32', null);
-    session.setWorkspace(workspaceOf(session, passes, degree));
+    session.setWorkspace(workspaceOf(session, passes, degree), degree === null);
     session.setEngine(degree, coefficients ?? undefined, dvDegree < (degree ?? 0));
     if (degree === null) {
       session.boundScores(scoreBound(problem, split.bounds));

@@ -564,7 +564,7 @@ export class Session {
 
   /** Bytes of memory that the call needs. */
   get bytes(): number {
-    return this.#arena.needed;
+    return Math.max(this.#arena.needed, this.#loaded); // some of which a last workspace may have taken over
   }
 
   /** Bytes that are left below the limit of the memory. */
@@ -634,9 +634,9 @@ export class Session {
   /**
    * Makes room for the arrays of a pass and for sampling, and copies the inputs in.
    *
-   * @param workspaceBytes what `setWorkspace` will ask for; only so that a call that cannot fit ends here.
+   * @param workspaceBytes what `setWorkspace` will ask for, `last` or not; only so that a call that cannot fit ends here.
    */
-  load(inputs: Inputs, pass: Pass, workspaceBytes: number): void {
+  load(inputs: Inputs, pass: Pass, workspaceBytes: number, last = false): void {
     this.#check();
     const { q, k, v, dOutput, output, lse } = inputs;
     const size = sizesOf(this.#name, this.geometry);
@@ -662,7 +662,7 @@ export class Session {
       this.#size(this.#exports.ra_sample_workspace(this.#at.problem), 'ra_sample_workspace'),
     );
     this.#loaded = this.#arena.needed;
-    this.#arena.reserve(workspaceBytes);
+    this.#reserveWorkspace(workspaceBytes, last);
     this.#arena.check(this.#name);
     this.#arena.reset(this.#loaded);
     this.#arena.commit(this.#name);
@@ -698,12 +698,29 @@ export class Session {
     this.#arena.writeFloats(this.#arrays[array], values);
   }
 
-  /** Makes room for the workspace of the engine that runs next, in the place of the one before. */
-  setWorkspace(bytes: number): void {
+  /**
+   * Makes room for the workspace of the engine that runs next, in the place of the one before.
+   *
+   * @param last nothing is sampled from now on: in the place of what that needs, too.
+   */
+  setWorkspace(bytes: number, last = false): void {
     this.#check();
-    this.#arena.reset(this.#loaded);
-    this.#workspace = this.#arena.reserve(bytes);
+    this.#workspace = this.#reserveWorkspace(bytes, last);
     this.#arena.commit(this.#name);
+    if (last) this.#prepared = null;
+  }
+
+  /** Bytes of memory that the call needs with such a workspace. */
+  bytesWith(workspaceBytes: number, last: boolean): number {
+    this.#reserveWorkspace(workspaceBytes, last);
+    const bytes = this.bytes;
+    this.#arena.reset(this.#loaded);
+    return bytes;
+  }
+
+  #reserveWorkspace(bytes: number, last: boolean): number {
+    this.#arena.reset(last ? this.#sampling : this.#loaded);
+    return this.#arena.reserve(bytes);
   }
 
   /** Units of a pass by the engine that is set. */
