@@ -308,6 +308,11 @@ export function rankCost(g: Geometry, of: 'queries' | 'keys'): number {
 
 /** The same for a portion of rows. */
 export function rowsCost(g: Geometry, rows: ArrayLike<number>, pass: Pass): number {
+  if (g.causal && g.window[0] >= 0) {
+    let keys = 0;
+    for (let n = 0; n < rows.length; n += SAMPLE_ROWS) keys += between(rows, n, (row) => (row % g.queryLength) + g.queryOffset + 1, -g.window[0] - 1, g.keyLength);
+    return portionCost(g, pass, keys);
+  }
   let last = 0;
   for (let n = 0; n < rows.length; n++) last = Math.max(last, rows[n] % g.queryLength);
   const seen = g.causal ? Math.max(0, last + g.queryOffset + 1) : g.keyLength;
@@ -319,10 +324,27 @@ export function columnsCost(g: Geometry, keys: ArrayLike<number>): number {
   const { each, entry } = PAIR.columns;
   let pairs = 0;
   for (let n = 0; n < keys.length; n += SAMPLE_ROWS) {
+    if (g.causal && g.window[0] >= 0) {
+      pairs += SAMPLE_ROWS * (g.heads / g.kvHeads) * between(keys, n, (key) => key - g.queryOffset, g.window[0] + 1, g.queryLength);
+      continue;
+    }
     const unseen = g.causal ? Math.max(0, Math.min(keys[n] - g.queryOffset, g.queryLength)) : 0;
     pairs += SAMPLE_ROWS * ((g.queryLength - unseen) / g.queryLength) * queriesOfHead(g);
   }
   return PORTION + pairs * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, 'backward'));
+}
+
+/** Of eight at most, from number n on, how many others below `limit` they meet, tiles being seen as a whole: from a place of each so far. */
+function between(all: ArrayLike<number>, n: number, place: (one: number) => number, far: number, limit: number): number {
+  let [sum, before] = [0, -Infinity];
+  const places = Array.from({ length: Math.min(all.length - n, SAMPLE_ROWS) }, (_, m) => place(all[n + m])).sort((a, b) => a - b);
+  for (const one of places) {
+    const [from, to] = [Math.min(one, one + far), Math.max(one, one + far)];
+    const [first, end] = [Math.max(from - SAMPLE_TILE / 2, 0, before), Math.min(to + SAMPLE_TILE / 2, limit)];
+    sum += Math.max(end - first, 0);
+    before = Math.max(before, end);
+  }
+  return sum;
 }
 
 /** What so many known rows change in a portion of columns. */

@@ -17,8 +17,10 @@ import {
   SHORT_ROWS,
   type Pass,
 } from './cost.js';
+import { scoreRadius } from './certificate.js';
 import { Arena, ARRAYS, BOUNDS, DISTANCE, MEMORY_LIMIT, PROBLEM, sizeOf, type Values } from './memory.js';
-import type { Features, Mask } from './scores.js';
+import { reachOf } from './reach.js';
+import { seenKeys, type Features, type Mask } from './scores.js';
 import { sizesOf, type Geometry, type Inputs } from './validate.js';
 
 /** ra_bounds of one key/value head. */
@@ -419,6 +421,8 @@ export class Session {
   #loaded = 0;
   #workspace = 0;
   #prepared: { head: number; bounds: Bounds } | null = null;
+  /** Of each head the radius of all scores; undefined until it is prepared. */
+  readonly #radii: number[] = [];
   #measured: number | null = null;
   #outliers: Outliers | null = null;
   /** Beside which outliers the mean keys of each head were found. */
@@ -816,8 +820,58 @@ export class Session {
       );
       this.#meansBeside[head] = this.#outliers;
       this.#prepared = { head, bounds: this.#arena.readStruct(bounds, BOUNDS) };
+      this.#radii[head] ??= scoreRadius(this.geometry, this.#prepared.bounds);
     }
     return this.#prepared.bounds;
+  }
+
+  /** The same call as samples have to see it: with slopes, queries see no further than these let them. `rows`: of all by default. */
+  #inSight(head: number, rows: ArrayLike<number> | null): Geometry {
+    const { alibi, heads, kvHeads, queryLength, window } = this.geometry;
+    if (!alibi) return this.geometry;
+    const group = heads / kvHeads;
+    const own = rows ? Array.from(rows, (row) => Math.floor(row / queryLength)) : Array.from({ length: group }, (_, h) => h);
+    const slope = Math.min(...own.map((h) => alibi[(head % kvHeads) * group + h]));
+    const reach = reachOf(this.geometry, slope, this.#radii[head] ?? NaN);
+    return reach === Infinity || (window[0] >= 0 && window[0] <= reach) ? this.geometry : { ...this.geometry, window: [reach, window[1]] };
+  }
+
+  /** What rows of a head take, and keys likewise. */
+  costOfRows(head: number, rows: ArrayLike<number>, pass: Pass): number {
+    return rowsCost(this.#inSight(head, rows), rows, pass);
+  }
+
+  costOfColumns(head: number, keys: ArrayLike<number>): number {
+    return columnsCost(this.#inSight(head, null), keys);
+  }
+
+  /** Has the C see a call as samples have to. */
+  #withSight<T>(seen: Geometry, look: () => T): T {
+    if (seen === this.geometry) return look();
+    const set = ([left]: Geometry['window']) => this.#arena.writeStruct(this.#at.problem, PROBLEM, { window_left: left });
+    set(seen.window);
+    try {
+      return look();
+    } finally {
+      set(this.geometry.window);
+    }
+  }
+
+  /** Whether a row may have one of these keys (ascending) that counts. */
+  mayCount(head: number, row: number, keys: readonly number[]): boolean {
+    const { causal, queryLength, queryOffset } = this.geometry;
+    const position = (row % queryLength) + queryOffset;
+    const [left] = this.#inSight(head, [row]).window;
+    return !causal || (keys[0] <= position && (left < 0 || keys[keys.length - 1] >= position - left));
+  }
+
+  /** How far queries of a head see, those with the steepest slope; all that comes before where there is none. */
+  sight(head: number): number {
+    const { alibi, heads, kvHeads, queryLength } = this.geometry;
+    const group = heads / kvHeads;
+    if (!alibi) return seenKeys(this.geometry);
+    const slopes = alibi.subarray((head % kvHeads) * group, ((head % kvHeads) + 1) * group);
+    return seenKeys(this.#inSight(head, [slopes.indexOf(Math.max(...slopes)) * queryLength]));
   }
 
   /** The largest queries (numbered as outliers), or centred keys, of a head, as many as `outlierLimits` says. */
@@ -932,26 +986,17 @@ export class Session {
   ): boolean {
     this.prepare(head);
     const at = this.#at;
+    const seen = this.#inSight(head, rows);
     const ways = (dq && distance ? DISTANCE_OF_GRADIENTS : 1) + Number(beside);
-    this.#spent += ways * rowsCost(this.geometry, rows, dq ? 'backward' : 'forward');
+    this.#spent += ways * rowsCost(seen, rows, dq ? 'backward' : 'forward');
     this.#arena.writeIntegers(at.rows, rows);
     if (coefficients) this.#arena.writeFloats(at.own, coefficients);
     const [own, degree] = coefficients ? [at.own, coefficients.length - 1] : [0, 0];
     const { ra_sample_rows } = this.#exports;
-    const code = ra_sample_rows(
-      at.problem,
-      at.arrays,
-      head,
-      at.rows,
-      rows.length,
-      own,
-      degree,
-      Number(beside),
-      at.out,
-      at.lse,
-      dq,
-      distance,
-      this.#sampling,
+    const { problem, arrays, rows: from, out, lse } = at;
+    const [count, too, sampling] = [rows.length, Number(beside), this.#sampling];
+    const code = this.#withSight(seen, () =>
+      ra_sample_rows(problem, arrays, head, from, count, own, degree, too, out, lse, dq, distance, sampling),
     );
     if (code !== NOT_POSITIVE) this.#expect(code, 'ra_sample_rows');
     return code === OK;
@@ -980,28 +1025,18 @@ export class Session {
   #sampleColumns(head: number, keys: ArrayLike<number>, coefficients: Float32Array | null, beside: boolean): void {
     this.prepare(head);
     const at = this.#at;
-    this.#spent += (1 + Number(beside)) * columnsCost(this.geometry, keys);
+    const seen = this.#inSight(head, null);
+    this.#spent += (1 + Number(beside)) * columnsCost(seen, keys);
     this.#arena.writeIntegers(at.rows, keys);
     if (coefficients) this.#arena.writeFloats(at.own, coefficients);
     const [own, degree] = coefficients ? [at.own, coefficients.length - 1] : [0, 0];
     const { ra_sample_columns } = this.#exports;
     const { problem, arrays, rows, dk, dv } = at;
-    this.#expect(
-      ra_sample_columns(
-        problem,
-        arrays,
-        head,
-        rows,
-        keys.length,
-        own,
-        degree,
-        Number(beside),
-        dk,
-        dv,
-        this.#sampling,
-      ),
-      'ra_sample_columns',
+    const [count, too, sampling] = [keys.length, Number(beside), this.#sampling];
+    const code = this.#withSight(seen, () =>
+      ra_sample_columns(problem, arrays, head, rows, count, own, degree, too, dk, dv, sampling),
     );
+    this.#expect(code, 'ra_sample_columns');
   }
 
   /**

@@ -53,11 +53,21 @@ interface PilotOptions {
   worth?: (degree: number) => number;
 }
 
-/** With slopes: first rows of chunks that are looked at in each key/value head, and keys between chunks. */
+/**
+ * With slopes: first rows of chunks that are looked at in each key/value head, and keys between chunks, if they see half of all; as many more
+ * as they see less, every tile that they touch included.
+ */
 const SLOPE_ROWS = 4 * SAMPLE_ROWS;
 const SLOPE_KEYS = 3 * SAMPLE_ROWS;
-/** Where slopes are steep, the rows behind the first one have few keys that count too: so many of a chunk, in some chunks. */
+const TOUCHED = 256;
+/**
+ * Where slopes are steep, the rows behind the first one have few keys that count too, and keys farther before it may weigh more than the last:
+ * so many of a chunk, in some chunks.
+ */
 const [STEEP_DEPTH, STEEP_CHUNKS] = [4, SAMPLE_ROWS];
+
+/** Of the norm of the largest key over that of typical ones: errors of rows next to it are then like those of no others. */
+const KEY_STANDS_OUT = 4;
 
 /** Query heads of a group whose first rows are looked at, two chunks of each; more of them where there are fewer heads. */
 const FIRST_HEADS = 2;
@@ -147,7 +157,7 @@ export class Sampler {
   ): Generator<number, Map<number, Measured>> {
     const found = new Map<number, Measured>();
     this.#session.setOutliers(this.#outliers);
-    let failed: { error: number; residual: number; fell: number } | null = null;
+    let failed: { error: number; residual: number; fell: number; trail: readonly number[] } | null = null;
     for (const [n, degree] of degrees.entries()) {
       const left = this.#looksLeft(pass, budget);
       const more = n + 1 < degrees.length;
@@ -172,12 +182,15 @@ export class Sampler {
       // a second look at this one is not to be in the way of a first one at the next, nor of gradients of keys
       const next = more ? this.#session.heads * FIT.polynomial + this.#lookCost(pass) : 0;
       const reserve = Math.max(next, pass === 'backward' ? 2 * this.#columnsCost() : 0);
-      const within = { limit, budget, reserve, worth: worth(degree) };
+      const trail: number[] = [];
+      const within = { limit, budget, reserve, worth: worth(degree), trail };
       const measured = yield* this.#pilotOne(pass, degree, thorough, short(degree), within);
       if (measured.upper === Infinity) measured.error = Math.max(measured.error, least);
       found.set(degree, measured);
       if (measured.upper <= limit) break;
-      failed = { error: measured.error, residual, fell: failed ? measured.error / failed.error : 0 };
+      const common = Math.min(trail.length, failed?.trail.length ?? 0) - 1; // after as many portions
+      const fell: number = !failed ? 0 : common < 0 ? measured.error / failed.error : trail[common] / failed.trail[common];
+      failed = { error: measured.error, residual, fell, trail };
     }
     return found;
   }
@@ -233,13 +246,16 @@ export class Sampler {
     return heads * (1 + Math.ceil(2 / heads)) * columnsCost(geometry, [0]); // see #columnPortions
   }
 
-  /** The same of one degree, as far as the budget goes; not within `limit` when it was left, whatever was seen until then. */
+  /**
+   * The same of one degree, as far as the budget goes; not within `limit` when it was left, whatever was seen until then. `trail`: gets the
+   * errors that were seen after each portion.
+   */
   *#pilotOne(
     pass: Pass,
     degree: number,
     thorough: boolean,
     short: boolean,
-    { limit, budget, reserve, worth }: { limit: number; budget: number; reserve: number; worth: number },
+    { limit, budget, reserve, worth, trail }: { limit: number; budget: number; reserve: number; worth: number; trail: number[] },
   ): Generator<number, Measured> {
     if (short && pass === 'backward') {
       const first = yield* this.#pilotFirst(degree);
@@ -259,6 +275,7 @@ export class Sampler {
         yield 0;
         if (thorough) continue;
         const { error, upper, relative } = tally.result();
+        trail.push(error);
         if (short && pass === 'backward' && upper <= limit) return { error, upper, relative }; // the check sees the others
         // Gradients may still come down: the fewer rows, the more of it is chance.
         if (error > limit * (pass === 'forward' ? 1 : 1 + CHANCE / ++portions)) return { error, upper, relative };
@@ -283,7 +300,8 @@ export class Sampler {
 
   #tally(): Tally {
     const { rows, columns } = this.#times;
-    return new Tally({ hidden: hiddenFactor(this.#session, rows * SLOPE_ROWS), enlarged: { rows: rows > 1, columns: columns > 1 } });
+    const [head] = this.#heads();
+    return new Tally({ hidden: hiddenFactor(this.#session, this.#slopesToDraw(head, 'rows')), enlarged: { rows: rows > 1, columns: columns > 1 } });
   }
 
   /**
@@ -313,7 +331,7 @@ export class Sampler {
   #moreCost(sample: Sample, pass: Pass, times: number): number {
     const g = this.#session.geometry;
     const drawn = sample === 'columns' ? this.#keysToDraw : pass === 'backward' ? this.#rowsToDraw : 0;
-    const slopes = g.alibi ? (sample === 'columns' ? SLOPE_KEYS : SLOPE_ROWS) : 0;
+    const slopes = g.alibi ? (sample === 'columns' ? SLOPE_KEYS : SLOPE_ROWS) : 0; // or more, which see the less
     const more = Math.ceil((times - 1) * (drawn * (g.causal ? 1.5 : 1) + slopes));
     const evenly = (of: number) => Array.from({ length: more }, (_, n) => Math.floor((n * of) / more));
     if (sample === 'columns') return columnsCost(g, evenly(g.keyLength));
@@ -325,8 +343,8 @@ export class Sampler {
 
   /** What it takes to see what a degree makes of a portion, once another head was looked at. */
   #costOf({ head, rows, exact }: Portion, pass: Pass, before: number): number {
-    const g = this.#session.geometry;
-    return (exact ? 1 : 2) * rowsCost(g, rows, pass) + (head === before ? 0 : prepareCost(g));
+    const again = head === before ? 0 : prepareCost(this.#session.geometry);
+    return (exact ? 1 : 2) * this.#session.costOfRows(head, rows, pass) + again;
   }
 
   /** The same of gradients on the rows that each polynomial is fitted to. */
@@ -447,7 +465,7 @@ export class Sampler {
     for (const head of this.#heads()) {
       for (const portion of this.#drawnColumns(head).portions) {
         if (!portion.exact) continue; // there was no time for it
-        ended ||= seen++ > 0 && this.#session.spent + columnsCost(this.#session.geometry, portion.rows) > budget;
+        ended ||= seen++ > 0 && this.#session.spent + this.#session.costOfColumns(head, portion.rows) > budget;
         if (!ended) this.#predictColumns(head, degree, portion);
         this.#addColumns(head, portion as KnownColumns, !ended, tally);
         yield 0;
@@ -536,7 +554,7 @@ export class Sampler {
   ): Generator<KnownColumns, void> {
     const changed = this.changedRows(head, limit);
     for (const portion of this.#drawnColumns(head).portions) {
-      if (over((portion.byThere ? 1 : 2) * columnsCost(this.#session.geometry, portion.rows))) return;
+      if (over((portion.byThere ? 1 : 2) * this.#session.costOfColumns(head, portion.rows))) return;
       if (degree !== null && !portion.predicted) this.#predictColumns(head, degree, portion);
       portion.byThere ??= this.#session.columns(head, portion.rows);
       // more rows are known later, never fewer
@@ -551,8 +569,9 @@ export class Sampler {
   /** Columns by the output and lse that are there, but for some rows. */
   #withChanges(head: number, keys: readonly number[], { dk, dv }: Columns, changed: readonly Change[]): Columns {
     const sum = { dk: dk.slice(), dv: dv.slice() };
-    for (let n = 0; n < changed.length; n += SAMPLE_CHANGES) {
-      const more = this.#session.changes(head, changed.slice(n, n + SAMPLE_CHANGES), keys);
+    const seeing = changed.filter(({ row }) => this.#session.mayCount(head, row, keys));
+    for (let n = 0; n < seeing.length; n += SAMPLE_CHANGES) {
+      const more = this.#session.changes(head, seeing.slice(n, n + SAMPLE_CHANGES), keys);
       more.dk.forEach((x, at) => (sum.dk[at] += x));
       more.dv.forEach((x, at) => (sum.dv[at] += x));
     }
@@ -887,25 +906,49 @@ export class Sampler {
    * rows behind a chunk's first, likewise those that come next after one of the largest keys.
    */
   #slopeRows(head: number): { rows: ReadonlySet<number>; weight: number; stands(row: number): boolean; next: number[] } {
-    const { alibi, kvHeads, queryLength, queryOffset } = this.#session.geometry;
+    const { alibi, queryLength, queryOffset } = this.#session.geometry;
     if (!alibi) return { rows: new Set(), weight: 1, stands: () => false, next: [] };
-    const group = this.#session.rowsOfHead / queryLength;
-    const slopes = alibi.subarray((head % kvHeads) * group, ((head % kvHeads) + 1) * group);
+    const slopes = this.#slopesOf(head);
     const slope = Math.max(...slopes);
     const before = slopes.indexOf(slope) * queryLength;
     const { first, end } = this.#chunks();
-    const count = Math.min(this.#times.rows * SLOPE_ROWS, end - first);
+    const count = Math.min(this.#slopesToDraw(head, 'rows'), end - first);
     const chunks = draw(count, end - first, [], random(this.#seed, head, SLOPES)).map((n) => first + n);
     const behind = this.#extremesOf(head).keys.map((key) => Math.floor((key - queryOffset) / CHUNK) + 1);
     const seen = behind.filter((chunk) => chunk >= first && chunk < end);
     const depths = Array.from({ length: STEEP_DEPTH }, (_, n) => n);
-    const next = [...chunks.slice(0, STEEP_CHUNKS), ...seen].flatMap((chunk) => depths.map((n) => chunk * CHUNK + n));
+    const deep = [...chunks.slice(0, STEEP_CHUNKS), ...seen].flatMap((chunk) => depths.map((n) => before + chunk * CHUNK + n));
+    const next = slope < STEEP ? [] : deep.filter((row) => row < before + queryLength);
     return {
       rows: new Set(chunks.map((chunk) => before + chunk * CHUNK)),
       weight: (end - first) / count,
       stands: (row) => row >= before && row < before + queryLength && (row - before) % CHUNK === 0,
-      next: slope < STEEP ? [] : next.filter((i) => i < queryLength).map((i) => before + i),
+      next: [...next, ...this.#rowsBehindLargest(head)],
     };
+  }
+
+  /** With slopes: where the largest key stands out, the chunk behind it of the head in which it still weighs most. */
+  #rowsBehindLargest(head: number): number[] {
+    const { queryLength, queryOffset, keyLength } = this.#session.geometry;
+    const { k_centred_norm, k_squares, k_argmax } = this.#bounds[head];
+    if (!(k_centred_norm ** 2 * keyLength > KEY_STANDS_OUT ** 2 * k_squares)) return [];
+    const slopes = this.#slopesOf(head);
+    const first = slopes.indexOf(Math.min(...slopes)) * queryLength;
+    const start = Math.max((Math.floor((k_argmax - queryOffset) / CHUNK) + 1) * CHUNK, 0);
+    return Array.from({ length: Math.max(0, Math.min(CHUNK, queryLength - start)) }, (_, n) => first + start + n);
+  }
+
+  /** Those of the query heads of a group. */
+  #slopesOf(head: number): Float32Array {
+    const { alibi, kvHeads, queryLength } = this.#session.geometry;
+    const group = this.#session.rowsOfHead / queryLength;
+    return alibi!.subarray((head % kvHeads) * group, ((head % kvHeads) + 1) * group);
+  }
+
+  /** Of first rows, or keys between chunks, so many are looked at. */
+  #slopesToDraw(head: number, sample: Sample): number {
+    const less = seenKeys(this.#session.geometry) / 2 / (this.#session.sight(head) + TOUCHED);
+    return this.#times[sample] * Math.floor((sample === 'rows' ? SLOPE_ROWS : SLOPE_KEYS) * Math.max(1, less));
   }
 
   /** Chunks whose first row may see a key. */
@@ -924,8 +967,10 @@ export class Sampler {
     if (!alibi) return { keys: [], weight: 1, all: [] };
     const { first, end } = this.#chunks();
     const between = Array.from({ length: end - first }, (_, n) => (first + n) * CHUNK + queryOffset);
-    const all = between.flatMap((key) => [key - 1, key]).filter((key) => key >= 0 && key < keyLength);
-    const count = Math.min(this.#times.columns * SLOPE_KEYS, all.length);
+    const depth = Math.max(...this.#slopesOf(head)) < STEEP ? 1 : STEEP_DEPTH;
+    const around = Array.from({ length: depth + 1 }, (_, n) => n - depth);
+    const all = between.flatMap((key) => around.map((n) => key + n)).filter((key) => key >= 0 && key < keyLength);
+    const count = Math.min(this.#slopesToDraw(head, 'columns'), all.length);
     const keys = draw(count, all.length, [], random(this.#seed, head, SLOPES)).map((n) => all[n]);
     return { keys, weight: all.length / count, all };
   }

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT
+//
+// Slopes: how far a query sees, and the promise for long sequences, of whose chunks each has a first row with few keys that count.
+
+import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+
+import { createRopeAttention, type RopeAttention } from '../dist/index.js';
+import { reachOf } from '../dist/reach.js';
+import { readCall } from '../dist/validate.js';
+import { instance } from './promise/instances.mjs';
+import { outputError } from './promise/promise.mjs';
+
+const shape = (queryLength: number, headDim = 16) => ({ heads: 1, queryLength, headDim });
+
+describe('reachOf', () => {
+  const zeros = new Float32Array(4096);
+  const geometry = (options: object) =>
+    readCall('forward', { q: zeros, k: zeros, v: zeros, shape: shape(4096, 1), rotary: false, causal: true, alibi: Float32Array.of(1), ...options }).problem;
+
+  test.each([0.02, 0.1, 0.7, 3])('beyond it keys weigh next to nothing beside the own one: slope %p', (slope) => {
+    for (const radius of [0, 0.5, 4]) {
+      const reach = reachOf(geometry({}), slope, radius);
+      let beyond = 0;
+      for (let t = reach - 64; t < 4096; t++) beyond += Math.exp(radius - slope * t);
+      expect(beyond).toBeLessThanOrEqual(Math.exp(-24 - radius) * (1 + 1e-9)); // of exp(-radius), which the own key weighs at least
+    }
+  });
+
+  test('none where it is not known, or is longer than the sequence', () => {
+    expect(reachOf(geometry({}), 0, 1)).toBe(Infinity);
+    expect(reachOf(geometry({}), 0.001, 1)).toBe(Infinity);
+    expect(reachOf(geometry({}), 1, NaN)).toBe(Infinity);
+    expect(reachOf(geometry({ causal: false }), 1, 1)).toBe(Infinity);
+    expect(reachOf(geometry({ softcap: 5 }), 1, 1)).toBe(Infinity);
+    expect(reachOf(geometry({}), 1, 1)).toBeLessThan(128);
+  });
+});
+
+describe('long sequences with slopes', () => {
+  let attention: RopeAttention;
+  beforeAll(async () => {
+    attention = await createRopeAttention();
+  });
+  afterAll(() => attention.dispose());
+
+  // Where first rows of 32 of all chunks stood for the others, and the rows behind the huge key for none, errors were up to 500 times the tolerance
+  test.each([
+    ['one huge key', 16384, 0.05, 1, [1e-1, 1e-3]],
+    ['few values', 4096, 0.25, 1, [1e-1, 1e-2]],
+  ] as const)('keep the tolerance: %s, %p tokens', (kind, length, slope, bound, tolerances) => {
+    const all = instance({ kind, bound, seed: 1, shape: shape(length), causal: true, alibi: Float32Array.of(slope) });
+    const { dOutput: _, ...args } = all;
+    const exact = attention.forward({ ...args, method: 'exact' });
+    for (const tolerance of tolerances) {
+      const got = attention.forward({ ...args, tolerance });
+      expect(outputError(all, got.output, exact.output)).toBeLessThanOrEqual(tolerance);
+    }
+  });
+
+  test('a polynomial is still taken where it serves', () => {
+    const { dOutput, ...args } = instance({ kind: 'uniform', bound: 0.5, seed: 1, shape: shape(16384), causal: true, alibi: Float32Array.of(0.05) });
+    const saved = attention.forward({ ...args, tolerance: 1e-2 });
+    expect(saved.report.method).toBe('polynomial');
+    expect(attention.backward({ ...args, dOutput, saved, tolerance: 1e-2 }).report.method).toBe('polynomial');
+  });
+});
