@@ -7,6 +7,7 @@
 
 #include <math.h>
 
+#include "elementary.h"
 #include "fft.h"
 #include "pack.h"
 
@@ -60,8 +61,9 @@ size_t ra_convolution_floats(const ra_convolution *c) {
 void ra_convolution_init(ra_convolution *c) {
   ra_fft_init(c->plan, c->S);
   for (uint32_t n = 0; n < c->S; n++) {
-    double angle = 3.14159265358979323846 * n / c->S;
-    c->turn[n] = (float)cos(angle), c->turn[c->S + n] = (float)sin(angle);
+    double cosine, sine;
+    ra_cos_sin_f64(3.14159265358979323846 * n / c->S, &cosine, &sine);
+    c->turn[n] = (float)cosine, c->turn[c->S + n] = (float)sine;
   }
 }
 

@@ -9,18 +9,26 @@
 
 #include "fft.h"
 
+#include "elementary.h"
+
 #define USE_SIMD
 #include "kiss_fft.c"
 
 size_t ra_fft_bytes(uint32_t length) {
-  size_t bytes = 0;
-  kiss_fft_alloc((int)length, 0, NULL, &bytes);
-  return (bytes + 15) & ~(size_t)15;
+  return sizeof(struct kiss_fft_state) + (length - 1) * sizeof(kiss_fft_cpx); // a multiple of 16, as both are
 }
 
+// As kiss_fft_alloc, by cos and sin of our own.
 void ra_fft_init(void *plan, uint32_t length) {
-  size_t bytes = ra_fft_bytes(length);
-  kiss_fft_alloc((int)length, 0, plan, &bytes);
+  kiss_fft_cfg state = plan;
+  state->nfft = (int)length;
+  state->inverse = 0;
+  kf_factor((int)length, state->factors);
+  for (uint32_t k = 0; k < length; k++) {
+    double c, s;
+    ra_cos_sin_f64(-6.28318530717958647693 * k / length, &c, &s);
+    state->twiddles[k] = (kiss_fft_cpx){_mm_set1_ps(c), _mm_set1_ps(s)};
+  }
 }
 
 void ra_fft(const void *plan, const float *x, float *y) {

@@ -18,7 +18,7 @@
 // Bytes of a plan, a multiple of 16: 32 bytes of twiddle factors for each number.
 size_t ra_fft_bytes(uint32_t length);
 
-// Makes a plan in `plan`, 16-byte aligned, for a length 2^a 3^b 5^c up to 2^24. Two calls of cos and sin a number.
+// Makes a plan in `plan`, 16-byte aligned, for a length 2^a 3^b 5^c up to 2^24. One cos and sin a number.
 void ra_fft_init(void *plan, uint32_t length);
 
 // x, y [length][8], 16-byte aligned, not the same.

@@ -4,9 +4,9 @@
 
 #include "relative.h"
 
-#include <math.h>
 #include <string.h>
 
+#include "elementary.h"
 #include "engines.h"
 #include "pack.h"
 #include "tile.h"
@@ -69,9 +69,10 @@ static void fill_rotation(ra_relative *r, const ra_problem *p, float *table) {
     set_entry(r, n++, first, first, 3 * i), set_entry(r, n++, first, second, 3 * i + 1);
     set_entry(r, n++, second, first, 3 * i + 2), set_entry(r, n++, second, second, 3 * i);
     for (size_t t = 0; t < length; t++) {
-      double angle = p->relative_positions[t] * p->frequencies[i];
-      table[t] = (float)(factor * cos(angle));
-      table[length + t] = (float)(factor * sin(angle));
+      double c, s;
+      ra_cos_sin_f64(p->relative_positions[t] * p->frequencies[i], &c, &s);
+      table[t] = (float)(factor * c);
+      table[length + t] = (float)(factor * s);
       table[2 * length + t] = -table[length + t];
     }
   }

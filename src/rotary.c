@@ -9,6 +9,7 @@
 
 #include <math.h>
 
+#include "elementary.h"
 #include "engines.h"
 #include "simd.h"
 
@@ -41,8 +42,9 @@ static void fill_tables(ra_rotary *r, const ra_problem *p) {
   if (!p->query_positions && !p->key_positions && p->query_length < rows && p->key_length < rows)
     rows = p->query_length > p->key_length ? p->query_length : p->key_length;
   for (size_t i = 0; i < half; i++) {
-    double theta = r->frequencies[i], c_theta = cos(theta), s_theta = sin(theta), c = 1, s = 0;
-    r->step[2 * i] = cos(RA_ROTARY_BLOCK * theta), r->step[2 * i + 1] = sin(RA_ROTARY_BLOCK * theta);
+    double theta = r->frequencies[i], c_theta, s_theta, c = 1, s = 0;
+    ra_cos_sin_f64(theta, &c_theta, &s_theta);
+    ra_cos_sin_f64(RA_ROTARY_BLOCK * theta, &r->step[2 * i], &r->step[2 * i + 1]);
     for (size_t m = 0; m < rows; m++) {
       r->fine[2 * half * m + i] = (float)c, r->fine[2 * half * m + half + i] = (float)s;
       double turned = c * c_theta - s * s_theta;
@@ -87,8 +89,7 @@ RA_KERNEL void seek(ra_rotary *r, double position) {
       turn[0] = c * c_step - s * s_step;
       turn[1] = s * c_step + c * s_step;
     } else {
-      double angle = position * r->frequencies[i];
-      turn[0] = cos(angle), turn[1] = sin(angle);
+      ra_cos_sin_f64(position * r->frequencies[i], &turn[0], &turn[1]);
     }
     r->coarse[i] = (float)turn[0], r->coarse[r->half + i] = (float)turn[1];
   }

@@ -6,7 +6,7 @@
 //
 // cos and sin are not evaluated for every position: position = anchor + r with r < 32, the angle-addition theorem joins a
 // table over r with one row for the anchor. Anchors 32 apart follow from one another by a rotation in double precision, so
-// rows taken in order, upwards or downwards, cost no call of sin or cos at all. Error of cos and sin: below 2e-7 at any
+// rows taken in order, upwards or downwards, cost no cos or sin at all. Error of cos and sin: below 2e-7 at any
 // position up to 2^31 (double-precision angles; two float products).
 
 #ifndef RA_ROTARY_H
@@ -35,7 +35,7 @@ typedef struct ra_rotary {
 size_t ra_rotary_bytes(const ra_problem *p);
 
 // Fills *r for the queries, or the keys, of the first batch; `space` stays in use. `like`, filled before from the same
-// problem, or NULL, shares its tables. Cost O(D), four calls of sin or cos a pair.
+// problem, or NULL, shares its tables. Cost O(D), two evaluations of cos and sin a pair.
 void ra_rotary_init(ra_rotary *r, const ra_problem *p, int queries, const ra_rotary *like, void *space);
 
 // Goes on to the positions of another batch.

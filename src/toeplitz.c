@@ -30,6 +30,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "elementary.h"
 #include "pack.h"
 #include "softmax.h"
 
@@ -617,8 +618,9 @@ static void load_phases(const ra_toeplitz *e) {
   float *cosine = e->phases;
   for (uint32_t pair = 0; e->complex && pair < p->rotary_dim / 2; pair++, cosine += 2 * e->lags)
     for (size_t n = 0; n < e->lags; n++) {
-      double angle = p->relative_positions[n] * p->frequencies[pair];
-      cosine[n] = (float)cos(angle), cosine[e->lags + n] = (float)sin(angle);
+      double c, s;
+      ra_cos_sin_f64(p->relative_positions[n] * p->frequencies[pair], &c, &s);
+      cosine[n] = (float)c, cosine[e->lags + n] = (float)s;
     }
 }
 

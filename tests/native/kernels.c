@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: MIT
 //
-// The small parts, each against its definition in double precision: 2^x, rotation, transposition, micro-kernel, monomials.
+// The small parts, each against its definition in double precision: 2^x, cos and sin, rotation, transposition, micro-kernel, monomials.
+
+#include <float.h>
 
 #include "check.h"
+#include "elementary.h"
 #include "monomials.h"
 #include "pack.h"
 #include "products.h"
 #include "rotary.h"
 #include "softmax.h"
 #include "tile.h"
+
+#define PI 3.14159265358979323846
 
 static void exp2_is_accurate(void) {
   double worst = 0;
@@ -50,6 +55,48 @@ static void tanh_near_zero_is_accurate(void) {
   float y[4];
   f32x4_store(y, ra_tanh_near(f32x4_splat(0), ra_tanh_load()));
   CHECK(y[0] == 1, "%g", y[0]);
+}
+
+// The largest error of cos and sin at angles in (-top, top), and at doubles next to multiples of pi/2 there. long double has 64 bits at
+// least on what these tests run on.
+static double angle_error(double top) {
+  uint64_t seed = 7;
+  double worst = 0;
+  for (int n = 0; n < 20000; n++) {
+    double angle = top * ((double)check_random(&seed, 1) + (double)check_random(&seed, 0x1p-24f)), c, s;
+    if (n % 4 == 0) angle = round(angle / PI * 2) * PI / 2;
+    ra_cos_sin_f64(angle, &c, &s);
+    double error = fmax(fabs((double)(c - cosl(angle))), fabs((double)(s - sinl(angle))));
+    if (!(error <= worst)) worst = error;
+  }
+  return worst;
+}
+
+static void angles_are_accurate(void) {
+  // Measured 1.58e-16: roundings of the reduced angle (half of 2^-53), of the sum (2^-54) and of what is added to 1 or r (2^-55).
+  static const double exact[] = {0.7, 3.2, 6.4, 1e2, 1e4, 3294199 /* 2^20 pi */, 1e9, 0x1p32};
+  for (size_t n = 0; n < sizeof exact / sizeof *exact; n++)
+    CHECK(angle_error(exact[n]) < 1.7e-16, "%g: %g", exact[n], angle_error(exact[n]));
+  static const double rounded[] = {1e10, 1e12, 1e15}; // as if the angle had been rounded once more
+  for (size_t n = 0; n < sizeof rounded / sizeof *rounded; n++)
+    CHECK(angle_error(rounded[n]) < 0x1p-53 * rounded[n], "%g: %g", rounded[n], angle_error(rounded[n]));
+
+  static const double tiny[] = {0.0, -0.0, 5e-324, -1e-310, 1e-300, -1e-20, 1e-9};
+  double c, s;
+  for (size_t n = 0; n < sizeof tiny / sizeof *tiny; n++) {
+    ra_cos_sin_f64(tiny[n], &c, &s);
+    CHECK(c == 1 && s == tiny[n], "%g: %g, %g", tiny[n], c, s);
+  }
+  static const double large[] = {1e16, -1e22, 1e100, -1e300, DBL_MAX}; // any angle will do
+  for (size_t n = 0; n < sizeof large / sizeof *large; n++) {
+    ra_cos_sin_f64(large[n], &c, &s);
+    CHECK(fabs(c * c + s * s - 1) < 5e-16, "%g: %g, %g", large[n], c, s);
+  }
+  static const double none[] = {INFINITY, -INFINITY, NAN};
+  for (size_t n = 0; n < sizeof none / sizeof *none; n++) {
+    ra_cos_sin_f64(none[n], &c, &s);
+    CHECK(isnan(c) && isnan(s), "%g: %g, %g", none[n], c, s);
+  }
 }
 
 static void rotation_is_accurate(uint32_t dim, uint32_t interleaved, int64_t position, uint32_t rows) {
@@ -221,6 +268,7 @@ int main(void) {
   exp2_is_accurate();
   tanh_is_accurate();
   tanh_near_zero_is_accurate();
+  angles_are_accurate();
   rotation_is_accurate(16, 0, 0, 70);
   rotation_is_accurate(16, 1, 1000000, 33);
   rotation_is_accurate(6, 0, -40, 65);
