@@ -7,8 +7,7 @@
 #ifndef RA_POLYNOMIAL_H
 #define RA_POLYNOMIAL_H
 
-#include <string.h>
-
+#include "elementary.h"
 #include "engines.h"
 #include "lags.h"
 #include "monomials.h"
@@ -111,14 +110,6 @@ typedef struct ra_polynomial {
 } ra_polynomial;
 
 enum { RA_STREAM = RA_BACKWARD + 1 }; // a pass whose sums are not in the workspace
-
-// 2^n for a whole number n below 128; 0 below -126.
-static inline float ra_power_of_two(float n) {
-  uint32_t bits = n < -126 ? 0 : (uint32_t)((int32_t)n + 127) << 23;
-  float power;
-  memcpy(&power, &bits, sizeof power);
-  return power;
-}
 
 // Where one query head and its key/value head begin in the arrays.
 typedef struct ra_heads {

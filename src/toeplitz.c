@@ -337,10 +337,9 @@ RA_KERNEL void load_tokens(const ra_toeplitz *e, const ra_side *z, const float *
 // The power of two above max |x|; 1 when all are 0.
 RA_KERNEL float size_of(const float *x, size_t count) {
   float largest = 0;
-  int exponent = 0;
   for (size_t n = 0; n < count; n++) largest = fabsf(x[n]) > largest ? fabsf(x[n]) : largest;
-  if (largest > 0) frexpf(largest, &exponent);
-  return ldexpf(1, exponent < -60 ? -60 : exponent > 60 ? 60 : exponent);
+  int exponent = largest > 0 ? ra_exponent(largest) : 0;
+  return ra_power_of_two(exponent < -60 ? -60 : exponent > 60 ? 60 : (float)exponent);
 }
 
 static void load_keys(const ra_toeplitz *e, const float *k, const float *v) {

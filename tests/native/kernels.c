@@ -99,6 +99,16 @@ static void angles_are_accurate(void) {
   }
 }
 
+static void exponents_are_those_of_frexp(void) {
+  for (int n = -125; n <= 127; n++) {
+    int below, at;
+    frexpf(nextafterf(ldexpf(1, n), 0), &below), frexpf(ldexpf(1, n), &at);
+    CHECK(ra_exponent(ldexpf(1, n)) == at && ra_power_of_two((float)n) == ldexpf(1, n), "2^%d", n);
+    if (n > -125) CHECK(ra_exponent(nextafterf(ldexpf(1, n), 0)) == below, "below 2^%d", n);
+  }
+  CHECK(ra_exponent(0x1p-140f) == -126 && ra_exponent(INFINITY) == 129, "ends");
+}
+
 static void rotation_is_accurate(uint32_t dim, uint32_t interleaved, int64_t position, uint32_t rows) {
   double frequencies[64];
   for (uint32_t i = 0; i < dim / 2; i++) frequencies[i] = pow(10000, -2.0 * i / dim);
@@ -269,6 +279,7 @@ int main(void) {
   tanh_is_accurate();
   tanh_near_zero_is_accurate();
   angles_are_accurate();
+  exponents_are_those_of_frexp();
   rotation_is_accurate(16, 0, 0, 70);
   rotation_is_accurate(16, 1, 1000000, 33);
   rotation_is_accurate(6, 0, -40, 65);
