@@ -99,6 +99,9 @@ static inline size_t ra_head(const ra_problem *p, size_t head, uint32_t heads, s
   return p->layout ? (head / heads * length * heads + head % heads) * width : head * length * width;
 }
 
+// Floats of ra_arrays.means for a key/value head.
+static inline size_t ra_means(const ra_problem *p) { return 2 * (size_t)p->head_dim + p->value_dim; }
+
 // Query heads that share a key/value head.
 static inline uint32_t ra_group(const ra_problem *p) { return p->heads / p->kv_heads; }
 

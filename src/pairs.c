@@ -170,6 +170,11 @@ void ra_add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns,
   for (uint32_t n = 0; n < count; n++) ra_add(x + n * x_row, columns, y + (rows ? rows[n] : first + n) * y_row);
 }
 
+void ra_scale_values(const ra_polynomial *e, const float *u_rows, uint32_t count) {
+  for (uint32_t n = 0; n < count && e->state->centred; n++)
+    for (uint32_t d = 0; d < e->Dvp; d++) e->d_rows[n * e->Dvp + d] *= u_rows[n * e->row + e->Dvp];
+}
+
 void ra_block_gradients(const ra_polynomial *e, const float *y_rows, const float *u_rows, const ra_seen *seen) {
   const ra_strips *t = &seen->strips;
   float top[CHUNK];
@@ -192,6 +197,7 @@ void ra_add_block_backward(const ra_polynomial *e, const float *y_rows, const fl
   set_strip_products(t, e->da, keys, e->x_rows, e->Dp, e->Dp, e->d_rows);
   ra_add_rows(e->d_rows, e->Dp, keys, e->D, dk, e->k_row, rows, j);
   set_strip_products(t, e->a, keys, e->h_rows, e->row, e->Dvp, e->d_rows);
+  ra_scale_values(e, u_rows, keys);
   ra_add_rows(e->d_rows, e->Dvp, keys, e->Dv, dv, e->v_row, rows, j);
 }
 
@@ -271,7 +277,7 @@ static gathered gather(const ra_polynomial *e, const ra_arrays *x, size_t kv, ui
     ra_rotary_rows(&e->state->q_rotary, x->q + g.q[n], e->q_row, e->x_rows + n * e->Dp, e->Dp, 1, i, RA_ROTATE,
                    p->scale);
   }
-  ra_turn(e, e->x_rows, g.count, e->x_t);
+  ra_turn_queries(e, g.count);
   return g;
 }
 

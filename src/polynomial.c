@@ -29,6 +29,9 @@
 // the states give adds up. Nearer pairs are done exactly, with the bias itself. Its gradient is sums of their dS, and for the
 // distances beyond them and a chunk correlations (lags.h).
 //
+// Queries whose mean m says much are centred: exp(x.y) = exp((x - m).y) exp(m.y), the second factor a number of the key, which goes
+// with u. Like the coefficients m is held fixed.
+//
 // Outliers, rows whose scores are too large for p, are left out of the states and of the mean and done exactly (pairs.c).
 //
 // This work is based on:
@@ -89,6 +92,7 @@ ra_polynomial ra_polynomial_arrange(const ra_problem *p, uint32_t pass, ra_works
   if (pass == RA_BACKWARD && p->alibi) e.moment = ra_take_floats(w, rank, e.z_row);
   e.k_mean = ra_take_floats(w, 1, e.Dp);
   e.v_mean = ra_take_floats(w, 1, e.Dvp);
+  e.q_mean = ra_take_floats(w, 1, e.Dp);
   e.lower = ra_take_floats(w, lower, CHUNK);
   e.block = ra_take_floats(w, RA_ROW_BLOCK, CHUNK);
   e.x_rows = ra_take_floats(w, CHUNK, e.Dp);
@@ -234,6 +238,15 @@ void ra_turn(const ra_polynomial *e, float *rows, uint32_t count, float *t) {
   ra_transpose(rows, e->Dp, CHUNK, e->Dp, t, CHUNK);
 }
 
+void ra_turn_queries(const ra_polynomial *e, uint32_t count) {
+  ra_turn(e, e->x_rows, count, e->x_t);
+  for (uint32_t d = 0; d < e->D && e->state->centred; d++) {
+    f32x4 mean = f32x4_load_splat(e->q_mean + d);
+    for (uint32_t c = 0; c < CHUNK; c += 4)
+      f32x4_store(e->x_t + d * CHUNK + c, f32x4_sub(f32x4_load(e->x_t + d * CHUNK + c), mean));
+  }
+}
+
 void ra_live_tokens(uint32_t count, uint32_t outliers, float *live) {
   for (uint32_t i = 0; i < CHUNK; i++) live[i] = i < count && !(outliers >> i & 1) ? 1.0f : 0.0f;
 }
@@ -241,10 +254,17 @@ void ra_live_tokens(uint32_t count, uint32_t outliers, float *live) {
 void ra_load_queries(const ra_polynomial *e, const float *q, uint32_t i, uint32_t count, int features) {
   float live[CHUNK];
   ra_rotary_rows(&e->state->q_rotary, q + i * e->q_row, e->q_row, e->x_rows, e->Dp, count, i, RA_ROTATE, e->p->scale);
-  ra_turn(e, e->x_rows, count, e->x_t);
+  ra_turn_queries(e, count);
   if (!features) return;
   ra_live_tokens(count, 0, live);
   ra_features_lower(&e->f, e->x_t, live, e->lower);
+}
+
+// sum of the terms of x and y, a multiple of 4 of them
+static float inner(const float *x, const float *y, size_t count) {
+  f32x4 sum = f32x4_splat(0);
+  for (size_t n = 0; n < count; n += 4) sum = f32x4_madd(f32x4_load(x + n), f32x4_load(y + n), sum);
+  return f32x4_sum(sum);
 }
 
 // y_rows less the mean key, u_rows; the rest of 32 tokens zeroed.
@@ -260,6 +280,9 @@ RA_KERNEL void centre_keys(const ra_polynomial *e, const float *v, uint32_t coun
       f32x4_store(u + d, f32x4_sub(f32x4_load(v + d), f32x4_load(e->v_mean + d)));
     for (uint32_t d = Dv / 4 * 4; d < Dv; d++) u[d] = v[d] - e->v_mean[d];
     u[e->Dvp] = 1;
+    if (!e->state->centred) continue;
+    f32x4 gain = f32x4_splat((float)exp(inner(e->q_mean, y, e->Dp)));
+    for (uint32_t d = 0; d < e->row; d += 4) f32x4_store(u + d, f32x4_mul(gain, f32x4_load(u + d)));
   }
 }
 
@@ -507,19 +530,20 @@ static edges edges_of(const ra_problem *p, uint32_t i, uint32_t count, ra_range 
   return (edges){{{seen.first, state.first}, {state.end, seen.end}}};
 }
 
-// The row constants x_i.mean that centring took off the scores.
+// The row constants x_i.mean that centring keys took off the scores.
 RA_KERNEL void row_shifts(const ra_polynomial *e, float *shift) {
   for (uint32_t c = 0; c < CHUNK; c += 4) {
     f32x4 sum = f32x4_splat(0);
     for (uint32_t d = 0; d < e->D; d++)
-      sum = f32x4_madd(f32x4_load(e->x_t + d * CHUNK + c), f32x4_load_splat(e->k_mean + d), sum);
+      sum = f32x4_madd(f32x4_add(f32x4_load(e->x_t + d * CHUNK + c), f32x4_load_splat(e->q_mean + d)),
+                       f32x4_load_splat(e->k_mean + d), sum);
     f32x4_store(shift + c, sum);
   }
 }
 
 // --- Preparation --------------------------------------------------------------------------------------------------
 
-// Means of the rotated keys, without outliers, and of the values, unless they are known.
+// Means of the rotated keys, without outliers, and of the values, unless they are known; that of queries if it is.
 RA_KERNEL void take_means(const ra_polynomial *e, const ra_arrays *x, size_t kv) {
   uint32_t Nk = e->p->key_length, plain = Nk - e->p->outlier_key_count;
   ra_outliers far = ra_outlier_keys(e->p, kv);
@@ -527,9 +551,14 @@ RA_KERNEL void take_means(const ra_polynomial *e, const ra_arrays *x, size_t kv)
   const float *k = x->k + at.k, *v = x->v + at.v;
   double k_sum[RA_MAX_HEAD_DIM] = {0}, v_sum[RA_MAX_HEAD_DIM] = {0};
   ra_forget_keys(e);
-  ra_fill(e->k_mean, e->Dp, 0), ra_fill(e->v_mean, e->Dvp, 0);
+  ra_fill(e->k_mean, e->Dp, 0), ra_fill(e->v_mean, e->Dvp, 0), ra_fill(e->q_mean, e->Dp, 0);
+  e->state->centred = 0;
   if (x->means) {
-    const float *known = x->means + kv * (e->D + e->Dv);
+    const float *known = x->means + kv * ra_means(e->p), *q_mean = known + e->D + e->Dv;
+    for (uint32_t d = 0; d < e->D; d++) {
+      e->q_mean[d] = e->p->scale * q_mean[d];
+      if (e->q_mean[d] != 0) e->state->centred = 1;
+    }
     memcpy(e->k_mean, known, e->D * sizeof *known), memcpy(e->v_mean, known + e->D, e->Dv * sizeof *known);
     return;
   }
@@ -712,13 +741,6 @@ ra_heads ra_heads_of(const ra_polynomial *e, size_t head) {
                     .lse = head * Nq};
 }
 
-// sum of the terms of x and y, a multiple of 4 of them
-static float inner(const float *x, const float *y, size_t count) {
-  f32x4 sum = f32x4_splat(0);
-  for (size_t n = 0; n < count; n += 4) sum = f32x4_madd(f32x4_load(x + n), f32x4_load(y + n), sum);
-  return f32x4_sum(sum);
-}
-
 // sum_ij dS_ij (j - r) over the keys of Z and the queries of a chunk: phi(x_i).(moment h_i); h_t [z_columns][32]
 RA_KERNEL double read_moment(const ra_polynomial *e, const float *h_t) {
   double sum = 0;
@@ -861,6 +883,15 @@ RA_KERNEL void read_values_backward(const ra_polynomial *e, uint32_t kv, uint32_
   read_decayed(&below, e->y_t, count);
 }
 
+// With du in sum_t, what the mean query gives to dy: the sums of dS over queries, times that.
+RA_KERNEL void add_mean_query(const ra_polynomial *e) {
+  for (uint32_t i = 0; i < CHUNK && e->state->centred; i++) {
+    float sum = 0;
+    for (uint32_t c = 0; c < e->columns; c++) sum += e->u_rows[i * e->row + c] * e->sum_t[c * CHUNK + i];
+    for (uint32_t d = 0; d < e->D; d++) e->dx_t[d * CHUNK + i] += sum * e->q_mean[d];
+  }
+}
+
 // The sweep backwards: keys start .. edge-1 take their gradients from the state of the queries that saw them through Z.
 RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t state, uint32_t start) {
   size_t head = state * sharing(e->p), kv = head / ra_group(e->p);
@@ -879,7 +910,9 @@ RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t st
     set_key_factors(e, j, count);
     read_values_backward(e, (uint32_t)kv, count);
     ra_transpose(e->sum_t, CHUNK, e->Dvp, CHUNK, e->d_rows, e->Dvp);
+    ra_scale_values(e, e->u_rows, count);
     ra_add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + at.v, e->v_row, NULL, j);
+    add_mean_query(e);
     ra_transpose(e->u_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
     read_state_backward(e, e->y_t, widen_columns(e, e->u_rows, e->h_t));
     ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);

@@ -2,7 +2,8 @@
 //
 // The parts of the polynomial engine that work on one chunk of 32 tokens, for the files that put them together: whole
 // sequences (polynomial.c) and streaming states (stream.c). Tokens are the columns of everything that ends in _t and of
-// features; x_i = scale R q_i, y_j = R k_j - mean, u_j = [v_j - mean, 1].
+// features; x_i = scale R q_i, y_j = R k_j - mean, u_j = [v_j - mean, 1]. Where queries are centred, x_i less their mean m stands for
+// x_i and exp(m.y_j) u_j for u_j.
 
 #ifndef RA_POLYNOMIAL_H
 #define RA_POLYNOMIAL_H
@@ -55,6 +56,7 @@ typedef struct ra_pattern {
 // What stays between calls.
 typedef struct ra_polynomial_state {
   ra_rotary q_rotary, k_rotary;
+  int centred;           // queries are
   uint32_t first, edge;  // keys first .. edge-1 are in Z (forward sweep); keys edge .. are done (backward sweep)
   ra_range queries;      // those in Y (backward sweep)
   uint32_t cleared;      // keys before this one have rows of dk and dv that hold something (backward)
@@ -87,8 +89,9 @@ typedef struct ra_polynomial {
   float *z;               // [rank][z_row] Z, later Y
   float *moment;          // [rank][z_row] Z with each key times j - r: with slopes, backward; else NULL
   float *k_mean, *v_mean; // [Dp], [Dvp]
+  float *q_mean;          // [Dp] of queries, scale included; 0 where these are not centred
   float *lower, *block;   // features [lower][32], [48][32]
-  float *x_rows, *y_rows; // [32][Dp] the chunk's queries, keys
+  float *x_rows, *y_rows; // [32][Dp] the chunk's queries (not centred), keys
   float *x_t, *y_t;       // [D][32]
   float *u_rows;          // [32][row]
   float *sum_t;           // [columns][32] numerators and denominators, du
@@ -131,6 +134,9 @@ void ra_live_tokens(uint32_t count, uint32_t outliers, float *live);
 
 // rows [count][Dp], the rest of 32 zeroed, and their transpose t.
 void ra_turn(const ra_polynomial *e, float *rows, uint32_t count, float *t);
+
+// x_rows, whose rest of 32 is zeroed, as x_t, centred.
+void ra_turn_queries(const ra_polynomial *e, uint32_t count);
 
 // Queries i .. i + count - 1: x_rows, x_t and, if `features`, their stored features.
 void ra_load_queries(const ra_polynomial *e, const float *q, uint32_t i, uint32_t count, int features);
@@ -186,6 +192,9 @@ void ra_block_gradients(const ra_polynomial *e, const float *y_rows, const float
 // Undoes ra_add_block, after ra_load_gradients: adds to dx_t, and to the rows `rows`, or j on when NULL, of dk and dv.
 void ra_add_block_backward(const ra_polynomial *e, const float *y_rows, const float *u_rows, uint32_t keys,
                            const ra_seen *seen, const uint32_t *rows, uint32_t j, float *dk, float *dv);
+
+// d_rows [count][Dvp], gradients by u_rows of keys, become those by v. u_rows [count][row]
+void ra_scale_values(const ra_polynomial *e, const float *u_rows, uint32_t count);
 
 // y[rows[n]][0 .. columns-1] += x[n], n < count; rows first, first + 1 .. when NULL.
 void ra_add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns, float *y, size_t y_row,

@@ -105,8 +105,8 @@ typedef struct ra_problem {
   uint32_t method;                   // RA_NAIVE, RA_EXACT, RA_POLYNOMIAL, RA_TOEPLITZ
   uint32_t degree;                   // polynomial, toeplitz: g, 0 .. RA_MAX_DEGREE
   const float *coefficients; // likewise: [B * kv_heads][g + 1], c_0 .. c_g of p(s) for each key/value head, for s
-      // taken with the mean of the rotated keys (but outliers) subtracted from every rotated key; with
-      // a relative map for s as it is
+      // taken with the mean of the rotated keys (but outliers) subtracted from every rotated key, and that of queries from
+      // these where they are centred; with a relative map for s as it is
   uint32_t layout; // 0: [B][heads][N][width]   1: [B][N][heads][width]; lse is [B][H][Nq] always
 
   // Rotation beyond frequencies. Positions stand for i + query_offset and j in the rotation, not in the mask.
@@ -188,9 +188,10 @@ typedef struct ra_arrays {
   float *dalibi;     // [H], summed over batches; or NULL
   float *dsinks;     // [H], summed over batches; or NULL
   float *dweights;   // [support_count][Nq + Nk - 1], summed over batches and heads; or NULL
-  float *
-      means; // [B][kv_heads][D + Dv] mean rotated keys without outliers and mean values, which ra_sample_prepare leaves there
-             // and the polynomial engine then need not find; or NULL
+  // [B][kv_heads][D + Dv + D] mean rotated keys without outliers, mean values, and the mean rotated query where queries are to be
+  // centred, else 0: ra_sample_prepare leaves them there, the polynomial engine goes by them. Or NULL: it finds the first two, and
+  // queries are not centred.
+  float *means;
 } ra_arrays;
 
 // --- The contract: any engine, either pass -----------------------------------------------------------------------
@@ -265,10 +266,16 @@ typedef struct ra_bounds {
   uint32_t q_argmax;      // flat row (head in group * Nq + i) of the largest query that is no outlier
   uint32_t k_argmax;      // row of the largest centred key that is none
   uint32_t finite;        // 1 when q, k (and v unless NULL) have no NaN and no infinity
+  float
+      q_mean_norm; // of the mean rotated query where queries are centred: q_plain_norm, q_squares and q_argmax are of rotated
+                   // queries less that then; else 0
 } ra_bounds;
 
+// From which share of the squares of queries on, those of their mean, they are centred.
+#define RA_WORTH_CENTRING 0.2f
+
 // Prepares one key/value head (0 .. B*kv_heads-1) for the calls below, O((group Nq + Nk) D): rotated centred keys are kept in the
-// workspace. Fills *bounds. `again`: only outliers have changed since *bounds was filled for the same head, so that what does
+// workspace, and, with x->means, what the mean query says of them where queries are worth centring. Fills *bounds. `again`: only outliers have changed since *bounds was filled for the same head, so that what does
 // not depend on them is kept.
 size_t RA_API(ra_sample_workspace)(const ra_problem *p);
 int RA_API(ra_sample_prepare)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t again,

@@ -4,7 +4,8 @@
 // gradients. O(N D) to prepare, O(N (D + Dv)) a row. A planner decides by these what to run, and checks what was run.
 //
 // Up to eight rows go together, as lanes. Keys are taken with their mean subtracted, as the polynomial engine does; not so with a
-// relative map, whose scores with a mean key would differ from key to key. There a row costs O(N (|S| + Dv)).
+// relative map, whose scores with a mean key would differ from key to key. There a row costs O(N (|S| + Dv)). Where the mean query m
+// says much, scores of key j are taken less m.y_j, and weighed exp(m.y_j) times, as there.
 
 #include <float.h>
 #include <math.h>
@@ -25,6 +26,8 @@ enum {
   WAYS = 2,             // that rows or columns are weighed in at a time
   SUMS = WAYS * GROUPS, // eight lanes each
   SMALL = 40,           // exp of scores as large, 2^22 of them, and times values up to 2^40, still fits a float
+  LOOKED = 256,         // queries by which the mean of all is guessed
+  LARGEST = 20,         // that a mean query may give to a score
 };
 
 typedef struct sample_state {
@@ -32,6 +35,7 @@ typedef struct sample_state {
   ra_relative map;
   int map_ready;
   float reach; // the largest norm of k_rows
+  int centred; // queries are
 } sample_state;
 
 typedef struct sample {
@@ -45,6 +49,8 @@ typedef struct sample {
   float *k_rows;           // [Nk][Dp] rotated, centred
   float *k_squares;        // [Nk] their sums of squares
   float *q_squares;        // [group][Nq] those of queries
+  float *q_mean;           // [Dp] of rotated queries, and
+  float *k_shift, *k_gain; // [Nk] what it gives to scores of a key, exp of that; where queries are centred
   float *rows;             // [TILE][Dp]
   float *strip;            // [Dp][8] the eight rows as lanes; of columns four times that, as of v_strip
   float *v_strip;          // [Dv][8] their values, or their dout
@@ -73,6 +79,9 @@ static sample arrange(const ra_problem *p, ra_workspace_cursor *w) {
   e.k_rows = ra_take_floats(w, e.Nk, e.Dp);
   e.k_squares = ra_take_floats(w, 1, e.Nk);
   e.q_squares = ra_take_floats(w, e.group, e.Nq);
+  e.q_mean = ra_take_floats(w, 1, e.Dp);
+  e.k_shift = ra_take_floats(w, 1, e.Nk);
+  e.k_gain = ra_take_floats(w, 1, e.Nk);
   e.rows = ra_take_floats(w, TILE, e.Dp);
   e.strip = ra_take_floats(w, e.Dp, RA_SAMPLE_KEYS);
   e.v_strip = ra_take_floats(w, e.Dv, RA_SAMPLE_KEYS);
@@ -184,16 +193,37 @@ static const float *query_at(const sample *e, const float *q, size_t head, size_
   return q + ra_head(e->p, head, e->p->heads, e->Nq, e->D) + i * e->q_row;
 }
 
-static void measure_queries(const sample *e, const float *q, size_t kv_head, int again, ra_bounds *b) {
+// x [rows][Dp] less the mean
+RA_KERNEL void subtract(const float *mean, size_t Dp, size_t rows, float *x) {
+  for (size_t n = 0; n < rows; n++, x += Dp)
+    for (size_t d = 0; d < Dp; d += 4) f32x4_store(x + d, f32x4_sub(f32x4_load(x + d), f32x4_load(mean + d)));
+}
+
+// Up to 32 queries of the h-th head of the group as e->rows, without scale.
+static void turn_queries(const sample *e, const float *q, size_t kv_head, size_t h, uint32_t i, uint32_t count) {
+  ra_rotary_rows(&e->state->q_rotary, query_at(e, q, kv_head * e->group + h, i), e->q_row, e->rows, e->Dp, count, i,
+                 RA_ROTATE, 1.0f);
+}
+
+// Their sums of squares: of queries as they are, rotated less their mean, or those that are there.
+enum { AS_THEY_ARE, CENTRED, KNOWN };
+
+static void measure_queries(const sample *e, const float *q, size_t kv_head, int how, ra_bounds *b) {
   extent t = no_extent();
   for (size_t h = 0; h < e->group; h++)
     for (uint32_t i = 0; i < e->Nq; i += RA_CHUNK) {
       uint32_t count = ra_min_u32(RA_CHUNK, e->p->query_length - i), row = (uint32_t)(h * e->Nq) + i;
+      const float *q_i = query_at(e, q, kv_head * e->group + h, i);
       float *squares = e->q_squares + row;
-      if (!again) measure_rows(query_at(e, q, kv_head * e->group + h, i), e->q_row, count, e->D, squares, &t);
+      if (how == AS_THEY_ARE) measure_rows(q_i, e->q_row, count, e->D, squares, &t);
+      if (how == CENTRED) {
+        turn_queries(e, q, kv_head, h, i, count);
+        subtract(e->q_mean, e->Dp, count, e->rows);
+        measure_rows(e->rows, e->Dp, count, e->D, squares, &t);
+      }
       extend(&t, squares, row, count, query_outliers(e, kv_head, h, i));
     }
-  if (!again) {
+  if (how == AS_THEY_ARE) {
     b->finite = is_finite(&t);
     b->q_entry = entry_of(&t);
     b->q_norm = norm(fmaxf(t.squares, t.far), b->q_entry, e->D);
@@ -265,13 +295,68 @@ static void rotate_keys(const sample *e, const float *k, size_t kv_head) {
     e->k_mean[d] = plain > 0 && !ra_is_relative(e->p) ? (float)(sum[d] / (double)plain) : 0;
 }
 
+static float dot(const float *x, const float *y, size_t count) {
+  f32x4 four = f32x4_splat(0);
+  size_t d = 0;
+  for (; d + 4 <= count; d += 4) four = f32x4_madd(f32x4_load(x + d), f32x4_load(y + d), four);
+  float sum = f32x4_sum(four);
+  for (; d < count; d++) sum += x[d] * y[d];
+  return sum;
+}
+
+// Whether the mean of these queries may be a good part of them: by some, and before rotation, which spreads what they have in common.
+static int may_be_centred(const sample *e, const float *q, size_t kv_head) {
+  size_t total = e->group * e->Nq, count = total < LOOKED ? total : LOOKED;
+  double squares = 0, length = 0;
+  float sum[RA_MAX_HEAD_DIM] = {0};
+  for (size_t n = 0; n < count; n++) {
+    size_t row = (size_t)((uint64_t)n * total / count);
+    ra_add(query_at(e, q, kv_head * e->group + row / e->Nq, row % e->Nq), (uint32_t)e->D, sum);
+    squares += e->q_squares[row];
+  }
+  for (size_t d = 0; d < e->D; d++) length += (double)sum[d] * sum[d];
+  return length > RA_WORTH_CENTRING * squares * (double)count; // not of NaN
+}
+
+// The mean of the rotated queries, where that is a good part of them and gives no score too much: exp(scores) = exp(those of centred
+// queries) times a number of the key.
+static int find_mean_query(const sample *e, const float *q, size_t kv_head) {
+  double sum[RA_MAX_HEAD_DIM + 3] = {0}, total = (double)e->group * (double)e->Nq, squares = 0;
+  const ra_problem *p = e->p;
+  if (ra_is_relative(p) || p->bias || p->alibi || !may_be_centred(e, q, kv_head)) return 0;
+  if (e->Dp != e->D) ra_fill(e->rows, RA_CHUNK * e->Dp, 0);
+  for (size_t h = 0; h < e->group; h++)
+    for (uint32_t i = 0; i < e->Nq; i += RA_CHUNK) {
+      uint32_t count = ra_min_u32(RA_CHUNK, p->query_length - i);
+      turn_queries(e, q, kv_head, h, i, count);
+      ra_sum_rows(e->rows, e->Dp, count, e->Dp, 0, sum);
+      for (uint32_t n = 0; n < count; n++) squares += e->q_squares[h * e->Nq + i + n];
+    }
+  for (size_t d = 0; d < e->Dp; d++) e->q_mean[d] = (float)(sum[d] / total);
+  float square = dot(e->q_mean, e->q_mean, e->Dp), most = fabsf(p->scale) * sqrtf(square) * e->state->reach;
+  return square * total > RA_WORTH_CENTRING * squares && most < LARGEST;
+}
+
+// Queries are centred, or not; once for a head.
+static void centre_queries(const sample *e, const float *q, size_t kv_head, int again, ra_bounds *b) {
+  if (!again) {
+    e->state->centred = find_mean_query(e, q, kv_head);
+    if (e->state->centred) measure_queries(e, q, kv_head, CENTRED, b);
+  }
+  b->q_mean_norm = e->state->centred ? sqrtf(dot(e->q_mean, e->q_mean, e->Dp)) : 0;
+  for (size_t j = 0; j < e->Nk && e->state->centred; j++) {
+    e->k_shift[j] = e->p->scale * dot(e->q_mean, e->k_rows + j * e->Dp, e->Dp);
+    e->k_gain[j] = (float)exp(e->k_shift[j]);
+  }
+}
+
 int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t again, ra_bounds *bounds,
                       void *workspace) {
   if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
   const float *k = x->k + ra_head(p, kv_head, p->kv_heads, e.Nk, e.D);
-  float *means = x->means ? x->means + kv_head * (e.D + e.Dv) : NULL;
+  float *means = x->means ? x->means + kv_head * ra_means(p) : NULL;
   ra_problem rows = *p; // with a relative map they stay as they are
   if (ra_is_relative(p)) rows.rotary_dim = 0;
   ra_rotary_init(&e.state->q_rotary, &rows, 1, NULL, e.q_space);
@@ -279,7 +364,7 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   e.state->map_ready = 0;
   ra_rotary_batch(&e.state->q_rotary, p, 1, kv_head / p->kv_heads);
   ra_rotary_batch(&e.state->k_rotary, p, 0, kv_head / p->kv_heads);
-  measure_queries(&e, x->q, kv_head, again, bounds);
+  measure_queries(&e, x->q, kv_head, again ? KNOWN : AS_THEY_ARE, bounds);
   if (!again) {
     extent t = no_extent();
     bounds->v_entry = bounds->v_half_range = 0;
@@ -300,11 +385,7 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   for (uint32_t j = 0; j < e.Nk; j += RA_CHUNK) {
     uint32_t count = ra_min_u32(RA_CHUNK, p->key_length - j);
     float *k_j = e.k_rows + j * e.Dp;
-    for (uint32_t n = 0; n < count; n++)
-      for (size_t d = 0; d < e.Dp; d += 4) {
-        float *y = k_j + n * e.Dp + d;
-        f32x4_store(y, f32x4_sub(f32x4_load(y), f32x4_load(e.k_mean + d)));
-      }
+    subtract(e.k_mean, e.Dp, count, k_j);
     measure_rows(k_j, e.Dp, count, e.D, e.k_squares + j, &t);
     extend(&t, e.k_squares + j, j, count, key_outliers(&e, kv_head, j));
   }
@@ -312,6 +393,11 @@ int ra_sample_prepare(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
   bounds->k_centred_norm = norm(t.squares, entry_of(&t), e.D);
   bounds->k_squares = (float)t.sum;
   e.state->reach = norm(fmaxf(t.squares, t.far), entry_of(&t), e.D);
+  if (!means) e.state->centred = 0, bounds->q_mean_norm = 0; // nobody would know
+  else {
+    centre_queries(&e, x->q, kv_head, again, bounds);
+    for (size_t d = 0; d < e.D; d++) means[e.D + e.Dv + d] = e.state->centred ? e.q_mean[d] : 0;
+  }
   return RA_OK;
 }
 
@@ -370,7 +456,10 @@ static size_t diagonal_of(const sample *e, uint32_t i, uint32_t j) { return (siz
 // s[n][8] of the queries i .. i + count - 1, whose rows scale R q are in e->rows, against eight keys: lanes of e->strip.
 static void score_queries(const sample *e, uint32_t i, uint32_t count, const uint32_t *keys, float *s) {
   if (!ra_is_relative(e->p)) {
+    float shift[LANES];
     ra_set_rows(e->rows, e->Dp, count, e->strip, LANES, (uint32_t)e->D, s, LANES);
+    for (int m = 0; m < LANES && e->state->centred; m++) shift[m] = -e->k_shift[keys[m]];
+    for (uint32_t n = 0; n < count && e->state->centred; n++) ra_add(shift, LANES, s + n * LANES);
     return;
   }
   const ra_relative *map = map_of(e);
@@ -517,6 +606,7 @@ static void score_keys(const sample *e, const lanes *l, uint32_t j, uint32_t cou
   const float *k = e->k_rows + (size_t)j * e->Dp;
   if (!ra_is_relative(e->p)) {
     ra_set_rows(k, e->Dp, count, e->strip, LANES, (uint32_t)e->D, s, LANES);
+    for (uint32_t n = 0; n < count * LANES && e->state->centred; n++) s[n] -= e->k_shift[j + n / LANES];
     return;
   }
   const ra_relative *map = map_of(e);
@@ -705,6 +795,13 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
   }
 }
 
+// The same of all keys, those that the mean query weighs included.
+static void weigh_keys(const sample *e, const lanes *l, const weigher *w, const float *s, uint32_t j0, uint32_t count,
+                       int derivative, float *weight) {
+  weigh(l, w, s, j0, count, derivative, weight);
+  for (uint32_t n = 0; n < count * LANES && e->state->centred; n++) weight[n] *= e->k_gain[j0 + n / LANES];
+}
+
 // What the largest scores of a tile, bias included, are: most[8] of keys that exp weighs; top[8] of the bias, or 0, of the others.
 static void look_at_scores(const lanes *l, const weigher *w, const float *s, uint32_t j0, uint32_t count, float *most,
                            float *top) {
@@ -867,7 +964,7 @@ static int sample_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, c
     float *s = e->s + (small && !to->dq ? 0 : (size_t)j * LANES), *weight = in_place ? s : e->weight;
     if (small) score_keys(e, &l, j, keys, s);
     for (int n = 0; n < ways; n++) {
-      weigh(&l, w + n, s, j, keys, 0, weight);
+      weigh_keys(e, &l, w + n, s, j, keys, 0, weight);
       add_weights(weight, keys, sum[n]);
       ra_add_columns(v + j * e->v_row, e->v_row, (uint32_t)e->Dv, weight, LANES, keys, own[n].sum_t, LANES);
     }
@@ -895,7 +992,7 @@ static int sample_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, c
     float *s = e->s + (size_t)j * LANES, *weight = in_place ? s : e->weight;
     ra_set_rows(v + j * e->v_row, e->v_row, keys, e->v_strip, LANES, (uint32_t)e->Dv, e->dp, LANES);
     for (int m = 0; m < ways; m++) {
-      if (!in_place) weigh(&l, w + m, s, j, keys, 1, weight);
+      if (!in_place) weigh_keys(e, &l, w + m, s, j, keys, 1, weight);
       if (distance && m == 0) add_query_gradients(own + WAYS, &l, j, keys, weight);
       for (uint32_t n = 0; n < keys * LANES; n += 4) {
         f32x4 share = f32x4_mul(f32x4_load(weight + n), f32x4_load(inverse[m] + n % LANES));
@@ -950,15 +1047,6 @@ typedef struct columns {
   uint32_t keys[LANES], outlier[LANES];
   const weigher *w;
 } columns;
-
-static float dot(const float *x, const float *y, size_t count) {
-  f32x4 four = f32x4_splat(0);
-  size_t d = 0;
-  for (; d + 4 <= count; d += 4) four = f32x4_madd(f32x4_load(x + d), f32x4_load(y + d), four);
-  float sum = f32x4_sum(four);
-  for (; d < count; d++) sum += x[d] * y[d];
-  return sum;
-}
 
 // Queries i0 .. i0 + count - 1 of one head, count up to TILE, and what their scores are measured by.
 typedef struct queries {
@@ -1063,6 +1151,20 @@ typedef struct groups {
   sample own[WAYS][GROUPS]; // their lanes in strip and v_strip; sums apart
 } groups;
 
+// What the mean query makes of these weights and gradients by scores; its own part of the gradient by keys has the weights, not their
+// derivatives.
+RA_KERNEL void weigh_centred(const sample *e, const queries *t, const columns *c) {
+  float lacking[LANES] = {0};
+  for (uint32_t n = 0; n < t->count; n++)
+    for (uint32_t m = 0; m < LANES; m++) {
+      float *weight = e->weight + n * LANES + m, *ds = e->ds + n * LANES + m, gain = e->k_gain[c->keys[m]];
+      *weight *= gain, *ds *= gain;
+      lacking[m] += *weight * (e->dp[n * LANES + m] - t->delta[n]) - *ds;
+    }
+  for (size_t d = 0; d < e->D; d++)
+    for (uint32_t m = 0; m < LANES; m++) e->d_t[d * LANES + m] += e->p->scale * e->q_mean[d] * lacking[m];
+}
+
 // These queries, with rows of dout for them, against all groups; t lacks all but delta.
 static void add_weighed(const groups *g, const ra_arrays *x, queries *t, const float *dout) {
   const sample *e = g->own[0];
@@ -1088,6 +1190,7 @@ static void add_weighed(const groups *g, const ra_arrays *x, queries *t, const f
       if (weighs_alike(e, t, c, live, through)) weigh_alike(e, t, c, live, through);
       else
         for (uint32_t n = 0; n < count; n++) weigh_apart(e, t, c, n);
+      if (e->state->centred) weigh_centred(own, t, c);
       ra_add_columns(dout, e->out_row, (uint32_t)e->Dv, e->weight, LANES, count, own->sum_t, LANES);
       add_key_gradients(own, i0, count, c->keys, e->ds);
     }

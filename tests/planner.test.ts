@@ -755,10 +755,10 @@ describe("method 'polynomial'", () => {
   });
 
   test('weights that are not positive are a miss, whatever the tolerance', () => {
-    // Early keys point away from every query: 1 + s is negative for all that the first rows see.
+    // Early keys point away from the queries that see them first: 1 + s is negative for all that these see.
     const shape = { heads: 1, queryLength: 512, headDim: 4 };
     const x = withoutGradient(problem({ shape, causal: true, rotary: false, scale: 1 }, 12, uniform(0.1)));
-    for (let row = 0; row < 512; row++) [x.q[4 * row], x.k[4 * row]] = [2, row < 64 ? -1 : 1];
+    for (let row = 0; row < 512; row++) [x.q[4 * row], x.k[4 * row]] = [row < 256 ? 2 : -2, row < 64 ? -1 : 1];
     const forced: ForwardArgs = { ...x, method: 'polynomial', degree: 1, tolerance: 10 };
     expect(() => attention.forward(forced)).toThrow(
       'degree 1 has rows whose weights do not add up to a positive number',

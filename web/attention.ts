@@ -380,6 +380,7 @@ export class Attention implements RopeAttention {
       return { coefficients, dvDegree, measured, miss, sound: positive && measured !== null && passes.length > 1 };
     };
     if (degree !== null && !coefficients) return missed('has coefficients beyond float32', null);
+    if (degree !== null) session.prepareAll();
     session.setWorkspace(workspaceOf(session, passes, degree), degree === null);
     session.setEngine(degree, coefficients ?? undefined, dvDegree < (degree ?? 0));
     if (degree === null) {

@@ -2,7 +2,8 @@
 //
 // Proved bounds of the output error of the polynomial engine, in units of max |v - c|, c the midrange of each value column.
 //
-// By Cauchy-Schwarz every score of a key/value head, centred, lies in [-R, R], R = |scale| max|q_i| max|Rk_j - mean Rk|. If
+// By Cauchy-Schwarz every score of a key/value head, centred, lies in [-R, R], R = |scale| max|q_i| max|Rk_j - mean Rk|, with |Rq_i - mean Rq|
+// for |q_i| where queries are centred as well. If
 // |p(s) exp(-s) - 1| <= t < 1 there, the engine's weights are w_j (1 + e_j), |e_j| <= t, w the true ones, and the output
 // moves by at most `certifiedBound(t)` of theory.ts, 2 (1 - sqrt(1 - t^2)) / t, about t: a sharp bound, derived there.
 // float32 adds the term of `roundingBound`, or of transforms.ts. Not counted is what no float32 result can avoid: the rounding of v and of the
@@ -28,14 +29,19 @@ const KEY_CHUNK = 32;
 const FEATURE_BLOCK = 48;
 
 /**
- * R: a number that no |score| of the head but outliers' exceeds, once the mean key is subtracted (with a relative map: as it is); the rounding of
- * the norms included.
+ * R: a number that no |score| of the head but outliers' exceeds, once the mean key is subtracted, and the mean query where queries are centred (with
+ * a relative map: as it is); the rounding of the norms included.
  */
 export function scoreRadius(g: Geometry, bounds: Bounds): number {
   // With a relative map the part of the mean key differs from key to key.
   if (g.relative || g.relativePositions) return largestScore(g, bounds) * (1 + (g.headDim + 8) * UNIT);
-  const rotated = g.rotaryGain * bounds.q_plain_norm; // k_centred_norm is of rotated keys
+  const rotated = queryGain(g, bounds) * bounds.q_plain_norm; // k_centred_norm is of rotated keys
   return Math.abs(g.scale) * rotated * bounds.k_centred_norm * (1 + (g.headDim + 8) * UNIT);
+}
+
+/** What rotation makes of norms of queries: those of centred ones are of rotated rows already. */
+export function queryGain(g: Pick<Geometry, 'rotaryGain'>, bounds: Pick<Bounds, 'q_mean_norm'>): number {
+  return bounds.q_mean_norm > 0 ? 1 : g.rotaryGain;
 }
 
 /** Norms of unrotated queries and keys. */
@@ -78,7 +84,7 @@ export function roundingBound(
   coefficients: ArrayLike<number>,
   radius: number,
   t: number,
-  bounds: Norms,
+  bounds: Norms & Pick<Bounds, 'q_mean_norm'>,
   valueRatio: number,
   outlierKeys = 0,
 ): number {
@@ -108,9 +114,13 @@ function magnitudeOf(coefficients: ArrayLike<number>, radius: number): number {
   return magnitude;
 }
 
-/** What the rounding of rotated q and k, `delta` in a score, does to the output: weights change by the factor exp(+-delta). */
-function scoreRounding(g: Geometry, bounds: Norms): number {
-  return certifiedBound(Math.expm1(16 * UNIT * largestScore(g, bounds)));
+/**
+ * What the rounding of rotated q and k, `delta` in a score, does to the output: weights change by the factor exp(+-delta). Of centred queries
+ * a score is in two parts.
+ */
+function scoreRounding(g: Geometry, bounds: Norms & Pick<Bounds, 'q_mean_norm'>): number {
+  const parts = bounds.q_mean_norm > 0 ? 2 : 1;
+  return certifiedBound(Math.expm1(16 * parts * UNIT * largestScore(g, bounds)));
 }
 
 /**

@@ -651,7 +651,7 @@ export class Session {
     arrays.v = floats(size.v);
     arrays.out = floats(size.output);
     arrays.lse = floats(size.lse);
-    arrays.means = floats(this.heads * (this.geometry.headDim + this.geometry.valueDim));
+    arrays.means = floats(this.heads * (2 * this.geometry.headDim + this.geometry.valueDim));
     if (pass === 'backward') {
       arrays.dout = floats(size.output);
       arrays.dq = floats(size.q);
@@ -823,6 +823,11 @@ export class Session {
       this.#radii[head] ??= scoreRadius(this.geometry, this.#prepared.bounds);
     }
     return this.#prepared.bounds;
+  }
+
+  /** Leaves the means of all heads where the polynomial engine finds them: it is to centre rows as samples, and certificates, did. */
+  prepareAll(): void {
+    for (let head = 0; head < this.heads; head++) if (this.#meansBeside[head] !== this.#outliers) this.prepare(head);
   }
 
   /** The same call as samples have to see it: with slopes, queries see no further than these let them. `rows`: of all by default. */

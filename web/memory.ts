@@ -104,6 +104,7 @@ export const BOUNDS = {
   q_argmax: 'u32',
   k_argmax: 'u32',
   finite: 'u32',
+  q_mean_norm: 'f32',
 } as const satisfies Fields;
 
 /** ra_distance. */

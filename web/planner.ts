@@ -4,7 +4,7 @@
 // that meet the tolerance by proof (certificate.ts) or by prediction (sampling.ts); the exact engine always closes the list
 // of `method: 'auto'`. What runs is checked again afterwards (attention.ts), so a wrong prediction costs time, never accuracy.
 
-import { certify, scoreRadius } from './certificate.js';
+import { certify, queryGain, scoreRadius } from './certificate.js';
 import {
   columnsCost,
   cost,
@@ -271,7 +271,7 @@ function takesOutliers(problem: Problem): boolean {
 function outliersStandOut({ problem }: Task, bounds: readonly Bounds[], degrees: readonly number[], limit: number): boolean {
   return bounds.some((one) => {
     const radius = scoreRadius(problem, one);
-    const typical = Math.abs(problem.scale) * problem.rotaryGain * Math.sqrt(one.q_squares * one.k_squares);
+    const typical = Math.abs(problem.scale) * queryGain(problem, one) * Math.sqrt(one.q_squares * one.k_squares);
     const rows = Math.sqrt((problem.heads / problem.kvHeads) * problem.queryLength * problem.keyLength);
     if (!(radius * rows > STANDS_OUT * typical)) return false;
     return degrees.every((degree) => worstCase(degree, radius) > HOPELESS * TYPICAL * limit);

@@ -233,7 +233,7 @@ export class StreamingState implements AttentionState {
     if (!(t < 1)) return null;
     const coefficients = this.#coefficients.subarray(0, this.degree + 1);
     const geometry = { ...this.#geometry, keyLength: Math.max(this.#length, 1), causal: true }; // waiting keys: one more chunk
-    const norms = { q_norm: queryNorm, k_norm: this.#keyNorm };
+    const norms = { q_norm: queryNorm, k_norm: this.#keyNorm, q_mean_norm: 0 };
     const bound = certifiedBound(t) + roundingBound(geometry, coefficients, this.#scoreBound, t, norms, 1);
     return bound < 2 ? bound : null; // no mean of values is further from another
   }

@@ -311,8 +311,8 @@ export interface Report {
   /** max |entry| of q and k: the papers' B. */
   entryBound: number;
   /**
-   * A number that no |score| exceeds, before softcap, bias and mask, once the mean key is subtracted (Cauchy-Schwarz); scores of
-   * `outliers` apart.
+   * A number that no |score| exceeds, before softcap, bias and mask, once the mean key is subtracted, and the mean
+   * query where queries have much in common (Cauchy-Schwarz); scores of `outliers` apart.
    */
   scoreBound: number;
   /** Proved bound of a polynomial's output error, in units of max |v - c|; null when there is none, for gradients, for exact. */

@@ -354,6 +354,20 @@ static run start(const shape *s, uint32_t method, uint32_t degree) {
   return r;
 }
 
+// The queries have something in common, and the polynomial engine is to know what.
+static void shift_queries(run *r, guarded *means, float shift) {
+  uint32_t heads = r->p.batch * r->p.kv_heads;
+  for (size_t n = 0; n < r->q.count; n++) r->q.data[n] += shift;
+  *means = guarded_new(heads * ra_means(&r->p), 1, 1);
+  r->x.means = means->data;
+  void *workspace = aligned_alloc(16, ra_sample_workspace(&r->p));
+  for (uint32_t kv = 0; kv < heads; kv++) {
+    ra_bounds b;
+    CHECK(ra_sample_prepare(&r->p, &r->x, kv, 0, &b, workspace) == RA_OK, "prepare");
+  }
+  free(workspace);
+}
+
 static void finish(run *r) {
   guarded *all[] = {&r->q,  &r->k,  &r->v,     &r->out,    &r->lse,      &r->dout,  &r->dq,
                     &r->dk, &r->dv, &r->dbias, &r->dsinks, &r->dweights, &r->dalibi};
@@ -361,6 +375,12 @@ static void finish(run *r) {
     CHECK(guarded_intact(all[n]), "array %zu", n);
     guarded_free(all[n]);
   }
+}
+
+static void finish_shifted(run *r, guarded *means) {
+  CHECK(guarded_intact(means), "means");
+  guarded_free(means);
+  finish(r);
 }
 
 // Both passes, `slice` units at a time, in a workspace of exactly the size asked for.
@@ -507,6 +527,98 @@ static void polynomial_converges(const shape *given) {
   finish(&oracle), finish(&r);
 }
 
+// Every 9th key and every 11th query of a group, from a place that differs by head, are `factor` times as large, and outliers.
+static uint32_t outlier_keys[4096], outlier_queries[4096];
+
+static void make_outliers(const shape *s, run *r, float factor) {
+  uint32_t group = s->heads / s->kv_heads, keys = (s->Nk + 8) / 9, queries = (group * s->Nq + 10) / 11;
+  keys -= keys > 1 && s->Nk % 9 > 0, queries -= queries > 1 && group * s->Nq % 11 > 0; // whole strides
+  for (uint32_t kv = 0; kv < s->batch * s->kv_heads; kv++) {
+    for (uint32_t n = 0; n < keys; n++) {
+      uint32_t j = outlier_keys[kv * keys + n] = s->Nk < 9 ? kv % s->Nk : 9 * n + kv % 9;
+      for (uint32_t d = 0; d < s->D; d++) r->k.data[place(s, kv, s->kv_heads, s->Nk, j, s->D) + d] *= factor;
+    }
+    for (uint32_t n = 0; n < queries; n++) {
+      uint32_t row = outlier_queries[kv * queries + n] = group * s->Nq < 11 ? kv % (group * s->Nq) : 11 * n + kv % 11;
+      size_t head = (size_t)kv * group + row % group;
+      for (uint32_t d = 0; d < s->D; d++) r->q.data[place(s, head, s->heads, s->Nq, row / group, s->D) + d] *= factor;
+    }
+  }
+  r->p.outlier_keys = outlier_keys, r->p.outlier_key_count = keys;
+  r->p.outlier_queries = outlier_queries, r->p.outlier_query_count = queries;
+}
+
+// Scores are large by what queries have in common alone: centred, polynomial and exact agree to rounding again; without, 2^7 / 7!.
+static void centred_queries_converge(const shape *given, int outliers) {
+  shape s = *given;
+  if (s.alibi || s.D > 16) return;
+  s.bound = 0.3f, s.rotary_dim = 0; // which would spread it
+  run oracle = start(&s, RA_NAIVE, 0), r = start(&s, RA_POLYNOMIAL, s.D > 8 ? 4 : 6);
+  guarded means[2];
+  if (outliers) make_outliers(&s, &oracle, 3), make_outliers(&s, &r, 3);
+  oracle.p.outlier_query_count = oracle.p.outlier_key_count = 0;
+  shift_queries(&oracle, means, 2 / (0.3f * (float)s.D * fabsf(s.scale)));
+  shift_queries(&r, means + 1, 2 / (0.3f * (float)s.D * fabsf(s.scale)));
+  for (size_t n = 0; n < means[1].count; n++) {
+    int of_queries = n % ra_means(&r.p) >= s.D + s.Dv;
+    CHECK(!of_queries || means[1].data[n] > 0, "mean query %g", means[1].data[n]);
+  }
+  compute(&oracle, 1), compute(&r, 3);
+  compare("centred", &s, &r, &oracle, 1e-5);
+  finish_shifted(&oracle, means), finish_shifted(&r, means + 1);
+}
+
+// dout.out, with q, k and v moved by `step` times these directions.
+static double loss_at(run *r, const guarded *q, const guarded *k, const guarded *v, float step) {
+  const guarded *directions[] = {q, k, v};
+  guarded *arrays[] = {&r->q, &r->k, &r->v};
+  double loss = 0;
+  for (int a = 0; a < 3; a++)
+    for (size_t n = 0; n < arrays[a]->count; n++) arrays[a]->data[n] += step * directions[a]->data[n];
+  compute_pass(r, RA_FORWARD, 1000);
+  for (int a = 0; a < 3; a++)
+    for (size_t n = 0; n < arrays[a]->count; n++) arrays[a]->data[n] -= step * directions[a]->data[n];
+  for (size_t n = 0; n < r->out.count; n++) loss += (double)r->dout.data[n] * r->out.data[n];
+  return loss;
+}
+
+// The gradient of centred queries is the derivative of the forward pass, the mean query held fixed, where p and p' differ by far.
+static void centred_gradient_is_the_derivative(const shape *given) {
+  shape s = *given;
+  if (s.alibi || s.Nk < 20) return;
+  s.rotary_dim = 0;
+  run r = start(&s, RA_POLYNOMIAL, 2);
+  guarded means,
+      moves[] = {guarded_new(r.q.count, 21, 1), guarded_new(r.k.count, 22, 1), guarded_new(r.v.count, 23, 1)};
+  shift_queries(&r, &means, 2);
+  for (uint32_t kv = 0; kv < s.batch * s.kv_heads; kv++) // the mean key stays
+    for (uint32_t d = 0; d < s.D; d++) {
+      double sum = 0;
+      for (uint32_t j = 0; j < s.Nk; j++) sum += moves[1].data[place(&s, kv, s.kv_heads, s.Nk, j, s.D) + d];
+      for (uint32_t j = 0; j < s.Nk; j++)
+        moves[1].data[place(&s, kv, s.kv_heads, s.Nk, j, s.D) + d] -= (float)(sum / s.Nk);
+    }
+  const guarded *gradients[] = {&r.dq, &r.dk, &r.dv};
+  for (int a = 0; a < 3; a++) {
+    guarded still[3];
+    const guarded *direction[3];
+    double slope = 0, size = 0;
+    for (int n = 0; n < 3; n++)
+      still[n] = guarded_new(moves[n].count, 1, 0), direction[n] = n == a ? moves + n : still + n;
+    float step = 1.0f / 128;
+    double change = loss_at(&r, direction[0], direction[1], direction[2], step) -
+                    loss_at(&r, direction[0], direction[1], direction[2], -step);
+    compute(&r, 1000);
+    for (size_t n = 0; n < gradients[a]->count; n++)
+      slope += (double)gradients[a]->data[n] * moves[a].data[n], size += pow(gradients[a]->data[n], 2);
+    CHECK(fabs(change / (2 * (double)step) - slope) < 1e-2 * sqrt(size), "Nq %u Nk %u D %u gradient %d: %g, not %g",
+          s.Nq, s.Nk, s.D, a, slope, change / (2 * (double)step));
+    for (int n = 0; n < 3; n++) guarded_free(still + n);
+  }
+  for (int n = 0; n < 3; n++) guarded_free(moves + n);
+  finish_shifted(&r, &means);
+}
+
 // The same by Fourier transforms, and with what depends on distances.
 static void toeplitz_converges(const shape *given) {
   shape s = *given;
@@ -532,27 +644,6 @@ static void toeplitz_is_polynomial(const shape *given) {
   compute(&polynomial, 10), compute(&r, 10);
   compare("toeplitz as polynomial", &s, &r, &polynomial, 1e-5);
   finish(&polynomial), finish(&r);
-}
-
-// Every 9th key and every 11th query of a group, from a place that differs by head, are `factor` times as large, and outliers.
-static uint32_t outlier_keys[4096], outlier_queries[4096];
-
-static void make_outliers(const shape *s, run *r, float factor) {
-  uint32_t group = s->heads / s->kv_heads, keys = (s->Nk + 8) / 9, queries = (group * s->Nq + 10) / 11;
-  keys -= keys > 1 && s->Nk % 9 > 0, queries -= queries > 1 && group * s->Nq % 11 > 0; // whole strides
-  for (uint32_t kv = 0; kv < s->batch * s->kv_heads; kv++) {
-    for (uint32_t n = 0; n < keys; n++) {
-      uint32_t j = outlier_keys[kv * keys + n] = s->Nk < 9 ? kv % s->Nk : 9 * n + kv % 9;
-      for (uint32_t d = 0; d < s->D; d++) r->k.data[place(s, kv, s->kv_heads, s->Nk, j, s->D) + d] *= factor;
-    }
-    for (uint32_t n = 0; n < queries; n++) {
-      uint32_t row = outlier_queries[kv * queries + n] = group * s->Nq < 11 ? kv % (group * s->Nq) : 11 * n + kv % 11;
-      size_t head = (size_t)kv * group + row % group;
-      for (uint32_t d = 0; d < s->D; d++) r->q.data[place(s, head, s->heads, s->Nq, row / group, s->D) + d] *= factor;
-    }
-  }
-  r->p.outlier_keys = outlier_keys, r->p.outlier_key_count = keys;
-  r->p.outlier_queries = outlier_queries, r->p.outlier_query_count = queries;
 }
 
 // Far too large for the polynomial, and beyond what exp alone takes, yet as right as the exact engine.
@@ -660,7 +751,7 @@ static void prepared_again_is_prepared(const run *r, uint32_t kv, const ra_bound
   CHECK(ra_sample_prepare(&p, &r->x, kv, 1, &again, workspace) == RA_OK, "again");
   CHECK(ra_sample_prepare(&p, &r->x, kv, 0, &fresh, workspace) == RA_OK, "from the beginning");
   CHECK(memcmp(&fresh, &again, sizeof fresh) == 0, "bounds with outliers");
-  CHECK(fresh.q_squares < without->q_squares || p.query_length == 0, "sum of squares");
+  CHECK(fresh.q_squares < without->q_squares || without->q_squares == 0, "sum of squares");
   CHECK(ra_sample_prepare(&r->p, &r->x, kv, 1, &again, workspace) == RA_OK, "without again");
   CHECK(memcmp(without, &again, sizeof again) == 0, "bounds without outliers");
   free(row);
@@ -859,11 +950,12 @@ static void both_ways_are_each(const run *r, uint32_t kv, const uint32_t *rows, 
     guarded_free(out + n), guarded_free(lse + n), guarded_free(dq + n), guarded_free(dk + n), guarded_free(dv + n);
 }
 
+static uint32_t centred_heads;
+
 // By means that sampling has left the engine computes what it does by its own, but for the rounding of mean values.
 static void found_means_serve(const shape *s, run *r) {
   uint32_t heads = s->batch * s->kv_heads;
-  guarded means = guarded_new((size_t)heads * (s->D + s->Dv), 1, 1), *got[] = {&r->out, &r->dq, &r->dk, &r->dv},
-          before[4];
+  guarded means = guarded_new(heads * ra_means(&r->p), 1, 1), *got[] = {&r->out, &r->dq, &r->dk, &r->dv}, before[4];
   for (size_t n = 0; n < means.count; n++) means.data[n] = NAN;
   for (int n = 0; n < 4; n++) {
     before[n] = guarded_new(got[n]->count, 1, 1);
@@ -876,6 +968,8 @@ static void found_means_serve(const shape *s, run *r) {
     CHECK(ra_sample_prepare(&r->p, &r->x, kv, 0, &b, workspace) == RA_OK, "prepare");
     free(workspace);
   }
+  for (size_t n = 0; n < means.count; n++)
+    if (n % ra_means(&r->p) >= s->D + s->Dv) means.data[n] = 0; // queries as they are, even where these are few
   for (size_t n = 0; n < means.count; n++) CHECK(fabsf(means.data[n]) <= s->bound + 1, "mean %g", means.data[n]);
   compute(r, 1);
   for (int n = 0; n < 4; n++) {
@@ -891,9 +985,12 @@ static void found_means_serve(const shape *s, run *r) {
   r->x.means = NULL;
 }
 
-static void samples_match_the_oracle(const shape *s) {
+// `shift` is added to queries.
+static void samples_match_the_oracle(const shape *s, float shift) {
   uint32_t engines = s->relative || s->bias_heads || (s->alibi && !s->causal) ? 1 : 2; // oracle; polynomial
   run oracle = start(s, RA_NAIVE, 0), polynomial = start(s, engines == 2 ? RA_POLYNOMIAL : RA_NAIVE, 2);
+  guarded means[2];
+  if (shift != 0) shift_queries(&oracle, means, shift), shift_queries(&polynomial, means + 1, shift);
   compute(&oracle, 1), compute(&polynomial, 1);
   size_t bytes = ra_sample_workspace(&oracle.p), group = s->heads / s->kv_heads;
   for (uint32_t kv = 0; kv < s->batch * s->kv_heads; kv++) {
@@ -926,7 +1023,9 @@ static void samples_match_the_oracle(const shape *s) {
     uint32_t large[RA_EXTREMES], aligned[RA_EXTREMES], opposed[RA_EXTREMES], far_keys[RA_EXTREMES];
     CHECK(ra_sample_extremes(&oracle.p, &oracle.x, kv, large, aligned, opposed, far_keys, workspace) == RA_OK,
           "extremes");
-    largest_are_largest(s, &oracle, kv, &b, workspace);
+    CHECK(b.q_mean_norm == 0 || shift != 0, "mean of %g", b.q_mean_norm);
+    centred_heads += b.q_mean_norm > 0;
+    if (shift == 0) largest_are_largest(s, &oracle, kv, &b, workspace);
     prepared_again_is_prepared(&oracle, kv, &b, workspace);
     CHECK(large[0] == b.q_argmax && far_keys[0] == b.k_argmax, "largest %u %u", large[0], b.q_argmax);
     // no score against those keys is beyond that of the first row of its list, but in the exact diagonal blocks
@@ -1019,8 +1118,11 @@ static void samples_match_the_oracle(const shape *s) {
     changes_undo_errors(s, &oracle, kv, rows, count, keys, key_count, workspace);
     free(workspace);
   }
-  if (engines == 2) found_means_serve(s, &polynomial);
-  finish(&oracle), finish(&polynomial);
+  if (shift != 0) finish_shifted(&oracle, means), finish_shifted(&polynomial, means + 1);
+  else {
+    if (engines == 2) found_means_serve(s, &polynomial);
+    finish(&oracle), finish(&polynomial);
+  }
 }
 
 // scale q W_{i-j} k for a relative map.
@@ -1319,14 +1421,18 @@ int main(void) {
     if (is_by_distance(&SHAPES[n])) toeplitz_converges(&SHAPES[n]);
     toeplitz_is_polynomial(&SHAPES[n]);
     states_match_the_oracle(&SHAPES[n]);
-    samples_match_the_oracle(&SHAPES[n]);
+    samples_match_the_oracle(&SHAPES[n], 0);
+    samples_match_the_oracle(&SHAPES[n], 0.7f);
+    for (int outliers = 0; outliers < 2; outliers++) centred_queries_converge(&SHAPES[n], outliers);
+    centred_gradient_is_the_derivative(&SHAPES[n]);
   }
+  CHECK(centred_heads > 20, "%u heads whose queries were centred", centred_heads);
   for (size_t n = 0; n < sizeof RELATIVE_SHAPES / sizeof *RELATIVE_SHAPES; n++)
     relative_maps_agree(&RELATIVE_SHAPES[n]);
   for (size_t n = 0; n < sizeof EXACT_SHAPES / sizeof *EXACT_SHAPES; n++) {
     engines_match_the_oracle(&EXACT_SHAPES[n]);
     if (is_by_distance(&EXACT_SHAPES[n])) toeplitz_converges(&EXACT_SHAPES[n]);
-    if (is_sampled(&EXACT_SHAPES[n])) samples_match_the_oracle(&EXACT_SHAPES[n]);
+    if (is_sampled(&EXACT_SHAPES[n])) samples_match_the_oracle(&EXACT_SHAPES[n], 0);
     if (is_sampled(&EXACT_SHAPES[n]) && EXACT_SHAPES[n].relative) sampled_maps_are_sums(&EXACT_SHAPES[n]);
   }
   for (size_t n = 0; n < sizeof DECAY_SHAPES / sizeof *DECAY_SHAPES; n++) {

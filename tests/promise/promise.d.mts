@@ -23,8 +23,8 @@ export const TOLERANCES: readonly number[];
 export const SETTINGS: Record<string, (length: number, headDim: number) => Omit<Instance, 'q' | 'k' | 'v' | 'dOutput'>>;
 export function methodOf(args: Instance): 'polynomial' | 'toeplitz';
 export function numbered(n: number, lengths?: readonly number[]): { name: string; kind: string; setting: string; args: Instance };
-export function outputError(args: Instance, output: ForwardResult['output'], expected: Expected['output']): number;
-export function gradientError(got: BackwardResult, expected: Expected): number;
+export function outputError(args: Omit<Instance, 'dOutput'>, output: ForwardResult['output'], expected: Expected['output']): number;
+export function gradientError(got: BackwardResult, expected: Omit<Expected, 'output'>): number;
 export function promised(
   attention: RopeAttention,
   args: Instance,
