@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT
 //
 // The promise of `tolerance` over instances of all kinds (promise/), on both binaries: a certified error is never above the
-// tolerance, a sampled one above it in at most one call of a thousand and nowhere above twice. `make sweep` runs more.
+// tolerance, a sampled one above it in at most one call of a thousand and nowhere above twice. `make sweep` runs more, with `--long` of
+// long sequences.
 
 import { describe, expect, test } from '@jest/globals';
 
 import { eachBinary } from './support.js';
 import { KINDS, instance } from './promise/instances.mjs';
-import { SETTINGS, TOLERANCES, expectedOf, numbered, promised, type Expected, type Kept, type Promise } from './promise/promise.mjs';
+import { LONG, SETTINGS, TOLERANCES, exactOf, expectedOf, numbered, promised, type Expected, type Kept, type Promise } from './promise/promise.mjs';
 
 const COUNT = 320;
 const references = new Map<number, Expected>();
@@ -93,8 +94,7 @@ describe('lengths at which `auto` runs polynomials by itself', () => {
           [2048, 16, 0.25, 2],
         ]) {
           const args = instance({ kind, bound, seed, shape: { heads: 1, queryLength: length, headDim }, causal });
-          const { dOutput: _, ...forwardArgs } = args;
-          const exact = { ...attention().forward({ ...forwardArgs, method: 'exact' }), ...attention().backward({ ...args, method: 'exact' }) };
+          const exact = exactOf(attention(), args);
           for (const how of ['forward', 'backward', 'training', 'certified'] as const) {
             // The exact engine is the reference here, right to 1e-6.
             for (const { ratio, degree } of promised(attention(), args, how, [3e-2, 1e-3, 1e-4], exact, { method: 'auto' })) {
@@ -105,6 +105,22 @@ describe('lengths at which `auto` runs polynomials by itself', () => {
         }
       }
       expect(polynomials).toBeGreaterThan(0);
+    });
+  });
+});
+
+describe('long sequences: every kind of input twice, every mask, slope and bias once', () => {
+  const lengths = [2048, 4096];
+  eachBinary((attention) => {
+    test.each([...Array(20).keys()].map((n) => 21 * n))('instance %d', (n) => {
+      const { args } = numbered(n, { ...LONG, lengths });
+      const exact = exactOf(attention(), args);
+      const tolerances = [0, 10, 20].map((step) => LONG.tolerances[(n + step) % 25]);
+      for (const how of ['forward', 'backward', 'training', 'certified'] as const) {
+        for (const { ratio } of promised(attention(), args, how, tolerances, exact, { method: 'auto' })) {
+          expect(ratio).toBeLessThanOrEqual(1);
+        }
+      }
     });
   });
 });

@@ -4,7 +4,7 @@
 // that misses included, over head sizes, lengths, bounds, masks, tolerances and kinds of input. Run by `make bench-auto`;
 // arguments by ARGS="...":
 //
-//   --dims 16,32,64   --lengths 256,512,1024,2048,4096,8192,16384   --bounds 0.25,0.5,1,2   --masks full,causal
+//   --dims 16,32,64   --lengths 256,512,1024,2048,4096,8192,16384   --bounds 0.25,0.5,1,2   --masks full,causal (and slope0.05, causal with slopes like that)
 //   --tolerances 1e-1,1e-2,1e-3,1e-4   --passes forward,backward   --kinds uniform,... (all)   --binary relaxed-simd, simd128
 //   --seconds 0.25 (of pairs of calls for each figure)   --json build/bench-auto.json
 //
@@ -71,7 +71,12 @@ for (const headDim of numbers(given.dims)) {
         const cases = [];
         for (const kind of list(given.kinds)) {
           for (const bound of numbers(given.bounds)) {
-            const setting = { shape: { heads: 1, queryLength: length, headDim }, causal: mask === 'causal' };
+            const slope = /^slope(.+)/.exec(mask)?.[1];
+            const setting = {
+              shape: { heads: 1, queryLength: length, headDim },
+              causal: mask !== 'full',
+              ...(slope && { alibi: Float32Array.of(Number(slope)) }),
+            };
             const { dOutput, ...args } = instance({ kind, bound, seed: 1, ...setting });
             const saved = pass === 'backward' ? attention.forward({ ...args, method: 'exact' }) : undefined;
             for (const tolerance of numbers(given.tolerances)) {

@@ -9,6 +9,7 @@ export interface Kept {
   ratio: number | null;
   slack: number | null;
   degree: number | null;
+  exact: boolean;
 }
 
 export interface Expected {
@@ -22,7 +23,19 @@ export interface Expected {
 export const TOLERANCES: readonly number[];
 export const SETTINGS: Record<string, (length: number, headDim: number) => Omit<Instance, 'q' | 'k' | 'v' | 'dOutput'>>;
 export function methodOf(args: Instance): 'polynomial' | 'toeplitz';
-export function numbered(n: number, lengths?: readonly number[]): { name: string; kind: string; setting: string; args: Instance };
+export const LONG_SETTINGS: typeof SETTINGS;
+
+/** A set of instances. */
+export interface Instances {
+  settings: typeof SETTINGS;
+  lengths: readonly number[];
+  headDims: readonly number[];
+  tolerances: readonly number[];
+}
+
+export const SHORT: Instances;
+export const LONG: Instances;
+export function numbered(n: number, instances?: Instances): { name: string; kind: string; setting: string; args: Instance };
 export function outputError(args: Omit<Instance, 'dOutput'>, output: ForwardResult['output'], expected: Expected['output']): number;
 export function gradientError(got: BackwardResult, expected: Omit<Expected, 'output'>): number;
 export function promised(
@@ -33,4 +46,5 @@ export function promised(
   expected: Expected,
   options?: Pick<Options, 'method'>,
 ): Kept[];
+export function exactOf(attention: RopeAttention, args: Instance): Expected;
 export function expectedOf(args: Instance): Expected;
