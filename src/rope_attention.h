@@ -287,9 +287,11 @@ int RA_API(ra_sample_prepare)(const ra_problem *p, const ra_arrays *x, uint32_t 
 int RA_API(ra_sample_largest)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t queries,
                               uint32_t count, uint32_t *rows, float *norms, void *workspace);
 
-// Rows where an approximation is likely to fail first: flat rows of the largest queries, of the queries with the largest positive
-// and with the largest negative scores against those of the largest centred keys that the polynomial engine would take through
-// its state, and these keys, falling, no outliers; RA_EXTREMES of each, 0 where there are fewer. O(N D). Needs ra_sample_prepare.
+// Rows where an approximation is likely to fail first, but outliers: flat rows of the largest queries; those with the largest positive
+// and with the largest negative scores s, by s^3 |v - mean|, against the keys of the largest |k| |v - mean|, k centred, that the
+// polynomial engine would take through its state; and these keys, falling. RA_EXTREMES of each, 0 where there are fewer. |v - mean| by x->means
+// of ra_sample_prepare; 1 without these, and where x->dout says that gradients are in question. When causal with slopes, or decays, of 1/128 or more
+// the keys of such rows are those of the last chunk of the state, weighed by what these leave of them. O(N (D + Dv)). Needs ra_sample_prepare.
 enum { RA_EXTREMES = 8 };
 int RA_API(ra_sample_extremes)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t *large,
                                uint32_t *aligned, uint32_t *opposed, uint32_t *keys, void *workspace);

@@ -22,6 +22,7 @@
 enum {
   LANES = 8,
   TILE = 128, // keys, or queries, that are weighed together
+  FAR = 128,  // keys so far away need not be looked at where weights fall by e, or more, until then
   GROUPS = RA_SAMPLE_KEYS / LANES,
   WAYS = 2,             // that rows or columns are weighed in at a time
   SUMS = WAYS * GROUPS, // eight lanes each
@@ -482,12 +483,16 @@ static void add_key_gradients(const sample *e, uint32_t i, uint32_t count, const
                              e->d_t + m, LANES);
 }
 
-// The largest `count` values seen so far, falling, and where they were.
-static void keep_largest(uint32_t *where, float *values, uint32_t count, uint32_t n, float value) {
-  if (!(value > values[count - 1])) return;
-  uint32_t at = count - 1;
+// One of RA_EXTREMES falling values, and of where they were, makes room for a larger one.
+RA_KERNEL void insert(uint32_t *where, float *values, uint32_t n, float value) {
+  uint32_t at = RA_EXTREMES - 1;
   for (; at > 0 && value > values[at - 1]; at--) values[at] = values[at - 1], where[at] = where[at - 1];
   values[at] = value, where[at] = n;
+}
+
+// The largest values seen so far, falling, and where they were.
+static void keep_largest(uint32_t *where, float *values, uint32_t n, float value) {
+  if (value > values[RA_EXTREMES - 1]) insert(where, values, n, value);
 }
 
 // The same for the largest of four values, if that is among them.
@@ -495,14 +500,52 @@ static void keep_largest_of(uint32_t *where, float *values, uint32_t n, f32x4 so
   if (!f32x4_any_greater(some, f32x4_splat(values[RA_EXTREMES - 1]))) return;
   float lane[4];
   f32x4_store(lane, some);
-  keep_largest(where, values, RA_EXTREMES, n, fmaxf(fmaxf(lane[0], lane[1]), fmaxf(lane[2], lane[3])));
+  keep_largest(where, values, n, fmaxf(fmaxf(lane[0], lane[1]), fmaxf(lane[2], lane[3])));
 }
 
-// 1 for keys that the queries of the chunk that begins at i see through the state, else 0; norms below 0 are of no keys.
-static void keys_in_state(const ra_problem *p, uint32_t i, const uint32_t *keys, const float *norms, float *live) {
+// |v - mean|^2 of one key's values.
+static float value_squares(const sample *e, const float *v, const float *mean) {
+  f32x4 sum = f32x4_splat(0);
+  size_t d = 0;
+  for (; d + 4 <= e->Dv; d += 4) {
+    f32x4 off = f32x4_sub(f32x4_load(v + d), f32x4_load(mean + d));
+    sum = f32x4_madd(off, off, sum);
+  }
+  float rest = f32x4_sum(sum);
+  for (; d < e->Dv; d++) rest += (v[d] - mean[d]) * (v[d] - mean[d]);
+  return rest;
+}
+
+// Of some keys, but outliers, those by which an output is likely to be off by most: by |k| and what weighs it, |v - mean| (1 for gradients,
+// or where no means are known) times what is left of exp(score) at the end of these keys, `decay` from key to key. Weight 0 where there are fewer.
+RA_KERNEL void find_keys(const sample *e, const ra_arrays *x, uint32_t kv_head, ra_range among, float decay,
+                         uint32_t *keys, float *weights) {
+  ra_outliers outliers = ra_outlier_keys(e->p, kv_head);
+  const float *mean = x->v && x->means && !x->dout ? x->means + kv_head * ra_means(e->p) + e->D : NULL;
+  const float *v = mean ? x->v + ra_head(e->p, kv_head, e->p->kv_heads, e->Nk, e->Dv) : NULL;
+  float left = 1, sizes[RA_EXTREMES];
+  for (int m = 0; m < RA_EXTREMES; m++) sizes[m] = -1, keys[m] = 0;
+  for (uint32_t j = (uint32_t)among.end; j-- > among.first;) {
+    left *= decay * decay;
+    if (outliers.count > 0 && ra_outlier_bits(outliers, 1, 0, j, 1)) continue;
+    keep_largest(keys, sizes, j, e->k_squares[j] * left * (mean ? value_squares(e, v + j * e->v_row, mean) : 1));
+  }
+  for (int m = 0; m < RA_EXTREMES; m++) weights[m] = sizes[m] > 0 ? sqrtf(sizes[m] / e->k_squares[keys[m]]) : 0;
+}
+
+// These weights of keys that the queries of the chunk that begins at i see through the state; 0 of others.
+static void weights_in_state(const ra_problem *p, uint32_t i, const uint32_t *keys, const float *weights, float *live) {
   ra_range state = ra_state_keys(p, i);
-  for (int m = 0; m < RA_EXTREMES; m++)
-    live[m] = norms[m] >= 0 && state.first <= keys[m] && keys[m] < state.end ? 1.0f : 0.0f;
+  for (int m = 0; m < RA_EXTREMES; m++) live[m] = state.first <= keys[m] && keys[m] < state.end ? weights[m] : 0;
+}
+
+// By how much a slope, or the slowest of the decays that stand for a bias, lowers scores of a head from key to key; 0 where far keys count.
+static float fall_of(const ra_problem *p, size_t head) {
+  size_t decays = p->bias_heads > 1 ? head % p->heads * p->decay_count : 0;
+  double fall = p->alibi ? p->alibi[head % p->heads] : p->decay_count > 0 ? p->decay_rates[decays] : 0;
+  for (uint32_t n = 1; n < p->decay_count; n++)
+    if (p->decay_rates[decays + n] < fall) fall = p->decay_rates[decays + n];
+  return p->causal && fall * FAR > 1 ? (float)fall : 0;
 }
 
 int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t *large, uint32_t *aligned,
@@ -510,41 +553,50 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
   if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return RA_ERROR_PROBLEM;
   ra_workspace_cursor cursor = {workspace, 0, 0};
   sample e = arrange(p, &cursor);
-  float norms[RA_EXTREMES], key_norms[RA_EXTREMES], highest[RA_EXTREMES], lowest[RA_EXTREMES];
-  for (int n = 0; n < RA_EXTREMES; n++) {
-    norms[n] = key_norms[n] = -1, highest[n] = lowest[n] = 0;
-    large[n] = aligned[n] = opposed[n] = keys[n] = 0;
-  }
-  for (uint32_t j = 0; j < p->key_length; j += RA_CHUNK) {
-    uint32_t count = ra_min_u32(RA_CHUNK, p->key_length - j), outliers = key_outliers(&e, kv_head, j);
-    for (uint32_t n = 0; n < count; n++)
-      if (!(outliers >> n & 1)) keep_largest(keys, key_norms, RA_EXTREMES, j + n, e.k_squares[j + n]);
-  }
-  for (int m = 0; m < RA_EXTREMES; m++) ra_transpose(e.k_rows + keys[m] * e.Dp, e.Dp, 1, e.D, e.strip + m, LANES);
-  for (size_t h = 0; h < e.group; h++)
+  float norms[RA_EXTREMES], highest[RA_EXTREMES], lowest[RA_EXTREMES], weights[2][RA_EXTREMES];
+  uint32_t near_keys[RA_EXTREMES];
+  for (int n = 0; n < RA_EXTREMES; n++)
+    norms[n] = -1, highest[n] = lowest[n] = 0, large[n] = aligned[n] = opposed[n] = 0;
+  find_keys(&e, x, kv_head, (ra_range){0, p->key_length}, 1, keys, weights[0]);
+  for (size_t h = 0; h < e.group; h++) {
+    float fall = fall_of(p, kv_head * e.group + h), decay = (float)exp(-fall);
+    const uint32_t *own = fall > 0 ? near_keys : keys;
     for (uint32_t i = 0; i < p->query_length; i += RA_CHUNK) {
-      uint32_t count = ra_min_u32(RA_CHUNK, p->query_length - i);
+      uint32_t count = ra_min_u32(RA_CHUNK, p->query_length - i), start = ra_chunk_start(p, i);
+      if (fall > 0) {
+        ra_range near = ra_state_keys(p, start);
+        if (near.end > near.first + RA_CHUNK) near.first = near.end - RA_CHUNK;
+        find_keys(&e, x, kv_head, near, decay, near_keys, weights[1]);
+      }
+      if (fall > 0 || i == 0) {
+        for (int m = 0; m < RA_EXTREMES; m++) memcpy(e.rows + m * e.Dp, e.k_rows + own[m] * e.Dp, e.D * sizeof(float));
+        ra_transpose(e.rows, e.Dp, LANES, e.D, e.strip, LANES);
+      }
       const float *q = query_at(&e, x->q, kv_head * e.group + h, i);
       uint32_t outliers = query_outliers(&e, kv_head, h, i);
       ra_rotary_rows(&e.state->q_rotary, q, e.q_row, e.rows, e.Dp, count, i, RA_ROTATE, p->scale);
-      score_queries(&e, i, count, keys, e.s);
-      uint32_t start = ra_chunk_start(p, i);
-      float live[LANES];
-      keys_in_state(p, start, keys, key_norms, live);
-      for (uint32_t n = 0; n < count; n++) {
+      score_queries(&e, i, count, own, e.s);
+      float live[LANES], left = 1;
+      weights_in_state(p, start, own, weights[fall > 0], live);
+      for (uint32_t n = 0; n < count; n++, left *= decay) {
         if (outliers >> n & 1) continue;
         if (p->segments && ra_chunk_start(p, i + n) != start) {
           start = ra_chunk_start(p, i + n);
-          keys_in_state(p, start, keys, key_norms, live);
+          weights_in_state(p, start, own, weights[fall > 0], live);
         }
         uint32_t row = (uint32_t)(h * e.Nq + i + n);
-        f32x4 s0 = f32x4_mul(f32x4_load(live), f32x4_load(e.s + n * LANES));
-        f32x4 s1 = f32x4_mul(f32x4_load(live + 4), f32x4_load(e.s + n * LANES + 4));
-        keep_largest_of(aligned, highest, row, f32x4_max(s0, s1));
-        keep_largest_of(opposed, lowest, row, f32x4_sub(f32x4_splat(0), f32x4_min(s0, s1)));
-        keep_largest(large, norms, RA_EXTREMES, row, e.q_squares[row]);
+        f32x4 off[2];
+        RA_ROLLED
+        for (int m = 0; m < 2; m++) { // as s^3: errors of a polynomial rise faster than scores
+          f32x4 s = f32x4_load(e.s + n * LANES + 4 * m), weight = f32x4_load(live + 4 * m);
+          off[m] = f32x4_mul(f32x4_mul(s, s), f32x4_mul(s, f32x4_mul(weight, f32x4_splat(left))));
+        }
+        keep_largest_of(aligned, highest, row, f32x4_max(off[0], off[1]));
+        keep_largest_of(opposed, lowest, row, f32x4_sub(f32x4_splat(0), f32x4_min(off[0], off[1])));
+        keep_largest(large, norms, row, e.q_squares[row]);
       }
     }
+  }
   return RA_OK;
 }
 

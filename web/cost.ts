@@ -103,6 +103,8 @@ const ROW = {
   prepareAgain: { each: 230, entry: 22 },
   /** To find the rows that are likely to be worst. */
   extremes: { each: 600, entry: 42 },
+  /** The same where keys of each chunk are looked at. */
+  extremesOfChunks: { each: 1100, entry: 73 },
   /** To rank queries, or keys, by norm. */
   rank: { each: 900, entry: 0 },
 } as const;
@@ -298,7 +300,7 @@ export function prepareCost(g: Geometry, again = false): number {
 }
 
 export function extremesCost(g: Geometry): number {
-  return PORTION + rowCost(ROW.extremes, g) * queriesOfHead(g);
+  return PORTION + rowCost(g.alibi || g.decays ? ROW.extremesOfChunks : ROW.extremes, g) * queriesOfHead(g);
 }
 
 /** Of queries, or keys. */

@@ -902,8 +902,9 @@ export class Session {
   }
 
   /**
-   * Where an approximation is likely to fail first: rows of the largest queries, rows with the largest positive and negative
-   * scores against the largest keys, and these keys; falling.
+   * Where an approximation is likely to fail first: rows of the largest queries; rows with the largest positive and negative scores against
+   * the keys that are largest, and of outputs those whose values are farthest from the mean, where slopes make scores fall against such keys
+   * of the chunk before; and the largest keys of all in that sense; falling.
    */
   extremes(head: number): { large: number[]; aligned: number[]; opposed: number[]; keys: number[] } {
     this.prepare(head);
@@ -911,6 +912,7 @@ export class Session {
     const { problem, arrays, extremes } = this.#at;
     const [large, aligned, opposed, keys] = [0, 1, 2, 3].map((n) => extremes + 4 * n * EXTREMES);
     const { ra_sample_extremes } = this.#exports;
+    this.#giveMeans(true); // means of values
     const code = ra_sample_extremes(problem, arrays, head, large, aligned, opposed, keys, this.#sampling);
     this.#expect(code, 'ra_sample_extremes');
     const read = (address: number) => [...new Set(this.#arena.readIntegers(address, EXTREMES))];

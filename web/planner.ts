@@ -369,14 +369,15 @@ function costToBeat({ problem, passes }: Task, degree: number | null): number {
 type Guess = (one: Candidate, radius: number) => number;
 
 /**
- * By errors of the degrees without outliers: that of degree g goes as the (g + 1)-th power of the scores, that of gradients as the g-th;
- * where all rows together fail, by their norms.
+ * By errors of the degrees without outliers, those of all that were looked at: that of degree g goes as the (g + 1)-th power of the scores, that of
+ * gradients as the g-th. Not less than norms make likely, as rows that stand out may be among those that were not; and by norms where all rows together fail.
  */
 function guessBy(pass: Pass, errorOf: (degree: number) => number): Guess {
-  return ({ degree, shrinks }, radius) =>
-    errorOf(degree) < FAILED
-      ? errorOf(degree) * shrinks ** (pass === 'forward' ? degree + 1 : Math.max(degree, 1))
-      : worstCase(degree, radius * shrinks) / TYPICAL;
+  return ({ degree, shrinks }, radius) => {
+    const typical = worstCase(degree, radius * shrinks) / TYPICAL;
+    if (!(errorOf(degree) < FAILED)) return typical;
+    return Math.max(errorOf(degree) * shrinks ** (pass === 'forward' ? degree + 1 : Math.max(degree, 1)), typical / HOPELESS);
+  };
 }
 
 /**

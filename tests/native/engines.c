@@ -985,6 +985,85 @@ static void found_means_serve(const shape *s, run *r) {
   r->x.means = NULL;
 }
 
+// |v - mean|^2 of a key, the mean being that of the values themselves.
+static double value_squares(const shape *s, const run *r, uint32_t kv, uint32_t j) {
+  double sum = 0;
+  for (uint32_t d = 0; d < s->Dv; d++) {
+    double mean = 0;
+    for (uint32_t n = 0; n < s->Nk; n++) mean += r->v.data[place(s, kv, s->kv_heads, s->Nk, n, s->Dv) + d] / s->Nk;
+    sum += pow(r->v.data[place(s, kv, s->kv_heads, s->Nk, j, s->Dv) + d] - mean, 2);
+  }
+  return sum;
+}
+
+// Whether a key is among those of a range that count most, at least nearly so; squares: what counts, on which slopes come.
+static int counts_most(const float *squares, ra_range among, double slope, int64_t j) {
+  uint32_t larger = 0;
+  for (int64_t m = among.first; m < among.end && larger < RA_EXTREMES; m++)
+    larger += squares[m] * (slope > 0 ? exp(2 * slope * (double)(m - j)) : 1) > squares[j] * (1 + 1e-5);
+  return among.first <= j && j < among.end && larger < RA_EXTREMES;
+}
+
+// No row has a larger s^3 |v - mean| exp(bias), of either sign, than the first of its list, through the state and against keys that count
+// most: of all, or of the last 32 where slopes make them fall.
+static void rows_are_extreme(const shape *s, run *r, uint32_t kv, int by_values, void *workspace) {
+  uint32_t large[RA_EXTREMES], aligned[RA_EXTREMES], opposed[RA_EXTREMES], keys[RA_EXTREMES];
+  uint32_t group = s->heads / s->kv_heads, *order = calloc(s->Nk, sizeof *order);
+  CHECK(ra_sample_extremes(&r->p, &r->x, kv, large, aligned, opposed, keys, workspace) == RA_OK, "extremes");
+  guarded scores = guarded_new(s->Nk, 1, 1), squares = guarded_new(s->Nk, 1, 1), norms = guarded_new(s->Nk, 1, 1);
+  guarded weights = guarded_new(s->Nk, 1, 1), most = guarded_new(s->Nk, 1, 1);
+  CHECK(ra_sample_largest(&r->p, &r->x, kv, 0, s->Nk, order, norms.data, workspace) == RA_OK, "all keys");
+  for (uint32_t n = 0; n < s->Nk; n++) {
+    uint32_t j = order[n];
+    weights.data[j] = by_values ? (float)sqrt(value_squares(s, r, kv, j)) : 1;
+    squares.data[j] = (float)pow(norms.data[n] * weights.data[j], 2);
+  }
+  ra_range all = {0, s->Nk};
+  for (uint32_t j = 0; j < s->Nk; j++) most.data[j] = (float)counts_most(squares.data, all, 0, j);
+  double high = 0, low = 0, high_found = 0, low_found = 0;
+  for (uint32_t row = 0; row < group * s->Nq; row++) {
+    uint32_t i = row % s->Nq, head = (kv * group + row / s->Nq) % s->heads;
+    ra_range seen = ra_keys_of(&r->p, i), state = ra_state_keys(&r->p, ra_chunk_start(&r->p, i));
+    ra_range near = ra_state_keys(&r->p, ra_chunk_start(&r->p, i / 32 * 32)); // segments may begin behind it
+    double slope = s->alibi && s->causal && slopes[head] > 1.0f / 128 ? slopes[head] : 0;
+    if (near.end > near.first + 32) near.first = near.end - 32;
+    uint32_t written = ra_sample_scores(&r->p, &r->x, kv, &row, 1, 1, scores.data, workspace);
+    CHECK(written == seen.end - seen.first, "scores of row %u: %u", row, written);
+    for (int64_t j = state.first; j < state.end; j++) {
+      if (slope > 0 ? !counts_most(squares.data, near, slope, j) : most.data[j] == 0) continue;
+      double left = slope > 0 ? exp(-slope * (double)(i % 32 + near.end - j)) : 1;
+      double off = pow(scores.data[j - seen.first], 3) * weights.data[j] * left;
+      high = fmax(high, off), low = fmin(low, off);
+      if (row == aligned[0]) high_found = fmax(high_found, off);
+      if (row == opposed[0]) low_found = fmin(low_found, off);
+    }
+  }
+  CHECK(fabs(high - high_found) <= 1e-4 * high, "aligned %u: %g, not %g", aligned[0], high_found, high);
+  CHECK(fabs(low - low_found) <= -1e-4 * low, "opposed %u: %g, not %g", opposed[0], low_found, low);
+  guarded *used[] = {&scores, &squares, &norms, &weights, &most};
+  for (int n = 0; n < 5; n++) {
+    CHECK(guarded_intact(used[n]), "canary");
+    guarded_free(used[n]);
+  }
+  free(order);
+}
+
+// Of gradients, and of an output whose mean values are known.
+static void extremes_are_extreme(const shape *s, run *r, uint32_t kv, void *workspace) {
+  guarded means = guarded_new((size_t)s->batch * s->kv_heads * ra_means(&r->p), 1, 1);
+  const float *dout = r->x.dout;
+  float *there = r->x.means;
+  ra_bounds b;
+  rows_are_extreme(s, r, kv, 0, workspace);
+  r->x.dout = NULL;
+  if (!there) r->x.means = means.data;
+  CHECK(ra_sample_prepare(&r->p, &r->x, kv, 0, &b, workspace) == RA_OK, "prepare");
+  rows_are_extreme(s, r, kv, 1, workspace);
+  r->x.dout = dout, r->x.means = there;
+  CHECK(ra_sample_prepare(&r->p, &r->x, kv, 0, &b, workspace) == RA_OK, "prepare"); // as it was
+  guarded_free(&means);
+}
+
 // `shift` is added to queries.
 static void samples_match_the_oracle(const shape *s, float shift) {
   uint32_t engines = s->relative || s->bias_heads || (s->alibi && !s->causal) ? 1 : 2; // oracle; polynomial
@@ -1028,25 +1107,7 @@ static void samples_match_the_oracle(const shape *s, float shift) {
     if (shift == 0) largest_are_largest(s, &oracle, kv, &b, workspace);
     prepared_again_is_prepared(&oracle, kv, &b, workspace);
     CHECK(large[0] == b.q_argmax && far_keys[0] == b.k_argmax, "largest %u %u", large[0], b.q_argmax);
-    // no score against those keys is beyond that of the first row of its list, but in the exact diagonal blocks
-    float high = 0, low = 0, high_found = 0, low_found = 0;
-    guarded scores = guarded_new(s->Nk, 1, 1);
-    for (uint32_t row = 0; row < group * s->Nq; row++) {
-      uint32_t i = row % s->Nq, written = 0;
-      ra_range seen = ra_keys_of(&oracle.p, i), state = ra_state_keys(&oracle.p, ra_chunk_start(&oracle.p, i));
-      written = ra_sample_scores(&oracle.p, &oracle.x, kv, &row, 1, 1, scores.data, workspace);
-      CHECK(written == seen.end - seen.first, "scores of row %u: %u", row, written);
-      for (uint32_t m = 0; m < RA_EXTREMES; m++)
-        if (state.first <= far_keys[m] && far_keys[m] < state.end) {
-          float score = scores.data[far_keys[m] - seen.first];
-          high = fmaxf(high, score), low = fminf(low, score);
-          if (row == aligned[0]) high_found = fmaxf(high_found, score);
-          if (row == opposed[0]) low_found = fminf(low_found, score);
-        }
-    }
-    guarded_free(&scores);
-    CHECK(fabsf(high - high_found) <= 1e-5f * high, "aligned %u: %g, not %g", aligned[0], high_found, high);
-    CHECK(fabsf(low - low_found) <= -1e-5f * low, "opposed %u: %g, not %g", opposed[0], low_found, low);
+    extremes_are_extreme(s, &oracle, kv, workspace);
 
     for (uint32_t polynomials = 0; polynomials < engines; polynomials++) {
       const run *want = polynomials ? &polynomial : &oracle;
