@@ -32,9 +32,9 @@ const CHANCE = 0.8;
 
 /**
  * Where there is no time to see all rows: an error that is to stay within a limit must be seen to be within this share of it, of the
- * largest error and of sums of squares.
+ * largest error and of sums of squares; beside outliers, where rows differ much, of what was seen before all but drawn ones were.
  */
-const SURE = { forward: 0.6, backward: 0.9 } as const;
+const SURE = { forward: 0.6, backward: 0.9, besideOutliers: 0.1 } as const;
 
 /** Portions of rows with the largest scores that have to be looked at; beside outliers what else is large decides. */
 const LARGEST = { all: 1, besideOutliers: 2 } as const;
@@ -268,7 +268,9 @@ export class Sampler {
       for (const portion of this.#allPortions(pass, must, short)) {
         if (this.#session.spent + this.#costOf(portion, pass, at) + (must ? 0 : reserve) > budget) {
           const { error, upper, relative } = tally.result();
-          return { error, upper: must || upper > SURE[pass] * limit ? Infinity : upper, relative };
+          const beside = this.#outliers !== null && !short && !this.#onlyDrawnLeft(portion, pass);
+          const sure = beside ? SURE.besideOutliers : SURE[pass];
+          return { error, upper: must || upper > sure * limit ? Infinity : upper, relative };
         }
         this.#predict(pass, degree, portion, tally);
         at = portion.head;
@@ -284,6 +286,11 @@ export class Sampler {
     const most = Math.min(worth, budget - reserve - this.#session.spent);
     if (this.#enlarge(tally.doubtful(limit), pass, 2, most)) return yield* this.#predictAll(pass, degree, short);
     return tally.result();
+  }
+
+  /** Whether only drawn rows are left from a portion on. */
+  #onlyDrawnLeft(portion: Portion, pass: Pass): boolean {
+    return portion.head === this.#heads()[this.#session.heads - 1] && this.#portions(portion.head, pass, 'drawn').includes(portion);
   }
 
   /** Errors of a degree on all sampled rows. */
