@@ -533,10 +533,9 @@ static edges edges_of(const ra_problem *p, uint32_t i, uint32_t count, ra_range 
 // The row constants x_i.mean that centring keys took off the scores.
 RA_KERNEL void row_shifts(const ra_polynomial *e, float *shift) {
   for (uint32_t c = 0; c < CHUNK; c += 4) {
-    f32x4 sum = f32x4_splat(0);
+    f32x4 sum = f32x4_splat(e->state->shift);
     for (uint32_t d = 0; d < e->D; d++)
-      sum = f32x4_madd(f32x4_add(f32x4_load(e->x_t + d * CHUNK + c), f32x4_load_splat(e->q_mean + d)),
-                       f32x4_load_splat(e->k_mean + d), sum);
+      sum = f32x4_madd(f32x4_load(e->x_t + d * CHUNK + c), f32x4_load_splat(e->k_mean + d), sum);
     f32x4_store(shift + c, sum);
   }
 }
@@ -552,11 +551,12 @@ RA_KERNEL void take_means(const ra_polynomial *e, const ra_arrays *x, size_t kv)
   double k_sum[RA_MAX_HEAD_DIM] = {0}, v_sum[RA_MAX_HEAD_DIM] = {0};
   ra_forget_keys(e);
   ra_fill(e->k_mean, e->Dp, 0), ra_fill(e->v_mean, e->Dvp, 0), ra_fill(e->q_mean, e->Dp, 0);
-  e->state->centred = 0;
+  e->state->centred = 0, e->state->shift = 0;
   if (x->means) {
     const float *known = x->means + kv * ra_means(e->p), *q_mean = known + e->D + e->Dv;
     for (uint32_t d = 0; d < e->D; d++) {
       e->q_mean[d] = e->p->scale * q_mean[d];
+      e->state->shift += e->q_mean[d] * known[d];
       if (e->q_mean[d] != 0) e->state->centred = 1;
     }
     memcpy(e->k_mean, known, e->D * sizeof *known), memcpy(e->v_mean, known + e->D, e->Dv * sizeof *known);

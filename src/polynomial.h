@@ -56,7 +56,8 @@ typedef struct ra_pattern {
 // What stays between calls.
 typedef struct ra_polynomial_state {
   ra_rotary q_rotary, k_rotary;
-  int centred;           // queries are
+  int centred;           // queries are:
+  float shift;           // their mean times that of keys
   uint32_t first, edge;  // keys first .. edge-1 are in Z (forward sweep); keys edge .. are done (backward sweep)
   ra_range queries;      // those in Y (backward sweep)
   uint32_t cleared;      // keys before this one have rows of dk and dv that hold something (backward)

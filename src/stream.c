@@ -73,7 +73,7 @@ static ra_polynomial open_stream(const ra_problem *p, void *workspace) {
   ra_workspace_cursor cursor = {workspace, 0, 0};
   ra_polynomial e = ra_polynomial_arrange(p, RA_STREAM, &cursor);
   e.state->not_positive = 0;
-  e.state->centred = 0;
+  e.state->centred = 0, e.state->shift = 0;
   ra_fill(e.k_mean, e.Dp, 0), ra_fill(e.v_mean, e.Dvp, 0), ra_fill(e.q_mean, e.Dp, 0);
   ra_rotary_init(&e.state->q_rotary, p, 1, NULL, e.q_space);
   return e;
