@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// The engines alone, without what a call has around them: copies, planning, checks of errors.
+// The engines alone, without what a call has around them: copies, planning (which also finds means), checks of errors.
 
 import { readFileSync } from 'node:fs';
 
@@ -24,6 +24,7 @@ export async function enginesAlone(binary, call, degree) {
   for (let m = 1; m <= (degree ?? 0); m++) taylor.push(taylor[m - 1] / m);
   const heads = problem.batch * problem.kvHeads;
   session.setEngine(degree, Float32Array.from({ length: heads * taylor.length }, (_, n) => taylor[n % taylor.length]));
+  if (degree !== null) session.prepareAll(); // means are there, as planning leaves them
   const whole = (pass) => () => session.run(pass, 0, session.units(pass));
   return { forward: whole('forward'), backward: whole('backward') };
 }
