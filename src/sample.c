@@ -658,7 +658,8 @@ static void score_keys(const sample *e, const lanes *l, uint32_t j, uint32_t cou
   const float *k = e->k_rows + (size_t)j * e->Dp;
   if (!ra_is_relative(e->p)) {
     ra_set_rows(k, e->Dp, count, e->strip, LANES, (uint32_t)e->D, s, LANES);
-    for (uint32_t n = 0; n < count * LANES && e->state->centred; n++) s[n] -= e->k_shift[j + n / LANES];
+    for (uint32_t n = 0; n < count * LANES && e->state->centred; n += 4)
+      f32x4_store(s + n, f32x4_sub(f32x4_load(s + n), f32x4_load_splat(e->k_shift + j + n / LANES)));
     return;
   }
   const ra_relative *map = map_of(e);
@@ -851,7 +852,8 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
 static void weigh_keys(const sample *e, const lanes *l, const weigher *w, const float *s, uint32_t j0, uint32_t count,
                        int derivative, float *weight) {
   weigh(l, w, s, j0, count, derivative, weight);
-  for (uint32_t n = 0; n < count * LANES && e->state->centred; n++) weight[n] *= e->k_gain[j0 + n / LANES];
+  for (uint32_t n = 0; n < count * LANES && e->state->centred; n += 4)
+    f32x4_store(weight + n, f32x4_mul(f32x4_load(weight + n), f32x4_load_splat(e->k_gain + j0 + n / LANES)));
 }
 
 // What the largest scores of a tile, bias included, are: most[8] of keys that exp weighs; top[8] of the bias, or 0, of the others.
@@ -1206,15 +1208,22 @@ typedef struct groups {
 // What the mean query makes of these weights and gradients by scores; its own part of the gradient by keys has the weights, not their
 // derivatives.
 RA_KERNEL void weigh_centred(const sample *e, const queries *t, const columns *c) {
-  float lacking[LANES] = {0};
-  for (uint32_t n = 0; n < t->count; n++)
-    for (uint32_t m = 0; m < LANES; m++) {
-      float *weight = e->weight + n * LANES + m, *ds = e->ds + n * LANES + m, gain = e->k_gain[c->keys[m]];
-      *weight *= gain, *ds *= gain;
-      lacking[m] += *weight * (e->dp[n * LANES + m] - t->delta[n]) - *ds;
+  for (uint32_t h = 0; h < LANES; h += 4) {
+    float gain[4];
+    f32x4 lacking = f32x4_splat(0);
+    for (uint32_t m = 0; m < 4; m++) gain[m] = e->k_gain[c->keys[h + m]];
+    for (uint32_t n = h; n < t->count * LANES; n += LANES) {
+      f32x4 weight = f32x4_mul(f32x4_load(e->weight + n), f32x4_load(gain));
+      f32x4 ds = f32x4_mul(f32x4_load(e->ds + n), f32x4_load(gain));
+      f32x4_store(e->weight + n, weight), f32x4_store(e->ds + n, ds);
+      f32x4 whole = f32x4_mul(weight, f32x4_sub(f32x4_load(e->dp + n), f32x4_load_splat(t->delta + n / LANES)));
+      lacking = f32x4_add(lacking, f32x4_sub(whole, ds));
     }
-  for (size_t d = 0; d < e->D; d++)
-    for (uint32_t m = 0; m < LANES; m++) e->d_t[d * LANES + m] += e->p->scale * e->q_mean[d] * lacking[m];
+    for (size_t d = 0; d < e->D; d++) {
+      float *d_t = e->d_t + d * LANES + h;
+      f32x4_store(d_t, f32x4_madd(f32x4_splat(e->p->scale * e->q_mean[d]), lacking, f32x4_load(d_t)));
+    }
+  }
 }
 
 // These queries, with rows of dout for them, against all groups; t lacks all but delta.

@@ -101,6 +101,8 @@ const ROW = {
   prepare: { each: 240, entry: 36 },
   /** The same head with other outliers. */
   prepareAgain: { each: 230, entry: 22 },
+  /** Of a query, where these are centred. */
+  centre: { each: 0, entry: 60 },
   /** To find the rows that are likely to be worst. */
   extremes: { each: 600, entry: 42 },
   /** The same where keys of each chunk are looked at. */
@@ -297,6 +299,11 @@ function alikeShare(g: Geometry): number {
 /** The same to make a head the one that is sampled; `again`: with other outliers. */
 export function prepareCost(g: Geometry, again = false): number {
   return rowCost(again ? ROW.prepareAgain : ROW.prepare, g) * (queriesOfHead(g) + g.keyLength);
+}
+
+/** What it takes beside that where queries are centred. */
+export function centringCost(g: Geometry): number {
+  return rowCost(ROW.centre, g) * queriesOfHead(g);
 }
 
 export function extremesCost(g: Geometry): number {

@@ -7,6 +7,7 @@ import {
   changesCost,
   columnsCost,
   DISTANCE_OF_GRADIENTS,
+  centringCost,
   extremesCost,
   outlierLimit,
   prepareCost,
@@ -820,6 +821,7 @@ export class Session {
       );
       this.#meansBeside[head] = this.#outliers;
       this.#prepared = { head, bounds: this.#arena.readStruct(bounds, BOUNDS) };
+      if (!again && this.#prepared.bounds.q_mean_norm > 0) this.#spent += centringCost(this.geometry);
       this.#radii[head] ??= scoreRadius(this.geometry, this.#prepared.bounds);
     }
     return this.#prepared.bounds;

@@ -114,6 +114,14 @@ export const KINDS = {
     fillUniform(x, bound, r);
     rowsOf(x.v, valueDim).forEach((row, n) => row.fill(n % 11 === 3 ? -1 : 1));
   },
+
+  /** All queries, and all keys, near one vector: as it were by the bias of a layer before. */
+  'in common': ({ q, k }, width, bound, r) => {
+    for (const x of [q, k]) {
+      const one = Float32Array.from({ length: width }, () => (r.uniform() < 0.5 ? -bound : bound));
+      for (const row of rowsOf(x, width)) row.forEach((_, d) => (row[d] = 0.6 * one[d] + 0.4 * bound * (2 * r.uniform() - 1)));
+    }
+  },
 };
 
 /** A seeded instance: arrays and setting. */
