@@ -39,6 +39,9 @@ enum {
 // which costs no precision), or when all the first scores are this far below it. The first one is 0.
 #define LAZY 8.0f
 
+// Scores with a bias that are farther from the reference are computed again from the one that they make it move to.
+#define DISTANT 32.0f
+
 _Static_assert(KEY_TILE_MASK *LANES <= KEY_BLOCK * QUERY_CHUNK, "a mask of either pass fits");
 
 // Where no score is further from 0 than this many powers of two (the problem's score_bound says so), the reference stays at 0
@@ -55,6 +58,7 @@ typedef struct exact {
   exact_state *state;
   uint32_t D, Dv, Dp, Dvp;             // Dp, Dvp: padded to 8
   int narrow;                          // scores are within NARROW, and plain or only capped
+  int sloped;                          // within NARROW but for slopes
   int in_place;                        // dq_t is
   int near;                            // softcap bends scores by little: ra_tanh_near
   uint32_t panels, strips;             // groups of PANEL keys, of 8 queries (backward: of 32, times 4)
@@ -101,6 +105,8 @@ static exact arrange(const ra_problem *p, uint32_t pass, ra_workspace_cursor *w)
   e.near = p->softcap > 0 && p->score_bound > 0 && p->score_bound <= p->softcap * RA_TANH_NEAR;
   e.narrow = p->score_bound > 0 && p->score_bound * RA_LOG2_E <= NARROW && !p->bias && !p->alibi && !p->mask &&
              !p->allowed && !ra_is_relative(p) && (p->softcap == 0 || e.near);
+  e.sloped = p->score_bound > 0 && p->score_bound * RA_LOG2_E <= NARROW && p->alibi && !p->bias && !p->mask &&
+             !p->allowed && !ra_is_relative(p) && p->softcap == 0;
   e.block_queries = pass == RA_FORWARD ? QUERY_BLOCK : QUERY_CHUNK;
   e.block_keys = pass == RA_BACKWARD ? KEY_BLOCK : p->mask || p->allowed ? KEY_TILE_MASK : KEY_TILE;
   size_t diagonals = ra_diagonals(p) + 2 * PAD;
@@ -188,6 +194,30 @@ static void prepare_modifiers(const exact *e, uint32_t head) {
 
 // Where e->bias and e->dbias have key j of query i.
 static size_t diagonal(const exact *e, uint32_t i, uint32_t j) { return (size_t)PAD + i + e->p->key_length - 1 - j; }
+
+// The key of these that is nearest to query i, which there is.
+static uint32_t nearest_key(const exact *e, uint32_t i, ra_range keys) {
+  int64_t position = (int64_t)i + e->p->query_offset;
+  return position < keys.first ? keys.first : position < keys.end ? (uint32_t)position : keys.end - 1;
+}
+
+// What slopes add to the scores of query i at most, in powers of two, for the keys that it sees of these.
+static float largest_slope(const exact *e, uint32_t i, uint32_t first, uint32_t end) {
+  ra_range keys = ra_keys_of(e->p, i);
+  keys.first = keys.first > first ? keys.first : first, keys.end = ra_min_u32(keys.end, end);
+  return keys.first < keys.end ? e->bias[diagonal(e, i, nearest_key(e, i, keys))] : -INFINITY;
+}
+
+// With slopes, whether these keys are so far from the queries i .. last that all their weights are 0, `bounds` bounds of scores beside that
+// of the nearest key that each of them sees. Between such queries, where only an end cuts the keys that they see, nothing is nearer.
+static int is_out_of_sight(const exact *e, uint32_t i, uint32_t last, uint32_t first, uint32_t end, float bounds) {
+  const ra_problem *p = e->p;
+  if (!e->sloped || p->window_left >= 0 || p->window_right >= 0 || p->segments) return 0;
+  last = ra_min_u32(last, p->query_length - 1);
+  float most = fmaxf(largest_slope(e, i, first, end) - largest_slope(e, i, 0, p->key_length),
+                     largest_slope(e, last, first, end) - largest_slope(e, last, 0, p->key_length));
+  return most + bounds * p->score_bound * (float)RA_LOG2_E <= -127;
+}
 
 // mask[n][r] = 0 where allowed[r][n], else -infinity
 static void load_bytes(const uint8_t *allowed, size_t row, uint32_t rows, uint32_t keys, float *mask, uint32_t lanes) {
@@ -503,15 +533,30 @@ static void modified_tile(const exact *e, uint32_t i, uint32_t key0, uint32_t pa
   else score_tile(k_panel, q_strip, e->D, panels, reference, s, max);
 }
 
+// Of all `whole` keys of a tile that lanes see, of which `open` are seen by all of them: s, less the reference, and the maxima.
+static void scores_of_tile(const exact *e, uint32_t strip, uint32_t i, const ra_range *range, uint32_t key0,
+                           uint32_t open, uint32_t whole, f32x4 max[2]) {
+  const float *q_strip = e->q_strip + (size_t)strip * e->D * LANES, *reference = e->reference + strip * LANES;
+  max[0] = max[1] = f32x4_splat(-INFINITY);
+  if (open > 0) modified_tile(e, i, key0, open / PANEL, q_strip, e->mask, reference, e->s, max);
+  if (open == whole) return;
+  f32x4 rest[2];
+  float *s = e->s + open * LANES;
+  modified_tile(e, i, key0 + open, (whole - open) / PANEL, q_strip, e->mask ? e->mask + open * LANES : NULL, reference,
+                s, rest);
+  mask_tile(s, whole - open, range, key0 + open, rest);
+  max[0] = f32x4_max(max[0], rest[0]), max[1] = f32x4_max(max[1], rest[1]);
+}
+
 // One strip of queries, from i, against keys key0 .. key0 + keys - 1; key0 is a multiple of PANEL.
 RA_KERNEL void forward_tile(const exact *e, uint32_t head, uint32_t strip, uint32_t i, const ra_range *range,
                             uint32_t key0, uint32_t keys, const float *v) {
   float *reference = e->reference + strip * LANES, *sum = e->sum + strip * LANES;
   float *out_t = e->out_t + (size_t)strip * e->Dv * LANES;
   uint32_t whole = ra_ceil_div(keys, PANEL) * PANEL, open = open_keys(range[0], range[LANES - 1], key0, whole);
-  f32x4 max[2] = {f32x4_splat(-INFINITY), f32x4_splat(-INFINITY)};
-  const float *q_strip = e->q_strip + (size_t)strip * e->D * LANES;
+  f32x4 max[2], distant = f32x4_splat(DISTANT);
   if (e->narrow) {
+    const float *q_strip = e->q_strip + (size_t)strip * e->D * LANES;
     uint32_t count = ra_min_u32(open, keys);
     narrow_tile(e->k_panel + (size_t)key0 * e->D, q_strip, e->D, whole / PANEL, reference, e->s);
     if (e->near) bend_tile(e->s, whole, e->inverse_cap);
@@ -524,17 +569,13 @@ RA_KERNEL void forward_tile(const exact *e, uint32_t head, uint32_t strip, uint3
     return;
   }
   if (e->mask) load_mask(e, head, i, LANES, key0, keys);
-  if (open > 0) modified_tile(e, i, key0, open / PANEL, q_strip, e->mask, reference, e->s, max);
-  if (open < whole) {
-    float *s = e->s + open * LANES;
-    f32x4 rest[2];
-    modified_tile(e, i, key0 + open, (whole - open) / PANEL, q_strip, e->mask ? e->mask + open * LANES : NULL,
-                  reference, s, rest);
-    mask_tile(s, whole - open, range, key0 + open, rest);
-    max[0] = f32x4_max(max[0], rest[0]), max[1] = f32x4_max(max[1], rest[1]);
-  }
-  if (is_far(max[0], f32x4_load(sum)) || is_far(max[1], f32x4_load(sum + 4)))
+  scores_of_tile(e, strip, i, range, key0, open, whole, max);
+  if (!e->sloped && (is_far(max[0], f32x4_load(sum)) || is_far(max[1], f32x4_load(sum + 4)))) {
     move_reference(e->s, whole, reference, sum, out_t, e->Dv, max);
+    // what a bias far from the old reference has rounded away
+    if (e->bias && f32x4_any_greater(f32x4_max(f32x4_abs(max[0]), f32x4_abs(max[1])), distant))
+      scores_of_tile(e, strip, i, range, key0, open, whole, max);
+  }
   weigh_tile(e->s, keys, sum);
   ra_add_columns(v + key0 * e->v_row, e->v_row, e->Dv, e->s, LANES, keys, out_t, LANES);
 }
@@ -578,6 +619,9 @@ RA_KERNEL void forward_block(const exact *e, uint32_t head, const float *q, cons
   }
   ra_fill(e->out_t, (size_t)strips * e->Dv * LANES, 0);
   ra_fill(e->reference, (size_t)strips * LANES, 0);
+  for (uint32_t i = 0; e->sloped && i < strips * LANES; i++) // the nearest key is within NARROW of it
+    if (range[i].first < range[i].end)
+      e->reference[i] = largest_slope(e, query0 + ra_min_u32(i, count - 1), 0, p->key_length);
   ra_fill(e->sum, (size_t)strips * LANES, 0);
   uint32_t end = range[strips * LANES - 1].end, key_tile = e->block_keys;
   for (uint32_t tile = range[0].first / key_tile * key_tile; tile < end; tile += key_tile) {
@@ -586,7 +630,9 @@ RA_KERNEL void forward_block(const exact *e, uint32_t head, const float *q, cons
       const ra_range *lanes = range + n * LANES;
       uint32_t first = lanes[0].first / PANEL * PANEL, last = ra_min_u32(tile + key_tile, lanes[LANES - 1].end);
       if (first < tile) first = tile;
-      if (first < last) forward_tile(e, head, n, query0 + n * LANES, lanes, first, last - first, v);
+      uint32_t i = query0 + n * LANES;
+      if (first < last && is_out_of_sight(e, i, i + LANES - 1, first, last, 1)) continue;
+      if (first < last) forward_tile(e, head, n, i, lanes, first, last - first, v);
     }
   }
   for (uint32_t n = 0; n < strips; n++) {
@@ -744,6 +790,7 @@ RA_KERNEL void backward_step(const exact *e, uint32_t head, uint32_t query0, uin
   uint32_t start =
       of_first.first > key0 ? (of_first.first - key0) / PANEL * PANEL : 0; // keys of the block before it see nothing
   if (of_last.end <= key0 + start || start >= keys) return;
+  if (is_out_of_sight(e, query0, last, key0 + start, key0 + keys, 2)) return;
   keys = ra_min_u32(keys, of_last.end - key0) - start;
   key0 += start;
   uint32_t panels = ra_ceil_div(keys, PANEL);

@@ -71,6 +71,9 @@ const EFFICIENCY = [
   },
 ] as const;
 
+/** Beyond so many powers of e, scores of 1 or 2 included, float32 has no weights; keys that are passed over together, and half as many again. */
+const SIGHT = { powers: 92, keys: 180 } as const;
+
 /** The same for the states beside a first one, of the same features. */
 const WIDE_EFFICIENCY = { forward: 0.88, backward: 0.75 } as const;
 
@@ -248,7 +251,8 @@ export function cost(
   const map = mapOf(g);
   if (degree === null) {
     const alike = map === 'bias' ? 0 : alikeShare(g);
-    return (1 - alike) * pairwiseCost(g, pass) + (alike * products({ ...g, method: 'exact', pass })) / share.exact[pass];
+    const all = (1 - alike) * pairwiseCost(g, pass) + (alike * products({ ...g, method: 'exact', pass })) / share.exact[pass];
+    return shareInSight(g) * all;
   }
   if (features === 'toeplitz') return toeplitzFlops(g, pass, degree) / TOEPLITZ_EFFICIENCY[map][pass];
   // The keys at the left edge of a window, and those that leave the state, are rotated once more and weighed in whole blocks.
@@ -257,6 +261,17 @@ export function cost(
   const more = ((g.decays?.count ?? 1) - 1) * flopsOfState(g, pass, degree, dvDegree);
   const first = (polynomialFlops(g, pass, degree, NO_OUTLIERS, dvDegree) - more + besides) / share[degree > 2 ? 'higher' : 'polynomial'][pass];
   return first + more / WIDE_EFFICIENCY[pass] + ofOutliers;
+}
+
+/** Of its pairs those that the exact engine does not pass over because slopes leave no weight to them, where only an end cuts what is seen. */
+function shareInSight(g: Geometry): number {
+  if (!g.alibi || g.bias || g.mask || g.softcap || g.relative || g.relativePositions) return 1;
+  if (g.segments.length > 1 || g.window.some((side) => side >= 0)) return 1;
+  const inSight = (slope: number) => {
+    const reach = Math.ceil(SIGHT.powers / slope) + SIGHT.keys;
+    return reach < g.keyLength ? pairs({ ...g, window: [reach, g.causal ? -1 : reach] }) : pairs(g);
+  };
+  return g.alibi.reduce((sum, slope) => sum + inSight(slope), 0) / (g.alibi.length * pairs(g));
 }
 
 /** The same for the exact engine if every pair had a matrix of its own. */
