@@ -15,6 +15,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "elementary.h"
 #include "engines.h"
 #include "pack.h"
 #include "products.h"
@@ -44,8 +45,8 @@ enum {
 
 _Static_assert(KEY_TILE_MASK *LANES <= KEY_BLOCK * QUERY_CHUNK, "a mask of either pass fits");
 
-// Where no score is further from 0 than this many powers of two (the problem's score_bound says so), the reference stays at 0
-// and nothing asks for maxima: weights in 2^-24 .. 2^24 cost no precision, and with values that are neither huge nor tiny
+// Where no score is further from 0 than this many powers of two (the problem's score_bound says so), the reference stays at 0, or with
+// slopes at what these take off the nearest key, and nothing asks for maxima: weights in 2^-24 .. 2^24 cost no precision, and with values that are neither huge nor tiny
 // (the caller looks at that) sums stay far from the ends of float32. Bounded entries again: D = 64 and entries up to 1.4.
 #define NARROW 24.0
 
@@ -587,12 +588,12 @@ RA_KERNEL void finish_strip(const exact *e, uint32_t head, uint32_t strip, uint3
   for (uint32_t i = 0; i < LANES; i++) {
     double sum = e->sum[strip * LANES + i], whole = -INFINITY;
     inverse[i] = sum == 0 ? 0 : (float)(1 / sum);
-    if (sum != 0) whole = e->reference[strip * LANES + i] * RA_LN_2 + log(sum);
+    if (sum != 0) whole = e->reference[strip * LANES + i] * RA_LN_2 + ra_log_f64(sum);
     if (sinks) {
       double sink = sinks[head % e->p->heads], high = sink > whole ? sink : whole, low = sink > whole ? whole : sink;
-      double with_sink = high == -INFINITY ? high : high + log(1 + exp(low - high));
-      if (sum != 0) inverse[i] = (float)(exp(whole - with_sink) / sum);
-      whole = with_sink;
+      double smaller = high == -INFINITY ? 0 : ra_exp_f64(low - high); // of sink and sum, over the larger
+      if (sum != 0) inverse[i] = (float)((sink > whole ? smaller : 1) / ((1 + smaller) * sum));
+      whole = high + ra_log_f64(1 + smaller);
     }
     if (i < count) lse[i] = (float)whole;
   }
@@ -670,7 +671,7 @@ RA_KERNEL void prepare_queries(const exact *e, uint32_t head, const float *q, co
         e->dout_rows[(size_t)r * e->Dvp + d] = seen ? dout_i[d] : 0;
         delta += (double)dout_i[d] * out_i[d];
       }
-      if (sink) dsink -= exp(*sink - (double)lse[i + r]) * delta;
+      if (sink) dsink -= ra_exp_f64(*sink - (double)lse[i + r]) * delta;
       e->delta[i + r] = seen ? (float)delta : 0;
       e->lse2[i + r] = seen ? (float)(lse[i + r] * RA_LOG2_E) : 0;
     }

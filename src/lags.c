@@ -7,6 +7,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "elementary.h"
 #include "monomials.h"
 #include "pack.h"
 #include "simd.h"
@@ -180,6 +181,6 @@ void ra_lags_finish(const ra_lags *e, const float *bias, double top, float *dbia
   for (size_t n = 0; n < ra_diagonals(p); n++) {
     int64_t t = distance_of(p, n);
     if (t < ra_lags_from(p) || (p->window_left >= 0 && t > p->window_left)) continue;
-    dbias[n] += (float)(exp(bias[n] - top) * e->dlags[n]);
+    dbias[n] += (float)(ra_exp_f64(bias[n] - top) * e->dlags[n]);
   }
 }

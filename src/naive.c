@@ -151,6 +151,7 @@ static void backward_head(const ra_problem *p, const naive_workspace *w, size_t 
                           const float *dout, float *dv) {
   size_t D = p->head_dim, Dv = p->value_dim, h = head % p->heads;
   float *dbias = x->dbias ? x->dbias + (p->bias_heads > 1 ? h : 0) * ra_diagonals(p) : NULL;
+  double dslope = 0; // of all pairs, times distances: a float sum would be the largest error of a comparison
   memset(w->dq, 0, sizeof(float) * p->query_length * D);
   memset(w->dk, 0, sizeof(float) * p->key_length * D);
   for (uint32_t i = 0; i < p->query_length; i++) {
@@ -170,7 +171,7 @@ static void backward_head(const ra_problem *p, const naive_workspace *w, size_t 
         for (size_t d = 0; d < Dv; d++) dv[j * v_row + d] += weight * dout_i[d];
       }
       if (dbias) dbias[i + p->key_length - 1 - j] += ds;
-      if (x->dalibi) x->dalibi[h] -= ds * (float)llabs((int64_t)i + p->query_offset - j);
+      dslope -= ds * (double)llabs((int64_t)i + p->query_offset - j);
       w->ds[j] = p->scale * ds * w->slope[j];
     }
     for (uint32_t j = keys.first; j < keys.end; j++) {
@@ -184,6 +185,7 @@ static void backward_head(const ra_problem *p, const naive_workspace *w, size_t 
             w->ds[j] * q_i[p->support[2 * n]] * k_j[p->support[2 * n + 1]];
     }
   }
+  if (x->dalibi) x->dalibi[h] += (float)dslope;
 }
 
 static int run(const ra_problem *p, const ra_arrays *x, uint32_t pass, void *workspace, uint32_t first, uint32_t last) {

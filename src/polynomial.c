@@ -44,6 +44,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "elementary.h"
 #include "pack.h"
 #include "polynomial.h"
 #include "products.h"
@@ -281,7 +282,7 @@ RA_KERNEL void centre_keys(const ra_polynomial *e, const float *v, uint32_t coun
     for (uint32_t d = Dv / 4 * 4; d < Dv; d++) u[d] = v[d] - e->v_mean[d];
     u[e->Dvp] = 1;
     if (!e->state->centred) continue;
-    f32x4 gain = f32x4_splat((float)exp(inner(e->q_mean, y, e->Dp)));
+    f32x4 gain = f32x4_splat((float)ra_exp_f64(inner(e->q_mean, y, e->Dp)));
     for (uint32_t d = 0; d < e->row; d += 4) f32x4_store(u + d, f32x4_mul(gain, f32x4_load(u + d)));
   }
 }
@@ -321,14 +322,14 @@ static void take_decays(const ra_polynomial *e, size_t head) {
   d->least = d->rate[0];
   for (uint32_t n = 0; n < e->decays; n++) {
     d->least = fmin(d->least, d->rate[n]), d->most = fmax(d->most, d->rate[n]);
-    for (uint32_t t = 0; t < RA_DECAY_STEPS; t++) d->steps[n][t] = (float)exp(-d->rate[n] * t);
+    for (uint32_t t = 0; t < RA_DECAY_STEPS; t++) d->steps[n][t] = (float)ra_exp_f64(-d->rate[n] * t);
   }
 }
 
 // exp(-rate distance), a whole distance
 static float decay(const ra_decays *d, uint32_t n, double distance) {
   return distance >= 0 && distance < RA_DECAY_STEPS ? d->steps[n][(uint32_t)distance]
-                                                    : (float)exp(-d->rate[n] * distance);
+                                                    : (float)ra_exp_f64(-d->rate[n] * distance);
 }
 
 // Positions by which all keys of query i are farther than `from`; what that takes off all its scores, by the smallest rate, is in
@@ -354,7 +355,7 @@ static void set_query_factors(const ra_polynomial *e, uint32_t i, uint32_t count
     double past = n < count ? excess(e, i + n) : 0;
     double distance = (double)i + n + e->p->query_offset - e->state->origin - d->from - past;
     for (uint32_t s = 0; s < e->decays; s++) {
-      float farther = past > 0 ? (float)exp((d->least - d->rate[s]) * past) : 1;
+      float farther = past > 0 ? (float)ra_exp_f64((d->least - d->rate[s]) * past) : 1;
       e->factors[s * CHUNK + n] = n < count ? (float)d->weight[s] * decay(d, s, distance) * farther : 0;
     }
   }

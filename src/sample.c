@@ -11,6 +11,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "elementary.h"
 #include "engines.h"
 #include "monomials.h"
 #include "pack.h"
@@ -347,7 +348,7 @@ static void centre_queries(const sample *e, const float *q, size_t kv_head, int 
   b->q_mean_norm = e->state->centred ? sqrtf(dot(e->q_mean, e->q_mean, e->Dp)) : 0;
   for (size_t j = 0; j < e->Nk && e->state->centred; j++) {
     e->k_shift[j] = e->p->scale * dot(e->q_mean, e->k_rows + j * e->Dp, e->Dp);
-    e->k_gain[j] = (float)exp(e->k_shift[j]);
+    e->k_gain[j] = (float)ra_exp_f64(e->k_shift[j]);
   }
 }
 
@@ -610,8 +611,8 @@ typedef struct lanes {
   const float *bias[LANES];           // entry of key 0, those of the others before it; NULL without bias
   uint32_t count, end;                // different ones; of all their keys
   int sloped;                         // there are slopes:
-  float slope[LANES];                 // adds slope (near - |position - j|), near being the least |position - j|
-  int64_t position[LANES], near[LANES];
+  float slope[LANES], near[LANES];    // adds slope (near - |position - j|), near being the least |position - j|
+  int64_t position[LANES];
 } lanes;
 
 // The bias of query i of a flat head to key 0; to key j, j entries before.
@@ -639,7 +640,7 @@ static lanes load_lanes(const sample *e, const ra_arrays *x, uint32_t kv_head, c
     l.state[n] = outlier ? (ra_range){0, 0} : ra_state_keys(e->p, ra_chunk_start(e->p, l.i[n]));
     if (l.keys[n].end > l.end) l.end = l.keys[n].end;
     l.position[n] = (int64_t)l.i[n] + e->p->query_offset;
-    l.near[n] = distance_to(l.position[n], l.keys[n]);
+    l.near[n] = (float)distance_to(l.position[n], l.keys[n]);
     l.slope[n] = e->p->alibi ? e->p->alibi[l.head[n] % e->p->heads] : 0;
   }
   for (uint32_t n = 0, run; n < count; n += run) { // rows that follow one another turn together
@@ -716,10 +717,33 @@ uint32_t ra_sample_scores(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
   return written;
 }
 
-// What ALiBi adds to the score of key j of a lane, less what it adds to that of the nearest key: 0 or less where it is seen.
-static float alibi(const lanes *l, int lane, uint32_t j) {
-  int64_t distance = l->position[lane] - j;
-  return l->slope[lane] * (float)(l->near[lane] - (distance < 0 ? -distance : distance));
+// What the scores of a tile that begins at key j0 have added to them: of slopes less than what the nearest key has, so that it is 0 or
+// less where a key is seen. Differences of positions are exact as floats up to 2^24, and weigh nothing from there on.
+typedef struct added {
+  const lanes *l;
+  uint32_t j0;
+  float position[LANES]; // less j0
+} added;
+
+static added added_from(const lanes *l, uint32_t j0) {
+  added a = {.l = l, .j0 = j0};
+  for (int i = 0; l->sloped && i < LANES; i++) a.position[i] = (float)(l->position[i] - j0);
+  return a;
+}
+
+// Of key number n, lanes h .. h + 3.
+RA_INLINE f32x4 added_to(const added *a, int h, uint32_t n) {
+  const lanes *l = a->l;
+  f32x4 sum = f32x4_splat(0);
+  if (l->sloped) {
+    f32x4 ahead = f32x4_sub(f32x4_load(a->position + h), f32x4_splat((float)n));
+    f32x4 distance = f32x4_max(ahead, f32x4_sub(f32x4_splat(0), ahead));
+    sum = f32x4_mul(f32x4_load(l->slope + h), f32x4_sub(f32x4_load(l->near + h), distance));
+  }
+  if (!l->bias[0]) return sum;
+  float bias[4];
+  for (int i = 0; i < 4; i++) bias[i] = *(l->bias[h + i] - a->j0 - n);
+  return f32x4_add(sum, f32x4_load(bias));
 }
 
 // What weighs a score: exp(s + bias - reference), or p(s) exp(bias - reference) for the keys of the state but outliers.
@@ -826,14 +850,12 @@ static void weigh(const lanes *l, const weigher *w, const float *s, uint32_t j0,
       weigh_by_exp(l, w, &t, s, exact.rows[m] - j0, exact.rows[m] - j0 + 1, weight);
   }
   if (how != MIXED) return;
+  added extra = added_from(l, j0);
   for (uint32_t n = 0, outliers = 0; n < count; n++, outliers >>= 1) {
     if (n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, ra_min_u32(32, count - n));
     for (int h = 0; h < (int)l->count; h += 4) {
-      float bias[4] = {0};
-      for (int i = 0; l->sloped && i < 4; i++) bias[i] = alibi(l, h + i, j0 + n);
       f32x4 key = f32x4_splat((float)n), s_n = f32x4_load(s + n * LANES + h);
-      for (int i = 0; l->bias[0] && i < 4; i++) bias[i] += *(l->bias[h + i] - j0 - n);
-      f32x4 b = f32x4_load(bias), reference = f32x4_load(w->reference + h);
+      f32x4 b = added_to(&extra, h, n), reference = f32x4_load(w->reference + h);
       f32x4 exponent = f32x4_mul(f32x4_sub(f32x4_add(s_n, b), reference), to_log2);
       f32x4 value = ra_exp2(f32x4_min(f32x4_splat(128), exponent), constants);
       if (w->polynomial && !(outliers & 1)) {
@@ -862,29 +884,29 @@ static void look_at_scores(const lanes *l, const weigher *w, const float *s, uin
   spans t;
   f32x4 none = f32x4_splat(-FLT_MAX);
   int how = weighed_how(l, w, j0, count, &t), plain = !l->bias[0] && !l->sloped;
-  for (int h = 0; plain && how != BY_POLYNOMIAL && h < (int)l->count; h += 4) {
-    f32x4 x = f32x4_load(most + h);
-    for (uint32_t n = 0; n < count; n++) {
+  added extra = added_from(l, j0);
+  for (int h = 0; (how != BY_POLYNOMIAL) && h < (int)l->count; h += 4) {
+    f32x4 x = f32x4_load(most + h), y = f32x4_load(top + h);
+    for (uint32_t n = 0, outliers = 0; n < count; n++, outliers >>= 1) {
+      if (!plain && n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, ra_min_u32(32, count - n));
       f32x4 key = f32x4_splat((float)n), s_n = f32x4_load(s + n * LANES + h);
-      if (how == MIXED) s_n = where_seen(key, t.from + h, t.to + h, none, s_n);
+      if (!plain) {
+        f32x4 b = added_to(&extra, h, n),
+              in_state = outliers & 1 ? none : where_seen(key, t.from + h, t.to + h, b, none);
+        s_n = f32x4_add(s_n, b);
+        y = f32x4_max(where_seen(key, t.first + h, t.end + h, in_state, none), y);
+      }
+      if (how == MIXED && !(outliers & 1)) s_n = where_seen(key, t.from + h, t.to + h, none, s_n);
       x = f32x4_max(where_seen(key, t.first + h, t.end + h, s_n, none), x);
     }
-    f32x4_store(most + h, x);
+    f32x4_store(most + h, x), f32x4_store(top + h, y);
   }
   ra_outliers exact = ra_outliers_within(w->outliers, j0, j0 + count);
-  for (int i = 0; i < (int)l->count; i++) {
-    uint32_t first = (uint32_t)t.first[i], end = (uint32_t)t.end[i];
-    if (plain && t.from[i] < t.to[i] && top[i] < 0) top[i] = 0;
-    for (uint32_t m = 0; plain && w->polynomial && m < exact.count; m++) {
+  for (int i = 0; plain && i < (int)l->count; i++) {
+    if (t.from[i] < t.to[i] && top[i] < 0) top[i] = 0;
+    for (uint32_t m = 0; w->polynomial && m < exact.count; m++) {
       uint32_t n = exact.rows[m] - j0;
-      if (first <= n && n < end && s[n * LANES + i] > most[i]) most[i] = s[n * LANES + i];
-    }
-    for (uint32_t n = first, outliers = 0; !plain && n < end; n++, outliers >>= 1) {
-      if (n == first || n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, 32 - n % 32);
-      int polynomial = t.from[i] <= (float)n && (float)n < t.to[i] && !(outliers & 1);
-      float bias = (l->bias[i] ? *(l->bias[i] - j0 - n) : 0) + alibi(l, i, j0 + n), score = s[n * LANES + i] + bias;
-      if (polynomial) top[i] = bias > top[i] ? bias : top[i];
-      else if (score > most[i]) most[i] = score;
+      if (t.first[i] <= (float)n && (float)n < t.end[i] && s[n * LANES + i] > most[i]) most[i] = s[n * LANES + i];
     }
   }
 }
@@ -962,7 +984,7 @@ static void add_gradient_distance(const sample *e, const ra_arrays *x, const lan
     double lse_there = x->lse[l->head[n] * e->Nq + l->i[n]], delta_there = 0;
     if (lse[n] == -INFINITY && lse_there == lse[n]) continue; // nothing is seen
     for (size_t d = 0; d < e->Dv; d++) delta_there += (double)x->dout[row + d] * x->out[row + d];
-    double ratio = exp(lse[n] - lse_there);
+    double ratio = ra_exp_f64(lse[n] - lse_there);
     for (size_t d = 0; d < e->D; d++) {
       double dq = e->d_t[d * LANES + n], mean = means[d * LANES + n] * (double)inverse[n] + (by_exp ? e->k_mean[d] : 0);
       double off = ratio * (dq + (delta[n] - delta_there) * mean) - dq;
@@ -988,7 +1010,7 @@ static int finish_rows(const sample *e, const lanes *l, const weigher *w, const 
     for (size_t d = 0; d < e->D; d++) shift += (double)e->rows[n * e->Dp + d] * e->k_mean[d];
     shift -= l->slope[n] * (double)l->near[n];
     inverse[n] = (float)reciprocal;
-    to.lse[n] = sum[n] > 0 ? (float)(log(sum[n]) + w->reference[n] + shift) : -INFINITY;
+    to.lse[n] = sum[n] > 0 ? (float)(ra_log_f64(sum[n]) + w->reference[n] + shift) : -INFINITY;
     for (size_t d = 0; d < e->Dv; d++) to.out[n * e->Dv + d] = (float)(e->sum_t[d * LANES + n] * reciprocal);
   }
   return status;
@@ -1275,7 +1297,7 @@ static void add_change(const sample *e, const ra_arrays *x, size_t head, uint32_
                        float share, const groups *g) {
   size_t row = ra_head(e->p, head, e->p->heads, e->Nq, e->Dv) + i * e->out_row;
   const float *dout = x->dout + row;
-  double ratio = exp((double)x->lse[head * e->Nq + i] - lse);
+  double ratio = ra_exp_f64((double)x->lse[head * e->Nq + i] - lse);
   if (lse == -INFINITY) return; // it sees nothing
   queries t = {.head = head, .i0 = i, .count = 1};
   t.delta[0] = (float)(share * (ratio * dot(dout, out, e->Dv) - dot(dout, x->out + row, e->Dv)));

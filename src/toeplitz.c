@@ -367,7 +367,7 @@ RA_KERNEL void load_gradients(const ra_toeplitz *e, const ra_side *x, const floa
   ra_transpose(dout, e->out_row, e->Nq, e->Dv, x->w_t + x->length, x->length);
   for (size_t i = 0; i < e->Nq; i++) {
     int seen = lse[i] != -INFINITY;
-    float inverse = seen ? (float)exp(shift_of(e, x, i) + e->state->top - lse[i]) : 0;
+    float inverse = seen ? (float)ra_exp_f64(shift_of(e, x, i) + e->state->top - lse[i]) : 0;
     if (inverse * LEAST_SUM > 1) e->state->not_positive++, seen = 0, inverse = 0;
     double delta = 0;
     for (uint32_t d = 0; d < e->Dv; d++) {
@@ -404,7 +404,7 @@ RA_KERNEL void load_lags(const ra_toeplitz *e, const float *bias) {
     int64_t distance = first + (int64_t)n;
     if (!counts(e->p, bias, distance, n)) continue;
     float *to = e->state->ahead < NEAR && distance < NEAR ? e->near : e->far;
-    to[EDGE + n] = bias ? (float)exp((double)bias[n] - top) : 1;
+    to[EDGE + n] = bias ? (float)ra_exp_f64((double)bias[n] - top) : 1;
   }
 }
 
@@ -514,7 +514,7 @@ RA_KERNEL void finish_queries(const ra_toeplitz *e, const ra_side *x, const floa
     float sum = denominator[i] / e->state->one;
     int good = seen > 0 && sum >= LEAST_SUM && sum <= 3.4e38f;
     if (seen > 0 && !good) e->state->not_positive++;
-    lse[i] = good ? (float)(log((double)sum) + shift_of(e, x, i) + e->state->top) : -INFINITY;
+    lse[i] = good ? (float)(ra_log_f64((double)sum) + shift_of(e, x, i) + e->state->top) : -INFINITY;
     for (uint32_t d = 0; d < e->Dv; d++) {
       float *at = x->w_t + (d + 1) * x->length + i;
       *at = good ? *at / sum + e->v_mean[d] : 0;

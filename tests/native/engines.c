@@ -65,6 +65,7 @@ static const shape SHAPES[] = {
     {1, 2, 1, 170, 100, 8, 8, 8, 0, 1, -30, 0.35f, 1, .alibi = 1},
     {1, 2, 2, 300, 300, 8, 8, 8, 0, 1, 0, 0.35f, 1, .alibi = 1, .segments = 1},
     {1, 2, 1, 300, 300, 8, 8, 8, 0, 1, 0, 0.35f, 1, .alibi = 2, .window = 4},
+    {1, 4, 2, 300, 290, 8, 4, 8, 0, 1, 20, 0.35f, 1, .alibi = 1}, // out of sight of one another
 };
 
 // Biases that are decays beyond a near part: one, some, eight; heads that share a bias or have their own; queries behind all keys.
@@ -120,6 +121,9 @@ static const shape EXACT_SHAPES[] = {
     {2, 2, 1, 70, 50, 8, 8, 8, 0, 0, 0, 0.35f, 1, .mask = 3},
     {2, 4, 2, 70, 60, 8, 8, 8, 0, 1, -3, 0.35f, 1, .sinks = 1},
     {1, 2, 1, 130, 140, 8, 8, 8, 0, 0, 20, 0.35f, 1, .alibi = 1},
+    {1, 4, 4, 250, 320, 8, 8, 8, 0, 0, 40, 0.35f, 1, .alibi = 1, .sinks = 1},
+    {1, 4, 1, 200, 260, 8, 8, 8, 0, 1, 60, 0.35f, 1, .alibi = 1, .sinks = 1},
+    {1, 4, 4, 320, 310, 8, 8, 8, 0, 0, -10, 0.35f, 1, .alibi = 1},
     {2, 2, 1, 130, 140, 8, 8, 8, 0, 0, 0, 0.35f, 1, .alibi = 1, .bias_heads = 1},
     {2, 2, 1, 70, 140, 8, 8, 8, 0, 1, 70, 0.35f, 1, .mask = 1, .sinks = 2},
     {1, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0.7f, 1, .relative = 1},
