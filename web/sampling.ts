@@ -68,6 +68,8 @@ const [STEEP_DEPTH, STEEP_CHUNKS] = [4, SAMPLE_ROWS];
 
 /** Of the norm of the largest key over that of typical ones: errors of rows next to it are then like those of no others. */
 const KEY_STANDS_OUT = 4;
+/** Queries of which the largest is so many times the usual one are looked at by twice as many of the largest. */
+const QUERY_STANDS_OUT = 2;
 
 /** Query heads of a group whose first rows are looked at, two chunks of each; more of them where there are fewer heads. */
 const FIRST_HEADS = 2;
@@ -886,8 +888,15 @@ export class Sampler {
     const extreme = [
       ...[...aligned.slice(0, half), ...opposed.slice(0, quarter), ...large.slice(0, quarter)],
       ...[...next, ...aligned.slice(half), ...opposed.slice(quarter, half), ...large.slice(quarter, half)],
+      ...(this.#queriesStandOut(head) ? [...large.slice(half), ...opposed.slice(half)] : []),
     ];
     return extreme.filter((row) => number(row) !== null);
+  }
+
+  /** Some queries are far larger than most: any of these may be the worst. */
+  #queriesStandOut(head: number): boolean {
+    const { q_plain_norm, q_squares } = this.#bounds[head];
+    return q_plain_norm ** 2 * this.#session.rowsOfHead > QUERY_STANDS_OUT ** 2 * q_squares;
   }
 
   /**
