@@ -73,7 +73,7 @@ build/$(1)/cflags: FORCE | tools-wasm
 build/$(1)/ldflags: FORCE
 	@echo '$$(LDFLAGS) $$(SOURCES)' | { $$(keep); }
 
-build/$(1)/fft.o: node_modules/.stamp
+build/$(1)/fft.o: node_modules/.stamp $$(wildcard src/kissfft/*) # which -MMD takes for headers of the system
 
 build/$(1)/%.o: src/%.c build/$(1)/cflags
 	@echo 'emcc $$< ($(1))'
@@ -137,7 +137,7 @@ define native
 build/native/$(1)/cflags: FORCE
 	@echo '$$(NATIVE_CFLAGS) $$(SOURCES)' | { $$(keep); }
 
-build/native/$(1)/src/fft.o: node_modules/.stamp
+build/native/$(1)/src/fft.o: node_modules/.stamp $$(wildcard src/kissfft/*)
 
 build/native/$(1)/src/%.o: src/%.c build/native/$(1)/cflags | tools-native
 	@mkdir -p $$(@D)
