@@ -201,10 +201,9 @@ RA_KERNEL void subtract(const float *mean, size_t Dp, size_t rows, float *x) {
     for (size_t d = 0; d < Dp; d += 4) f32x4_store(x + d, f32x4_sub(f32x4_load(x + d), f32x4_load(mean + d)));
 }
 
-// Up to 32 queries of the h-th head of the group as e->rows, without scale.
-static void turn_queries(const sample *e, const float *q, size_t kv_head, size_t h, uint32_t i, uint32_t count) {
-  ra_rotary_rows(&e->state->q_rotary, query_at(e, q, kv_head * e->group + h, i), e->q_row, e->rows, e->Dp, count, i,
-                 RA_ROTATE, 1.0f);
+// Queries of a head (flat, in [B][H]), up to TILE, as e->rows.
+static void rotate_queries(const sample *e, const float *q, size_t head, uint32_t i, uint32_t count, float scale) {
+  ra_rotary_rows(&e->state->q_rotary, query_at(e, q, head, i), e->q_row, e->rows, e->Dp, count, i, RA_ROTATE, scale);
 }
 
 // Their sums of squares: of queries as they are, rotated less their mean, or those that are there.
@@ -219,7 +218,7 @@ static void measure_queries(const sample *e, const float *q, size_t kv_head, int
       float *squares = e->q_squares + row;
       if (how == AS_THEY_ARE) measure_rows(q_i, e->q_row, count, e->D, squares, &t);
       if (how == CENTRED) {
-        turn_queries(e, q, kv_head, h, i, count);
+        rotate_queries(e, q, kv_head * e->group + h, i, count, 1);
         subtract(e->q_mean, e->Dp, count, e->rows);
         measure_rows(e->rows, e->Dp, count, e->D, squares, &t);
       }
@@ -330,7 +329,7 @@ static int find_mean_query(const sample *e, const float *q, size_t kv_head) {
   for (size_t h = 0; h < e->group; h++)
     for (uint32_t i = 0; i < e->Nq; i += RA_CHUNK) {
       uint32_t count = ra_min_u32(RA_CHUNK, p->query_length - i);
-      turn_queries(e, q, kv_head, h, i, count);
+      rotate_queries(e, q, kv_head * e->group + h, i, count, 1);
       ra_sum_rows(e->rows, e->Dp, count, e->Dp, 0, sum);
       for (uint32_t n = 0; n < count; n++) squares += e->q_squares[h * e->Nq + i + n];
     }
@@ -560,7 +559,7 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
     norms[n] = -1, highest[n] = lowest[n] = 0, large[n] = aligned[n] = opposed[n] = 0;
   find_keys(&e, x, kv_head, (ra_range){0, p->key_length}, 1, keys, weights[0]);
   for (size_t h = 0; h < e.group; h++) {
-    float fall = fall_of(p, kv_head * e.group + h), decay = (float)exp(-fall);
+    float fall = fall_of(p, kv_head * e.group + h), decay = (float)ra_exp_f64(-fall);
     const uint32_t *own = fall > 0 ? near_keys : keys;
     for (uint32_t i = 0; i < p->query_length; i += RA_CHUNK) {
       uint32_t count = ra_min_u32(RA_CHUNK, p->query_length - i), start = ra_chunk_start(p, i);
@@ -573,9 +572,8 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
         for (int m = 0; m < RA_EXTREMES; m++) memcpy(e.rows + m * e.Dp, e.k_rows + own[m] * e.Dp, e.D * sizeof(float));
         ra_transpose(e.rows, e.Dp, LANES, e.D, e.strip, LANES);
       }
-      const float *q = query_at(&e, x->q, kv_head * e.group + h, i);
       uint32_t outliers = query_outliers(&e, kv_head, h, i);
-      ra_rotary_rows(&e.state->q_rotary, q, e.q_row, e.rows, e.Dp, count, i, RA_ROTATE, p->scale);
+      rotate_queries(&e, x->q, kv_head * e.group + h, i, count, p->scale);
       score_queries(&e, i, count, own, e.s);
       float live[LANES], left = 1;
       weights_in_state(p, start, own, weights[fall > 0], live);
@@ -885,7 +883,7 @@ static void look_at_scores(const lanes *l, const weigher *w, const float *s, uin
   f32x4 none = f32x4_splat(-FLT_MAX);
   int how = weighed_how(l, w, j0, count, &t), plain = !l->bias[0] && !l->sloped;
   added extra = added_from(l, j0);
-  for (int h = 0; (how != BY_POLYNOMIAL) && h < (int)l->count; h += 4) {
+  for (int h = 0; how != BY_POLYNOMIAL && h < (int)l->count; h += 4) {
     f32x4 x = f32x4_load(most + h), y = f32x4_load(top + h);
     for (uint32_t n = 0, outliers = 0; n < count; n++, outliers >>= 1) {
       if (!plain && n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, ra_min_u32(32, count - n));
@@ -1253,9 +1251,8 @@ static void add_weighed(const groups *g, const ra_arrays *x, queries *t, const f
   const sample *e = g->own[0];
   int polynomial = g->c[0]->w->polynomial;
   uint32_t i0 = t->i0, count = t->count, first = ra_keys_of(e->p, i0).first, end = ra_key_limit(e->p, i0 + count - 1);
-  const float *q = x->q + ra_head(e->p, t->head, e->p->heads, e->Nq, e->D) + i0 * e->q_row;
   const float *lse = x->lse + t->head * e->Nq + i0;
-  ra_rotary_rows(&e->state->q_rotary, q, e->q_row, e->rows, e->Dp, count, i0, RA_ROTATE, e->p->scale);
+  rotate_queries(e, x->q, t->head, i0, count, e->p->scale);
   for (uint32_t n = 0; n < count; n++)
     t->offset[n] = dot(e->rows + n * e->Dp, e->k_mean, e->D) - (lse[n] == -INFINITY ? 0 : lse[n]);
   for (uint32_t n = 0; n < TILE && polynomial; n += 4) {
@@ -1428,11 +1425,6 @@ static void set_lag_terms(const sample *e, const ra_arrays *x, size_t head, uint
   }
 }
 
-static void rotate_queries(const sample *e, const ra_arrays *x, size_t head, uint32_t i, uint32_t count) {
-  ra_rotary_rows(&e->state->q_rotary, query_at(e, x->q, head, i), e->q_row, e->rows, e->Dp, count, i, RA_ROTATE,
-                 e->p->scale);
-}
-
 static int are_lags(const ra_problem *p, const uint32_t *entries, uint32_t count) {
   if (ra_check(p) != RA_OK || ra_is_relative(p) || !p->bias || count == 0 || count > RA_SAMPLE_LAGS) return 0;
   for (uint32_t l = 0; l < count; l++)
@@ -1450,7 +1442,7 @@ int ra_sample_lags(const ra_problem *p, const ra_arrays *x, uint32_t head, const
   for (uint32_t i = 0; i < p->query_length; i++) {
     const float *out = x->out + ra_head(p, head, p->heads, e.Nq, e.Dv) + i * e.out_row;
     float lse = x->lse[head * e.Nq + i];
-    if (i % TILE == 0) rotate_queries(&e, x, head, i, ra_min_u32(TILE, p->query_length - i));
+    if (i % TILE == 0) rotate_queries(&e, x->q, head, i, ra_min_u32(TILE, p->query_length - i), p->scale);
     if (lse == -INFINITY) continue;
     set_lag_terms(&e, x, head, i, e.rows + i % TILE * e.Dp, lse, out, 1, entries, count, &t);
     add_lag_terms(&t, count, coefficients, total);
@@ -1470,7 +1462,7 @@ int ra_sample_lag_changes(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
   static const float none[9];
   double total[4 * RA_SAMPLE_LAGS] = {0};
   lag_terms t = {{0}, {0}, {0}};
-  rotate_queries(&e, x, head, (uint32_t)i, 1);
+  rotate_queries(&e, x->q, head, (uint32_t)i, 1, p->scale);
   set_lag_terms(&e, x, head, (uint32_t)i, e.rows, lse, out, 1, entries, count, &t);
   add_lag_terms(&t, count, none, total);
   set_lag_terms(&e, x, head, (uint32_t)i, e.rows, x->lse[head * e.Nq + i], there, -1, entries, count, &t);
