@@ -683,6 +683,11 @@ export class Session {
     this.#arena.writeStruct(this.#at.arrays, ARRAYS, arrays);
   }
 
+  /** Whether the call came with an output and lse. */
+  get wasGiven(): boolean {
+    return this.#given;
+  }
+
   /** Whether the output and lse that are there are those that were given. */
   get hasGiven(): boolean {
     return this.#given && !this.#overwritten;

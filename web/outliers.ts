@@ -103,13 +103,19 @@ export function choicesOf(problem: Problem, session: Session, { queries, keys }:
   return choices;
 }
 
-/** Sets the outliers of a choice, and looks at the others. */
+/**
+ * Sets the outliers of a choice, and looks at the others.
+ *
+ * @param whole the sampler of all rows, where an output and lse were given: these may be off in rows that are ordinary now.
+ */
 export function* splitOff(
   session: Session,
   ranking: Ranking,
   counts: OutlierCounts,
   seed: number,
+  whole: Sampler | null = null,
 ): Generator<number, Split> {
+  const before = whole ? yield* whole.extremes() : [];
   const outliers = outliersOf(session, ranking, counts);
   session.setOutliers(outliers);
   const bounds = yield* survey(session);
@@ -118,7 +124,7 @@ export function* splitOff(
       (at, n, all) => (at !== all[n - 1] && at < rows.length ? [rows[at]] : []),
     ),
   );
-  return { outliers, bounds, sampler: new Sampler(session, bounds, seed, outliers, next) };
+  return { outliers, bounds, sampler: new Sampler(session, bounds, seed, outliers, next, before) };
 }
 
 function outliersOf(session: Session, { queries, keys }: Ranking, counts: OutlierCounts): Outliers {

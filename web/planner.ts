@@ -237,7 +237,7 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
     const usual = new Map(degrees.map((degree) => [degree, split.sampler.usualError(pass, degree)]));
     const guess: Guess = ({ degree, shrinks }, radius) =>
       Math.max(usual.get(degree)!, worstCase(degree, radius * shrinks) / TYPICAL / HOPELESS);
-    const found = yield* tryOutliers(session, task, degrees, limit, guess, null, forLooks);
+    const found = yield* tryOutliers(session, task, split.sampler, degrees, limit, guess, null, forLooks);
     if (found.length > 0) return { attempts: [...found, exact], because: '', budget };
   }
   const predictions = yield* predict(task, split, degrees, limit, forLooks);
@@ -246,7 +246,7 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const upperOf = (degree: number) => predictions.get(degree)?.upper ?? Infinity;
   const attemptOf = (degree: number) => attempt(task, degree, split, { predicted: predictions.get(degree) ?? null });
   const first = degrees.find((degree) => upperOf(degree) <= limit) ?? null;
-  const cheaper = yield* tryOutliers(session, task, degrees, limit, guessBy(pass, errorOf), first, forLooks);
+  const cheaper = yield* tryOutliers(session, task, split.sampler, degrees, limit, guessBy(pass, errorOf), first, forLooks);
   if (first !== null || cheaper.length > 0) {
     const others = first === null ? [] : degrees.filter((degree) => degree >= first);
     return {
@@ -387,6 +387,7 @@ function guessBy(pass: Pass, errorOf: (degree: number) => number): Guess {
 function* tryOutliers(
   session: Session,
   task: Task,
+  whole: Sampler,
   degrees: readonly number[],
   limit: number,
   guess: Guess,
@@ -412,7 +413,7 @@ function* tryOutliers(
     const within = (share: number) => left.find((one) => worse * guess(one, radius) <= share * room);
     const next = (best.length > 0 ? undefined : within(SAFE)) ?? within(SLACK);
     if (!next || session.spent + trialCost(problem, pass) > budget) break;
-    const split = yield* splitOff(session, ranking, next.counts, problem.seed);
+    const split = yield* splitOff(session, ranking, next.counts, problem.seed, session.wasGiven ? whole : null);
     session.spend(PLAN.trial);
     const together = left.filter((one) => one.counts === next.counts).map((one) => one.degree);
     const fitting = together.filter((one) => workspaceOf(session, passes, one) <= session.free).sort((a, b) => a - b);

@@ -93,6 +93,7 @@ export class Sampler {
   readonly #seed: number;
   readonly #outliers: Outliers | null;
   readonly #next: readonly (readonly number[])[];
+  readonly #before: readonly (readonly number[])[];
   #order: readonly number[] | null = null;
   readonly #scores = new Map<number, ReturnType<typeof condense>>();
   readonly #fits = new Map<string, Float32Array | null>();
@@ -107,6 +108,7 @@ export class Sampler {
   /**
    * @param outliers rows that are exact; `bounds` are those of the others.
    * @param next for each head some of the largest queries that are left, numbered like outliers: they are many then, and alike.
+   * @param before for each head rows that were extreme when there were none, where an output and lse were given: what gave these may have had none.
    */
   constructor(
     session: Session,
@@ -114,8 +116,10 @@ export class Sampler {
     seed: number,
     outliers: Outliers | null = null,
     next: readonly (readonly number[])[] = [],
+    before: readonly (readonly number[])[] = [],
   ) {
     this.#next = next;
+    this.#before = before;
     this.#outliers = outliers;
     this.#session = session;
     this.#bounds = bounds;
@@ -887,10 +891,22 @@ export class Sampler {
     // A few of each kind first
     const extreme = [
       ...[...aligned.slice(0, half), ...opposed.slice(0, quarter), ...large.slice(0, quarter)],
-      ...[...next, ...aligned.slice(half), ...opposed.slice(quarter, half), ...large.slice(quarter, half)],
+      ...[...(this.#before[head] ?? []), ...next, ...aligned.slice(half), ...opposed.slice(quarter, half), ...large.slice(quarter, half)],
       ...(this.#queriesStandOut(head) ? [...large.slice(half), ...opposed.slice(half)] : []),
     ];
     return extreme.filter((row) => number(row) !== null);
+  }
+
+  /** For each head those of the largest queries and scores. */
+  *extremes(): Generator<number, number[][]> {
+    this.#session.setOutliers(this.#outliers);
+    const rows: number[][] = [];
+    for (let head = 0; head < this.#session.heads; head++) {
+      const { large, aligned, opposed } = this.#extremesOf(head);
+      rows.push([...aligned, ...opposed, ...large]);
+      yield 0;
+    }
+    return rows;
   }
 
   /** Some queries are far larger than most: any of these may be the worst. */
