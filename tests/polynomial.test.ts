@@ -5,7 +5,7 @@
 
 import { describe, expect, test } from '@jest/globals';
 
-import { MAX_DEGREE, evaluate, fitToScores, minimax, relativeError } from '../dist/polynomial.js';
+import { MAX_DEGREE, ScoreFits, evaluate, fitToScores, minimax, relativeError } from '../dist/polynomial.js';
 import { maxAbs, random } from './support.js';
 
 const degrees = Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree);
@@ -202,6 +202,32 @@ describe('fitToScores', () => {
       for (const degree of degrees) {
         for (const c of fitToScores(scores, degree)) expect(Number.isFinite(c)).toBe(true);
       }
+    }
+  });
+
+  test('one after the other, in any order, they are what each is alone; a weight is so many equal scores', () => {
+    const few = Array.from(spread(0.7, 20));
+    const weights = Float64Array.from(few, (_, n) => 1 + (n % 3));
+    const fits = new ScoreFits(few, weights);
+    const all = few.flatMap((s, n) => new Array<number>(weights[n]).fill(s));
+    for (const degree of [3, 0, 5, 8, 1, 3, 2]) {
+      const size = Math.exp(Math.max(...few));
+      const [got, expected] = [fits.fit(degree), fitToScores(all, degree)];
+      // on the scores, as high coefficients of so few of them are open
+      for (const s of few) expect(Math.abs(evaluate(got, s) - evaluate(expected, s)) / size).toBeLessThan(1e-5);
+    }
+  });
+
+  test.each([0, 1, 4])('what degree %d leaves of exp, by value and by derivative', (degree) => {
+    const scores = Array.from(spread(0.6, 50), (s) => s + 2);
+    const weights = Float64Array.from(scores, (_, n) => 1 + (n % 4));
+    const fits = new ScoreFits(scores, weights);
+    const p = fits.fit(degree);
+    const slope = Array.from(p).map((_, m) => (m < degree ? (m + 1) * p[m + 1] : 0));
+    const sum = (of: (s: number) => number) => scores.reduce((total, s, n) => total + weights[n] * of(s) ** 2, 0);
+    for (const [of, derivative] of [[p, false], [slope, true]] as const) {
+      const expected = Math.sqrt(sum((s) => evaluate(of, s) - Math.exp(s)) / sum(Math.exp));
+      expect(fits.residual(p, derivative) / expected).toBeCloseTo(1, 9);
     }
   });
 

@@ -69,7 +69,9 @@ export class WeightedDraws {
 
   /** In the order in which they were drawn; one that was drawn twice counts twice. */
   get rows(): Drawn[] {
-    return Array.from(this.#times, ([row, times]) => ({ row, weight: this.#all ? 1 : times / this.#expected(row) }));
+    const drawn: Drawn[] = [];
+    for (const [row, times] of this.#times) drawn.push({ row, weight: this.#all ? 1 : times / this.#expected(row) });
+    return drawn;
   }
 
   get #run(): number {

@@ -71,7 +71,7 @@ export type ArrayName = 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv';
 /** Gradients of what has no rows. */
 export type VectorName = 'dbias' | 'dalibi' | 'dsinks' | 'dweights';
 
-/** A row of a head, as `resultRow` numbers them, with an output and lse in place of those that are there. */
+/** A row of a head, as `resultRows` numbers them, with an output and lse in place of those that are there. */
 export interface Change {
   row: number;
   share: number;
@@ -778,22 +778,24 @@ export class Session {
     return of ? this.#arena.readFloats(this.#arrays[array], of.length) : undefined;
   }
 
-  /** A copy of one row of a key/value head: row i of its h-th query is h * queryLength + i; rows of dk and dv are keys. */
-  resultRow(array: ArrayName, head: number, row: number): Float32Array {
+  /** A copy of rows of a key/value head, one after the other: row i of its h-th query is h * queryLength + i; rows of dk and dv are keys. */
+  resultRows(array: ArrayName, head: number, rows: readonly number[]): Float32Array {
     this.#check();
     const { kvHeads, layout } = this.geometry;
     const { heads, length, width } = this.#sizes(array);
-    const [batch, place] = [Math.floor(head / kvHeads), row % length];
-    const own = (head % kvHeads) * (heads / kvHeads) + Math.floor(row / length);
+    const [batch, first] = [Math.floor(head / kvHeads), (head % kvHeads) * (heads / kvHeads)];
     const straight = layout === 'bhnd' || array === 'lse';
-    const at = straight ? (batch * heads + own) * length + place : (batch * length + place) * heads + own;
-    return this.#arena.readFloats(this.#arrays[array] + 4 * width * at, width);
+    const places = rows.map((row) => {
+      const [own, place] = [first + Math.floor(row / length), row % length];
+      return straight ? (batch * heads + own) * length + place : (batch * length + place) * heads + own;
+    });
+    return this.#arena.gatherFloats(this.#arrays[array], places, width);
   }
 
   /** The lse of rows of a key/value head. */
   lseOf(head: number, rows: readonly number[]): Float32Array {
     this.#check();
-    return this.#arena.gatherFloats(this.#arrays.lse + 4 * this.rowsOfHead * head, rows);
+    return this.#arena.gatherFloats(this.#arrays.lse + 4 * this.rowsOfHead * head, rows, 1);
   }
 
   /**

@@ -222,10 +222,14 @@ export class Arena {
     return new Float32Array(new Float32Array(this.#memory.buffer, address, count)); // slice() fills the new one with zeros first
   }
 
-  /** Entries of an array that is there. */
-  gatherFloats(address: number, places: readonly number[]): Float32Array {
+  /** Copies of rows, of `width` each, of an array that is there. */
+  gatherFloats(address: number, rows: readonly number[], width: number): Float32Array {
     const view = new Float32Array(this.#memory.buffer, address);
-    return Float32Array.from(places, (place) => view[place]);
+    const gathered = new Float32Array(rows.length * width);
+    for (let n = 0, at = 0; n < rows.length; n++) {
+      for (let place = rows[n] * width; at < (n + 1) * width; place++) gathered[at++] = view[place];
+    }
+    return gathered;
   }
 
   /** Fields that `values` does not have keep what they held. */

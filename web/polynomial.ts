@@ -87,67 +87,147 @@ export function minimax(degree: number, radius: number): { coefficients: Float32
  *
  * @param scores any number of finite scores. exp of the largest must fit float32 (below about 88), or the coefficients do not.
  * @param degree an integer from 0 to 8.
- * @param weights how often each score counts; once where none are given.
  * @returns c_0 .. c_degree of s^m, rounded to float32.
  * @throws RangeError for another degree and for scores that are not finite.
  */
-export function fitToScores(scores: ArrayLike<number>, degree: number, weights?: ArrayLike<number>): Float32Array {
-  checkDegree('fitToScores', degree);
-  const count = scores.length;
-  const size = degree + 1;
-  if (count === 0) return Float32Array.from(exponentialSeries(degree));
+export function fitToScores(scores: ArrayLike<number>, degree: number): Float32Array {
+  return new ScoreFits(scores).fit(degree);
+}
 
-  let [low, high, sum, total] = [Infinity, -Infinity, 0, 0];
-  for (let n = 0; n < count; n++) {
-    const s = scores[n];
-    if (!Number.isFinite(s)) throw new RangeError(`fitToScores: scores must be finite, got ${s}`);
-    low = Math.min(low, s);
-    high = Math.max(high, s);
-    const weight = weights ? weights[n] : 1;
-    sum += weight * s;
-    total += weight;
-  }
-  const mean = Math.min(Math.max(sum / total, low), high); // equal scores: themselves, whatever rounding says
-  // Everything is divided by exp(high) until the end, so that no square overflows.
-  const series = exponentialSeries(degree).map((c) => c * Math.exp(mean - high));
-  const [middle, half] = [(low + high) / 2, (high - low) / 2];
-  const taylor = compose(series, mean, 1);
-  const finish = (p: number[]) => Float32Array.from(p, (c) => c * Math.exp(high));
-  // The remainder of the series is at most (2 half)^size / size! of exp(high).
-  if (((2 * half) ** size / factorial(size)) <= FLOAT32_ROUNDING) return finish(taylor);
+/** The same for one degree after another; `weights`: how often each score counts, once where none are given. */
+export class ScoreFits {
+  readonly #scores: ArrayLike<number>;
+  readonly #weights: Float64Array;
+  /** exp(s - high): everything is divided by exp(high) until the end, so that no square overflows. */
+  readonly #exponentials: Float64Array;
+  readonly #high: number = 0;
+  readonly #mean: number = 0;
+  /** Scores are middle + half x. */
+  readonly #middle: number = 0;
+  readonly #half: number = 0;
+  /** T_m(x) and d/ds T_m = T_m'(x) / half of every score, m = 0, 1, .. as far as they were needed. */
+  readonly #values: Float64Array[] = [];
+  readonly #derivatives: Float64Array[] = [];
+  /** Their products, values and derivatives, summed over scores: row m has those with 0 .. m. */
+  readonly #products: number[][] = [];
 
-  // 1. Normal equations for p - taylor = sum_m a_m T_m(x), x = (s - middle) / half; d/ds T_m = T_m'(x) / half.
-  const gram = Array.from({ length: size }, () => new Float64Array(size + 1));
-  const [value, derivative] = [new Float64Array(size), new Float64Array(size)];
-  for (let n = 0; n < count; n++) {
-    const s = scores[n];
-    const exponential = Math.exp(s - high);
-    // The series' derivative lacks its last term.
-    let slope = 0;
-    let power = 1;
-    for (let m = 0; m < degree; m++, power *= s - mean) slope += series[m] * power;
-    const slopeToTaylor = exponential - slope;
-    const toTaylor = slopeToTaylor - series[degree] * power;
-    chebyshev((s - middle) / half, value, derivative);
-    const weight = weights ? weights[n] : 1;
-    for (let a = 0; a < size; a++) {
-      const row = gram[a];
-      const v = weight * value[a];
-      const d = (weight * derivative[a]) / half;
-      const perHalf = d / half;
-      for (let b = 0; b <= a; b++) row[b] += v * value[b] + perHalf * derivative[b];
-      row[size] += v * toTaylor + d * slopeToTaylor;
+  constructor(scores: ArrayLike<number>, weights: Float64Array = new Float64Array(scores.length).fill(1)) {
+    const count = scores.length;
+    const exponentials = new Float64Array(count);
+    [this.#scores, this.#weights, this.#exponentials] = [scores, weights, exponentials];
+    if (count === 0) return;
+    let [low, high, sum, total] = [Infinity, -Infinity, 0, 0];
+    for (let n = 0; n < count; n++) {
+      const s = scores[n];
+      if (!Number.isFinite(s)) throw new RangeError(`fitToScores: scores must be finite, got ${s}`);
+      if (s < low) low = s;
+      if (s > high) high = s;
+      sum += weights[n] * s;
+      total += weights[n];
     }
+    for (let n = 0; n < count; n++) exponentials[n] = Math.exp(scores[n] - high);
+    this.#high = high;
+    this.#mean = Math.min(Math.max(sum / total, low), high); // equal scores: themselves, whatever rounding says
+    this.#middle = (low + high) / 2;
+    this.#half = (high - low) / 2;
   }
-  // 2. Regularise and solve.
-  const trace = gram.reduce((sum, row, a) => sum + row[a], 0);
-  for (let a = 0; a < size; a++) {
-    for (let b = 0; b < a; b++) gram[b][a] = gram[a][b];
-    gram[a][a] += 1e-13 * trace;
+
+  fit(degree: number): Float32Array {
+    checkDegree('fitToScores', degree);
+    const size = degree + 1;
+    const series = exponentialSeries(degree);
+    const least = Math.exp(this.#mean - this.#high);
+    for (let m = 0; m < size; m++) series[m] *= least;
+    const p = compose(series, this.#mean, 1);
+    // The remainder of the series is at most (2 half)^size / size! of exp(high).
+    const remainder = (SERIES[degree] * (2 * this.#half) ** size) / size;
+    if (remainder > FLOAT32_ROUNDING) {
+      const correction = this.#correction(series);
+      for (let m = 0; m < size; m++) p[m] += correction[m];
+    }
+    const most = Math.exp(this.#high);
+    const coefficients = new Float32Array(size);
+    for (let m = 0; m < size; m++) coefficients[m] = p[m] * most;
+    return coefficients;
   }
-  // 3. Back to powers of s.
-  const correction = compose(fromChebyshev(solve(gram)), middle, half);
-  return finish(taylor.map((c, m) => c + correction[m]));
+
+  /** What is to be added to the Taylor polynomial about the mean, coefficients of s^m. */
+  #correction(series: readonly number[]): Float64Array {
+    const size = series.length;
+    for (let m = this.#values.length; m < size; m++) this.#addDegree(m);
+    // 1. Normal equations for p - taylor = sum_m a_m T_m(x)
+    const rows = Array.from({ length: size }, () => new Float64Array(size + 1));
+    let trace = 0;
+    for (let a = 0; a < size; a++) {
+      for (let b = 0; b <= a; b++) rows[a][b] = rows[b][a] = this.#products[a][b];
+      trace += this.#products[a][a];
+    }
+    const [scores, weights, exponentials, mean] = [this.#scores, this.#weights, this.#exponentials, this.#mean];
+    const [toSlope, toValue] = [new Float64Array(weights.length), new Float64Array(weights.length)];
+    for (let n = 0; n < weights.length; n++) {
+      const difference = scores[n] - mean;
+      // The series' derivative lacks its last term.
+      let slope = 0;
+      let power = 1;
+      for (let m = 0; m + 1 < size; m++, power *= difference) slope += series[m] * power;
+      toSlope[n] = weights[n] * (exponentials[n] - slope);
+      toValue[n] = toSlope[n] - weights[n] * series[size - 1] * power;
+    }
+    for (let a = 0; a < size; a++) {
+      const [value, derivative] = [this.#values[a], this.#derivatives[a]];
+      let sum = 0;
+      for (let n = 0; n < weights.length; n++) sum += value[n] * toValue[n] + derivative[n] * toSlope[n];
+      rows[a][size] = sum;
+    }
+    // 2. Regularise and solve
+    for (let a = 0; a < size; a++) rows[a][a] += 1e-13 * trace;
+    // 3. Back to powers of s
+    return compose(fromChebyshev(solve(rows)), this.#middle, this.#half);
+  }
+
+  #addDegree(m: number): void {
+    const [scores, weights, middle, half] = [this.#scores, this.#weights, this.#middle, this.#half];
+    const value = new Float64Array(weights.length).fill(m === 0 ? 1 : 0);
+    const derivative = new Float64Array(weights.length).fill(m === 1 ? 1 / half : 0);
+    const factor = m === 1 ? 1 : 2;
+    for (let n = 0; m > 0 && n < weights.length; n++) {
+      const x = (scores[n] - middle) / half;
+      value[n] = factor * x * this.#values[m - 1][n] - (m > 1 ? this.#values[m - 2][n] : 0);
+      if (m === 1) continue;
+      derivative[n] = 2 * (this.#values[m - 1][n] / half + x * this.#derivatives[m - 1][n]) - this.#derivatives[m - 2][n];
+    }
+    this.#values.push(value);
+    this.#derivatives.push(derivative);
+    const row: number[] = [];
+    for (let a = 0; a <= m; a++) {
+      const [otherValue, otherDerivative] = [this.#values[a], this.#derivatives[a]];
+      let sum = 0;
+      for (let n = 0; n < weights.length; n++) sum += weights[n] * (value[n] * otherValue[n] + derivative[n] * otherDerivative[n]);
+      row.push(sum);
+    }
+    this.#products.push(row);
+  }
+
+  /** How well p, `derivative`: its derivative, fits: the root of the sum of squares of what it leaves of exp, over that of exp. */
+  residual(p: ArrayLike<number>, derivative: boolean): number {
+    const [scores, weights, exponentials] = [this.#scores, this.#weights, this.#exponentials];
+    const scale = Math.exp(-this.#high);
+    const of = new Float64Array(derivative ? Math.max(p.length - 1, 1) : p.length);
+    for (let m = 0; m < p.length; m++) {
+      if (!derivative) of[m] = scale * p[m];
+      else if (m > 0) of[m - 1] = scale * m * p[m];
+    }
+    let [left, all] = [0, 0];
+    for (let n = 0; n < weights.length; n++) {
+      const exponential = exponentials[n];
+      let off = -exponential;
+      let power = 1;
+      for (let m = 0; m < of.length; m++, power *= scores[n]) off += of[m] * power;
+      left += weights[n] * off * off;
+      all += weights[n] * exponential * exponential;
+    }
+    return all > 0 ? Math.sqrt(left / all) : 0;
+  }
 }
 
 /**
@@ -190,13 +270,12 @@ function checkDegree(name: string, degree: number): void {
   }
 }
 
-function factorial(n: number): number {
-  return n < 2 ? 1 : n * factorial(n - 1);
-}
+/** 1/m! for m = 0 .. MAX_DEGREE. */
+const SERIES: readonly number[] = [1, 1, 2, 6, 24, 120, 720, 5040, 40320].map((factorial) => 1 / factorial);
 
-/** 1/m! for m = 0 .. degree. */
+/** The same for m = 0 .. degree. */
 function exponentialSeries(degree: number): number[] {
-  return Array.from({ length: degree + 1 }, (_, m) => 1 / factorial(m));
+  return SERIES.slice(0, degree + 1);
 }
 
 /**
@@ -218,7 +297,7 @@ function remez(degree: number, radius: number): number[] {
     });
     const solution = solve(system);
     const level = Math.abs(solution[size]);
-    p = fromChebyshev(solution.subarray(0, size));
+    p = Array.from(fromChebyshev(solution.subarray(0, size)));
     const slope = p.map((c, m) => (m + 1 < size ? (m + 1) * p[m + 1] : 0) - radius * c);
     const extrema = [-1, ...signChanges(slope, -1, 1), 1];
     // Fewer than g + 2 extrema: rounding has taken over (a radius too large, or an error too small, for float64).
@@ -227,7 +306,7 @@ function remez(degree: number, radius: number): number[] {
     if (largest <= level * (1 + 1e-4)) break;
     points = extrema;
   }
-  return compose(p, 0, radius);
+  return Array.from(compose(p, 0, radius));
 }
 
 /** T_0(x) .. T_g(x) into `value`, their derivatives into `derivative`. */
@@ -241,24 +320,22 @@ function chebyshev(x: number, value: Float64Array, derivative?: Float64Array): v
 }
 
 /** Coefficients of x^m of sum_m a_m T_m(x), by Clenshaw's recurrence on polynomials. */
-function fromChebyshev(a: ArrayLike<number>): number[] {
+function fromChebyshev(a: ArrayLike<number>): Float64Array {
   const size = a.length;
-  let next = new Array<number>(size).fill(0);
-  let afterNext = next;
+  let [current, next, afterNext] = [0, 1, 2].map(() => new Float64Array(size));
   for (let m = size - 1; m >= 0; m--) {
     const factor = m > 0 ? 2 : 1;
-    const current = next.map((_, n) => (n > 0 ? factor * next[n - 1] : a[m]) - afterNext[n]);
-    [next, afterNext] = [current, next];
+    for (let n = 0; n < size; n++) current[n] = (n > 0 ? factor * next[n - 1] : a[m]) - afterNext[n];
+    [current, next, afterNext] = [afterNext, current, next];
   }
   return next;
 }
 
 /** Coefficients of s^m of p((s - middle) / half), by Horner's rule on polynomials. */
-function compose(p: readonly number[], middle: number, half: number): number[] {
-  let result = new Array<number>(p.length).fill(0);
+function compose(p: ArrayLike<number>, middle: number, half: number): Float64Array {
+  const result = new Float64Array(p.length);
   for (let m = p.length - 1; m >= 0; m--) {
-    const previous = result;
-    result = previous.map((c, n) => ((n > 0 ? previous[n - 1] : 0) - middle * c) / half);
+    for (let n = p.length - 1; n >= 0; n--) result[n] = ((n > 0 ? result[n - 1] : 0) - middle * result[n]) / half;
     result[0] += p[m];
   }
   return result;

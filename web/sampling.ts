@@ -16,7 +16,7 @@ import { SAMPLE_KEYS, SAMPLE_ROWS, SAMPLE_SCORES, SHORT_ROWS, STEEP, type Pass }
 import { scoreRadius } from './certificate.js';
 import { draw, random, WeightedDraws, type Drawn } from './draws.js';
 import { SAMPLE_CHANGES, type Bounds, type Change, type Columns, type Distance, type Outliers, type Rows, type Session } from './kernel.js';
-import { condense, evaluate, fitToScores } from './polynomial.js';
+import { condense, evaluate, ScoreFits } from './polynomial.js';
 import { seeingQueries, seenKeys, segmentsOf } from './scores.js';
 import { overRange, ROUNDING, Tally, worse, type Measured, type Sample } from './tally.js';
 import { drownedRows } from './transforms.js';
@@ -35,6 +35,14 @@ const CHANCE = 0.8;
  * largest error and of sums of squares; beside outliers, where rows differ much, of what was seen before all but drawn ones were.
  */
 const SURE = { forward: 0.6, backward: 0.9, besideOutliers: 0.1 } as const;
+
+/**
+ * An error of outputs that is seen to be within this share of its limit, on the largest scores and a few drawn rows, is not looked at on more
+ * drawn ones where these are less than one of so many of all: what they do not show those others would not show either.
+ */
+const [AMPLE, ONE_OF] = [1 / 4, 64];
+/** A polynomial that may miss runs where its error on rows that must be looked at is within this share of the limit: the check sees the others. */
+const RUNS = 1 / 2;
 
 /** Portions of rows with the largest scores that have to be looked at; beside outliers what else is large decides. */
 const LARGEST = { all: 1, besideOutliers: 2 } as const;
@@ -95,13 +103,14 @@ export class Sampler {
   readonly #next: readonly (readonly number[])[];
   readonly #before: readonly (readonly number[])[];
   #order: readonly number[] | null = null;
-  readonly #scores = new Map<number, ReturnType<typeof condense>>();
+  readonly #scores = new Map<number, ScoreFits | null>();
   readonly #fits = new Map<string, Float32Array | null>();
   readonly #drawn = new Map<number, DrawnRows>();
   /** How many times as much as at first is drawn by now. */
   readonly #times: Record<Sample, number> = { rows: 1, columns: 1 };
   readonly #rest = new Map<string, Portion[]>();
   readonly #few = new Map<number, ReadonlySet<number>>();
+  readonly #extreme = new Map<number, ReadonlySet<number>>();
   readonly #extremes = new Map<number, ReturnType<Session['extremes']>>();
   readonly #columns = new Map<number, DrawnColumns>();
 
@@ -179,7 +188,7 @@ export class Sampler {
         found.set(degree, { error, upper: error, relative: error });
         continue;
       }
-      const passed = more && left < FEW_LOOKS && usual > limit / (left < 2 ? 2 : 1);
+      const passed = left < FEW_LOOKS && usual > limit / (left < 2 ? 4 : 2);
       // without the means for a second look the first must do
       if (passed || (failed && left < 2 && likely > SURE[pass] * limit)) {
         found.set(degree, { error, upper: Infinity, relative: error });
@@ -288,6 +297,8 @@ export class Sampler {
         // Gradients may still come down: the fewer rows, the more of it is chance.
         if (error > limit * (pass === 'forward' ? 1 : 1 + CHANCE / ++portions)) return { error, upper, relative };
       }
+      const seen = tally.result();
+      if (short && must && pass === 'forward' && seen.upper <= RUNS * limit) return seen;
     }
     const most = Math.min(worth, budget - reserve - this.#session.spent);
     if (this.#enlarge(tally.doubtful(limit), pass, 2, most)) return yield* this.#predictAll(pass, degree, short);
@@ -532,15 +543,10 @@ export class Sampler {
   /** The same of what is drawn by now. */
   *#compare(pass: Pass, limit: number): Generator<number, Tally> {
     const tally = this.#tally();
-    for (const portion of [...this.#allPortions(pass, true), ...this.#allPortions(pass, false)]) {
-      const { head, rows, weights, exact } = this.#withExact(portion, pass);
-      if (pass === 'forward') {
-        tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range, weights);
-      } else {
-        const rounding = this.#rounding(head, rows, exact);
-        tally.gradient('dq', exact.dq, this.#gather('dq', head, rows), rounding, weights);
-      }
-      yield 0;
+    const portions = [...this.#allPortions(pass, true), ...this.#allPortions(pass, false, true)];
+    yield* this.#compareRows(pass, portions, tally);
+    if (pass === 'forward' && !this.#isAmple(tally.result().upper, limit)) {
+      for (const head of this.#heads()) yield* this.#compareRows(pass, this.#portions(head, pass, 'drawn'), tally);
     }
     for (const head of pass === 'backward' ? this.#heads() : []) {
       for (const { rows: keys, weights, exact } of this.#exactColumns(head, limit)) {
@@ -550,6 +556,24 @@ export class Sampler {
       }
     }
     return tally;
+  }
+
+  *#compareRows(pass: Pass, portions: readonly Portion[], tally: Tally): Generator<number, void> {
+    for (const portion of portions) {
+      const { head, rows, weights, exact } = this.#withExact(portion, pass);
+      if (pass === 'forward') {
+        tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range, weights);
+      } else {
+        const rounding = this.#rounding(head, rows, exact);
+        tally.gradient('dq', exact.dq, this.#gather('dq', head, rows), rounding, weights);
+      }
+      yield 0;
+    }
+  }
+
+  /** Whether an error of outputs that is seen without more than the first drawn rows needs no more of them. */
+  #isAmple(upper: number, limit: number): boolean {
+    return upper <= AMPLE * limit && ONE_OF * this.#rowsToDraw <= this.#session.rowsOfHead;
   }
 
   /**
@@ -652,7 +676,7 @@ export class Sampler {
     if (own === undefined) {
       const some = this.#scoresOf(head);
       this.#session.spend(FIT.polynomial);
-      own = some && fitToScores(some.scores, degree, some.weights);
+      own = some && some.fit(degree);
       if (!own?.every(Number.isFinite)) own = null;
       this.#fits.set(name, own);
     }
@@ -660,14 +684,15 @@ export class Sampler {
   }
 
   /** Scores of the first drawn rows of a head; null where one is not finite. */
-  #scoresOf(head: number): ReturnType<typeof condense> {
+  #scoresOf(head: number): ScoreFits | null {
     let scores = this.#scores.get(head);
     if (scores === undefined) {
       this.#session.spend(FIT.scores);
       const stride = Math.ceil((SAMPLE_ROWS * seenKeys(this.#session.geometry)) / SAMPLE_SCORES);
       const rows = this.#drawnRows(head).first.flatMap(({ rows }) => rows);
       const all = rows.length > 0 ? this.#session.scores(head, rows, stride) : new Float32Array(0);
-      scores = condense(all);
+      const few = condense(all);
+      scores = few && new ScoreFits(few.scores, few.weights);
       this.#scores.set(head, scores);
     }
     return scores;
@@ -681,15 +706,7 @@ export class Sampler {
     const head = this.#heads()[0];
     const [own, some] = [this.#fit(head, degree), this.#scoresOf(head)];
     if (!own || !some) return Infinity;
-    const of = pass === 'forward' ? own : own.map((_, m) => (m < degree ? (m + 1) * own[m + 1] : 0));
-    let [left, all] = [0, 0];
-    for (let n = 0; n < some.scores.length; n++) {
-      const weight = Math.exp(some.scores[n]);
-      const off = evaluate(of, some.scores[n]) - weight;
-      left += some.weights[n] * off * off;
-      all += some.weights[n] * weight * weight;
-    }
-    return all > 0 ? Math.sqrt(left / all) : 0;
+    return some.residual(own, pass === 'backward');
   }
 
   /** All heads, the one with the largest scores first. */
@@ -804,21 +821,20 @@ export class Sampler {
     let portions = this.#rest.get(name);
     if (portions) return portions;
     const { all, first } = this.#drawnRows(head);
-    const known = new Set(first.flatMap(({ rows }) => rows));
     const few = this.#fewKeyRows(head, pass);
     const slope = this.#slopeRows(head);
-    const weight = (row: number) => (slope.rows.has(row) ? slope.weight : 1);
-    const alone = (rows: Iterable<number>) =>
-      Array.from(rows, (row) => ({ row, weight: weight(row) })).filter(({ row }) => !known.has(row));
-    if (of === 'few') portions = inPortions(head, this.#byPlace(alone(few)), SHORT_ROWS);
+    const some: Drawn[] = [];
+    const alone = (row: number) => {
+      if (!first.some(({ rows }) => rows.includes(row))) some.push({ row, weight: slope.rows.has(row) ? slope.weight : 1 });
+    };
+    if (of === 'few') few.forEach(alone);
+    else if (of === 'most') [...this.#extremeRows(head)].filter((row) => !few.has(row)).forEach(alone);
     else {
-      if (of === 'most') portions = inPortions(head, alone(new Set(this.#extremeRows(head).filter((row) => !few.has(row)))));
-      else {
-        const hard = this.#hardRows(head, pass);
-        for (const { rows, weights } of first) rows.forEach((row, n) => hard.has(row) && (weights[n] = 1));
-        portions = inPortions(head, this.#byPlace(all.slice(SAMPLE_ROWS).filter(({ row }) => !hard.has(row) && !slope.stands(row))));
-      }
+      const hard = this.#hardRows(head, pass);
+      for (const { rows, weights } of first) rows.forEach((row, n) => hard.has(row) && (weights[n] = 1));
+      for (const one of all.slice(SAMPLE_ROWS)) if (!hard.has(one.row) && !slope.stands(one.row)) some.push(one);
     }
+    portions = inPortions(head, of === 'most' ? some : this.#byPlace(some), of === 'few' ? SHORT_ROWS : SAMPLE_ROWS);
     this.#rest.set(name, portions);
     return portions;
   }
@@ -882,8 +898,14 @@ export class Sampler {
     }).flat();
   }
 
-  /** Those of the largest queries, with the largest scores against the largest keys, and next to outliers. */
-  #extremeRows(head: number): number[] {
+  /** Those of the largest queries, with the largest scores against the largest keys, and next to outliers; each once. */
+  #extremeRows(head: number): ReadonlySet<number> {
+    let rows = this.#extreme.get(head);
+    if (!rows) this.#extreme.set(head, (rows = this.#findExtremeRows(head)));
+    return rows;
+  }
+
+  #findExtremeRows(head: number): ReadonlySet<number> {
     const { number } = this.#seeing();
     const { large, aligned, opposed } = this.#extremesOf(head);
     const next = (this.#next[head] ?? []).map((n) => this.#rowOf(n));
@@ -894,7 +916,7 @@ export class Sampler {
       ...[...(this.#before[head] ?? []), ...next, ...aligned.slice(half), ...opposed.slice(quarter, half), ...large.slice(quarter, half)],
       ...(this.#queriesStandOut(head) ? [...large.slice(half), ...opposed.slice(half)] : []),
     ];
-    return extreme.filter((row) => number(row) !== null);
+    return new Set(extreme.filter((row) => number(row) !== null));
   }
 
   /** For each head those of the largest queries and scores. */
@@ -937,9 +959,9 @@ export class Sampler {
    * polynomial: such rows of the steepest query head of the group, each standing for `weight` of them, which rows these are, and
    * rows behind a chunk's first, likewise those that come next after one of the largest keys.
    */
-  #slopeRows(head: number): { rows: ReadonlySet<number>; weight: number; stands(row: number): boolean; next: number[] } {
+  #slopeRows(head: number): SlopeRows {
     const { alibi, queryLength, queryOffset } = this.#session.geometry;
-    if (!alibi) return { rows: new Set(), weight: 1, stands: () => false, next: [] };
+    if (!alibi) return NO_SLOPES;
     const slopes = this.#slopesOf(head);
     const slope = Math.max(...slopes);
     const before = slopes.indexOf(slope) * queryLength;
@@ -1096,10 +1118,7 @@ export class Sampler {
 
   /** Rows of an array of the session, one after the other. */
   #gather(array: 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv', head: number, rows: readonly number[]): Float32Array {
-    const parts = rows.map((row) => this.#session.resultRow(array, head, row));
-    const all = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
-    parts.forEach((part, n) => all.set(part, n * part.length));
-    return all;
+    return this.#session.resultRows(array, head, rows);
   }
 
   /** The same for columns of dk: that of the first rows, once these are known. */
@@ -1122,6 +1141,16 @@ export class Sampler {
     return ROUNDING * Math.abs(scale) * rotaryGain ** 2 * Math.max(q_norm, k_norm) * delta;
   }
 }
+
+/** See #slopeRows. */
+interface SlopeRows {
+  rows: ReadonlySet<number>;
+  weight: number;
+  stands(row: number): boolean;
+  next: readonly number[];
+}
+
+const NO_SLOPES: SlopeRows = { rows: new Set(), weight: 1, stands: () => false, next: [] };
 
 /** Up to SAMPLE_ROWS rows of a head, or SHORT_ROWS that see few keys, each standing for `weights` rows. */
 interface Portion {
@@ -1192,10 +1221,14 @@ function weighAgain(portions: readonly { rows: number[]; weights: number[] }[], 
 }
 
 function inPortions(head: number, all: readonly Drawn[], size: number = SAMPLE_ROWS): Portion[] {
-  return Array.from({ length: Math.ceil(all.length / size) }, (_, n) => {
-    const some = all.slice(n * size, (n + 1) * size);
-    return { head, rows: some.map(({ row }) => row), weights: some.map(({ weight }) => weight), exact: null, predicted: new Map() };
-  });
+  const portions: Portion[] = [];
+  for (let n = 0; n < all.length; n++) {
+    if (n % size === 0) portions.push({ head, rows: [], weights: [], exact: null, predicted: new Map() });
+    const { rows, weights } = portions[portions.length - 1];
+    rows.push(all[n].row);
+    weights.push(all[n].weight);
+  }
+  return portions;
 }
 
 /**

@@ -117,11 +117,13 @@ export class Tally {
   #add(name: Name, exact: Float32Array, got: Float32Array, rounding: number, weights: readonly number[]): void {
     const squares = this.#squares.get(name) ?? noSquares();
     const width = exact.length / weights.length;
-    for (const [row, weight] of weights.entries()) {
+    for (let row = 0; row < weights.length; row++) {
+      const weight = weights[row];
       let [difference, reference] = [0, 0];
       for (let n = row * width; n < (row + 1) * width; n++) {
-        difference += (got[n] - exact[n]) ** 2;
-        reference += exact[n] ** 2;
+        const off = got[n] - exact[n];
+        difference += off * off;
+        reference += exact[n] * exact[n];
       }
       squares.difference += weight * difference;
       squares.reference += weight * reference;
@@ -138,10 +140,12 @@ export class Tally {
 /** max |got - exact| over half the range of v. */
 function outputError(exact: Float32Array, got: Float32Array, halfRange: number): number {
   let [difference, largest] = [0, 0];
-  exact.forEach((x, n) => {
-    difference = worse(difference, Math.abs(got[n] - x));
-    largest = Math.max(largest, Math.abs(x));
-  });
+  for (let n = 0; n < exact.length; n++) {
+    const own = Math.abs(got[n] - exact[n]);
+    if (!(own <= difference)) difference = worse(difference, own);
+    const size = Math.abs(exact[n]);
+    if (size > largest) largest = size;
+  }
   return overRange(difference, largest, halfRange);
 }
 
