@@ -136,7 +136,7 @@ function choiceAt({ attention, entryBound, thresholdLength: length, headDim, tol
     const claims =
       guarantee === 'certified'
         ? { series: 'proved', error: report.errorBound }
-        : { series: 'sampled', error: report.errorEstimate };
+        : { series: 'sampled', error: report.errorEstimate ?? report.errorBound };
     return [
       { ...base, ...claims },
       { ...base, series: 'measured', error: measured, relative },

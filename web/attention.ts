@@ -414,7 +414,7 @@ export class Attention implements RopeAttention {
     }
     positive = (yield* this.#run(session, task, attempt, [pass], middle, to)) && positive;
     ran.push(pass);
-    if (task.part) return missed(null, null);
+    if (task.part || (attempt.proved && positive)) return missed(null, null);
     const measured = worst(yield* sampler.check(pass, limit, worth(ran)), lags?.check(sampler, limit));
     if (!positive) return missed('has rows whose weights do not add up to a positive number', measured);
     return missed(measured.upper <= limit ? null : `has ${missing(measured, 'sampled', room)}`, measured);
@@ -561,7 +561,7 @@ function explain(
   else parts.push(`predicted ${ratio >= 1 ? `${figures(ratio)}x cheaper` : `${figures(1 / ratio)}x dearer`} than exact`);
   const within = (error: number) =>
     `${short(error)} ${error <= problem.tolerance ? 'within' : 'above'} ${problem.tolerance}`;
-  if (problem.guarantee === 'certified' && ran.bound !== null) parts.push(`certified error ${within(ran.bound)}`);
+  if ((problem.guarantee === 'certified' || ran.proved) && ran.bound !== null) parts.push(`certified error ${within(ran.bound)}`);
   if (measured) parts.push(`${kind} error ${within(measured.error)}`);
   const { queries, keys } = countsOf(ran);
   const heads = problem.batch * problem.kvHeads > 1 ? ' of each key/value head' : '';

@@ -117,11 +117,11 @@ const ROW = {
 const [MAP_SAMPLING, MAP_TABLE] = [6, 950];
 /**
  * What JavaScript adds: the scores that polynomials are fitted to, and the fit of one; a call that computes or compares a portion of
- * rows; and the rest of a plan, of one with outliers, and of each trial of these.
+ * rows; and the rest of a plan, of one with outliers, and of each trial of these; a polynomial with a proof.
  */
 export const FIT = { scores: 1.3e6, polynomial: 4e5 } as const;
 const PORTION = 4e5;
-export const PLAN = { any: 6e5, outliers: 1.5e6, trial: 2e6 } as const;
+export const PLAN = { any: 6e5, outliers: 1.5e6, trial: 2e6, proof: 2e6 } as const;
 /** Portions that hold these, about: without a mask, and when causal (most of them short). */
 const HARD_PORTIONS = { full: 2, causal: 6 } as const;
 /** The same of rows at the beginning of chunks, half as long, where there are slopes: flat ones, and some that are steep. */

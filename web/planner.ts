@@ -42,6 +42,8 @@ export interface Attempt {
   coefficients: Float32Array | null;
   /** Proved bound of the output error; null when there is none or when it was not asked for. */
   bound: number | null;
+  /** The bound keeps the tolerance of a call that asked for no proof: nothing is sampled, before or after the run. */
+  proved: boolean;
   predicted: Measured | null;
   /** The degree of the weights of dv. */
   dvDegree: number;
@@ -214,6 +216,8 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
     return exactly('relative.weights hold NaN or Infinity, which no Fourier transform stands');
   }
   const degrees = candidates(session, task);
+  const proved = degrees.length === 0 ? yield* prove(session, task, split, GAIN * costOf(problem, task.passes, null)) : null;
+  if (proved) return { attempts: [proved, exact], because: '', budget };
   if (degrees.length === 0) {
     const which = problem.degree === null ? 'no polynomial is' : `the polynomial of degree ${problem.degree} is not`;
     return exactly(`${which} predicted cheaper at this size`);
@@ -233,6 +237,8 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   // Rows are predicted with the bias itself: what decays make of it comes on top.
   const limit = Math.sqrt((room * problem.tolerance) ** 2 - (problem.decays?.error ?? 0) ** 2);
   const forLooks = budget - foreseenCost(task);
+  const cheap = yield* prove(session, task, split, costOf(problem, task.passes, degrees[0]) + samplingCost(problem, pass, 1).all);
+  if (cheap) return { attempts: [cheap, exact], because: '', budget };
   if (auto && task.hasValues && takesOutliers(problem) && outliersStandOut(task, bounds, degrees, limit)) {
     const usual = new Map(degrees.map((degree) => [degree, split.sampler.usualError(pass, degree)]));
     const guess: Guess = ({ degree, shrinks }, radius) =>
@@ -260,6 +266,28 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   if (auto) return exactly(`no cheaper polynomial keeps the tolerance ${problem.tolerance}, ${what}`);
   refuseMiss(task, what);
   return { attempts: [attemptOf(leastBad(task, degrees, errorOf))], because: 'as asked', budget };
+}
+
+/**
+ * A polynomial whose proved bound keeps the tolerance, if it costs less than `most`; null where there is none. Scores so small spare short calls the
+ * rows that would be sampled, which may take longer than all the rest.
+ */
+function* prove(session: Session, task: Task, split: Split, most: number): Generator<number, Attempt | null> {
+  const { problem, pass, passes } = task;
+  if (pass === 'backward' || problem.method !== 'auto' || problem.guarantee === 'certified' || problem.degree !== null) return null;
+  if (featuresFor(problem) !== 'polynomial' || problem.decays) return null;
+  // gradients are to find out what they go by
+  if (LOOK > SHOWS * costOf(problem, ['backward'], null)) return null;
+  const radius = Math.max(...split.bounds.map((one) => scoreRadius(problem, one)));
+  for (let degree = 0; degree <= MAX_DEGREE; degree++) {
+    if (costOf(problem, passes, degree) + PLAN.proof > most) return null;
+    if (!(worstCase(degree, radius) <= problem.tolerance)) continue;
+    session.spend(PLAN.proof);
+    const found = yield* certified(session, task, split, degree);
+    if (!(found.bound! <= problem.tolerance)) continue;
+    return workspaceOf(session, passes, degree) <= session.free ? { ...found, proved: true } : null;
+  }
+  return null;
 }
 
 /** Transforms take all rows; and states that stand for a bias have no outliers beside them. */
@@ -624,5 +652,5 @@ function leastBad({ problem, passes }: Task, degrees: readonly number[], errorOf
 function attempt(task: Task, degree: number | null, split: Split, known: Partial<Attempt> = {}): Attempt {
   const trial = degree !== null && mayMiss(task, degree, split.outliers?.counts);
   const own = dvDegree(task.problem, degree);
-  return { degree, dvDegree: own, passes: task.passes, coefficients: null, bound: null, predicted: null, trial, split, ...known };
+  return { degree, dvDegree: own, passes: task.passes, coefficients: null, bound: null, proved: false, predicted: null, trial, split, ...known };
 }

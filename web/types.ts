@@ -122,7 +122,7 @@ export type Layout = 'bhnd' | 'bnhd';
  */
 export type Method = 'auto' | 'exact' | 'polynomial' | 'toeplitz';
 
-/** `certified`: the bound is proved from norms. `sampled`: the error is measured on exact rows of a seeded sample. */
+/** `certified`: the bound is proved from norms. `sampled`: the error is measured on exact rows of a seeded sample, or proved where that is cheaper. */
 export type Guarantee = 'certified' | 'sampled';
 
 /**
@@ -319,7 +319,7 @@ export interface Report {
   errorBound: number | null;
   /**
    * Error measured on sampled exact rows, in the units of `tolerance`: of the output in `forward`, of the gradients in `backward`
-   * (`plan`: predicted); null when nothing was sampled.
+   * (`plan`: predicted); null when nothing was sampled, as where `errorBound` alone shows that the tolerance is kept.
    */
   errorEstimate: number | null;
   /**
