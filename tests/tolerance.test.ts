@@ -8,9 +8,9 @@ import { describe, expect, test } from '@jest/globals';
 
 import { eachBinary } from './support.js';
 import { KINDS, instance } from './promise/instances.mjs';
-import { LONG, SETTINGS, TOLERANCES, exactOf, expectedOf, numbered, promised, type Expected, type Kept, type Promise } from './promise/promise.mjs';
+import { LONG, LONG_SETTINGS, SETTINGS, TOLERANCES, exactOf, expectedOf, numbered, promised, type Expected, type Kept, type Promise } from './promise/promise.mjs';
 
-const COUNT = 240;
+const COUNT = 200;
 const references = new Map<number, Expected>();
 
 /** Three tolerances of an instance: others for each, all of the 41 in turn. */
@@ -94,6 +94,23 @@ describe('gradients beside outliers by an output that was given: of a polynomial
       const args = instance({ kind, bound: 1, seed, ...SETTINGS[setting](length, headDim) });
       for (const { ratio } of promised(attention(), args, 'training', [tolerance], expectedOf(args))) {
         expect(ratio ?? 0).toBeLessThanOrEqual(1);
+      }
+    });
+  });
+});
+
+describe('exact gradients by an output that a huge key has spoilt in a few rows: it is computed again', () => {
+  eachBinary((attention) => {
+    test('slope 0.01, 8,192 tokens', () => {
+      const args = instance({ kind: 'one huge key', bound: 1, seed: 28, ...LONG_SETTINGS['slope 0.01'](8192, 8) });
+      const expected = exactOf(attention(), args);
+      const { dOutput: _, ...forward } = args;
+      const saved = attention().forward({ ...forward, tolerance: 0.1 });
+      const { report } = attention().backward({ ...args, saved, tolerance: 0.1 });
+      expect([saved.report.method, report.method]).toEqual(['polynomial', 'exact']);
+      expect(report.reason).toMatch(/; the given output and lse are off by \S+ and were computed again$/);
+      for (const { ratio } of promised(attention(), args, 'training', [0.1], expected, { method: 'auto' })) {
+        expect(ratio).toBeLessThanOrEqual(1);
       }
     });
   });

@@ -22,6 +22,7 @@ import {
   costOf,
   flopsOf,
   missing,
+  budgetOfGiven,
   rowsOfGiven,
   promising,
   refuseMiss,
@@ -266,7 +267,7 @@ export class Attention implements RopeAttention {
       for (let attempt = list.shift(); attempt; attempt = list.shift()) {
         if (goesByGiven(task, attempt)) {
           session.restoreOutput(inputs);
-          const { fits, difference, note } = yield* this.#checkGiven(task, attempt, there);
+          const { fits, difference, note } = yield* this.#checkGiven(session, task, attempt, there, plan.budget);
           if (note !== null) notes.push(note);
           doubt = difference;
           if (!fits) {
@@ -331,9 +332,11 @@ export class Attention implements RopeAttention {
    * and a forced method finds out by the gradients.
    */
   *#checkGiven(
+    session: Session,
     task: Task,
     { degree, split }: Attempt,
     there: string,
+    budget: number,
   ): Generator<number, { fits: boolean; difference: number; note: string | null }> {
     const { problem } = task;
     if (problem.method !== 'auto') return { fits: true, difference: Infinity, note: null };
@@ -351,7 +354,7 @@ export class Attention implements RopeAttention {
     }
     const rows = rowsOfGiven(task);
     if (rows === 0) return { fits: true, difference: 0, note: `${there} were not checked in so short a call` };
-    const difference = yield* split.sampler.given(rows);
+    const difference = yield* split.sampler.given(rows, budgetOfGiven(session, task, budget));
     const own = there === GIVEN ? null : `gradients go by ${there}`;
     if (difference <= limit) return { fits: true, difference: 0, note: own };
     return { fits: false, difference: 0, note: `${there} are off by ${short(difference)} and were computed again` };

@@ -93,6 +93,9 @@ const ONLY_DQ = 1 / 3;
  */
 const [LOSS, LOSS_KEYS, TRIAL_RUN, GIVEN] = [0.078, 0.015, 0.03, 0.004];
 
+/** And to rows of these that a polynomial is likely to have wrong. */
+const LOOK_CLOSELY = { always: 0.003, most: 0.01 } as const;
+
 /** Of the same for a look at the next degree after one that ran and missed: it is so much better that it nearly always will do. */
 const LOSS_NEXT = 0.02;
 
@@ -561,6 +564,12 @@ export function rowsOfGiven({ problem, passes }: Task): number {
   if (LOOK > SHOWS * exact) return 0;
   const affordable = (GIVEN * SAMPLE_ROWS * exact) / portionCost(problem, 'forward');
   return Math.max(GIVEN_ROWS.least, Math.min(GIVEN_ROWS.most, Math.floor(affordable)));
+}
+
+/** What a look at more of these may take: next to nothing, or of what was not spent otherwise. */
+export function budgetOfGiven(session: Session, { problem, passes }: Task, budget: number): number {
+  const exact = costOf(problem, passes, null);
+  return Math.max(LOOK_CLOSELY.always * exact, Math.min(LOOK_CLOSELY.most * exact, budget - session.spent));
 }
 
 /** Relative-minimax polynomials on the proved interval of every head; nothing is known about gradients. */

@@ -47,8 +47,12 @@ const RUNS = 1 / 2;
 /** Portions of rows with the largest scores that have to be looked at; beside outliers what else is large decides. */
 const LARGEST = { all: 1, besideOutliers: 2 } as const;
 
-/** Where fewer looks are left than this, a degree that usually fails is passed over for the next one. */
+/**
+ * Where fewer looks are left than this, a degree that usually fails is passed over for the next one; outputs in the last look also for none. It
+ * does where the usual error is more than one of so many parts of the limit: worst rows of outputs are farther from usual ones.
+ */
 const FEW_LOOKS = 4;
+const UNLIKELY = { forward: { few: 2, last: 4 }, backward: { few: 1, last: 2 } } as const;
 
 /** Where chance decides, so many times as much is drawn in all, or so many if that is too much: what it may hide falls to two thirds. */
 const TIMES = [4, 3];
@@ -188,7 +192,8 @@ export class Sampler {
         found.set(degree, { error, upper: error, relative: error });
         continue;
       }
-      const passed = left < FEW_LOOKS && usual > limit / (left < 2 ? 4 : 2);
+      const unlikely = usual > limit / UNLIKELY[pass][left < 2 ? 'last' : 'few'];
+      const passed = left < FEW_LOOKS && (more || pass === 'forward') && unlikely;
       // without the means for a second look the first must do
       if (passed || (failed && left < 2 && likely > SURE[pass] * limit)) {
         found.set(degree, { error, upper: Infinity, relative: error });
@@ -638,15 +643,21 @@ export class Sampler {
 
   /**
    * How far the output and lse that were given are from exact ones: the larger of the output's error and lse's, on so many drawn rows
-   * of the head that is at hand.
+   * of the head that is at hand, and where there is time for as much more on some that a polynomial is likely to have wrong.
    */
-  *given(count: number): Generator<number, number> {
+  *given(count: number, budget: number): Generator<number, number> {
     this.#session.setOutliers(this.#outliers);
     const head = this.#session.heads - 1;
     const { total, place } = this.#seeing();
     const next = random(this.#seed, head, GIVEN);
     const all = Math.min(count, total);
     let largest = 0;
+    const g = this.#session.geometry;
+    if (portionCost(g, 'forward') + (this.#extremes.has(head) ? 0 : extremesCost(g)) <= budget) {
+      const rows = [...this.#extremeRows(head)].slice(0, SAMPLE_ROWS);
+      if (rows.length > 0) largest = worse(largest, this.#difference(head, (gradient) => this.#session.distance(head, rows, null, gradient)));
+      yield 0;
+    }
     for (let n = 0; n < all; n += SAMPLE_ROWS) {
       // one of each of as many equal shares
       const rows = new Uint32Array(Math.min(SAMPLE_ROWS, all - n));
