@@ -523,6 +523,16 @@ describe('scores so small that a proof is cheaper than samples', () => {
     expect(degreeOf(2, 1e-1)).toBe(null);
   });
 
+  test('what has no proof is not proved, however large the tolerance', () => {
+    for (const entry of [0.5, 2, 4, 50]) {
+      for (const tolerance of [1, 3, 100, 1e6]) {
+        const { report } = attention.forward({ ...small(entry), tolerance });
+        if (report.method === 'polynomial' && report.errorEstimate === null) expect(report.errorBound).toBeLessThanOrEqual(tolerance);
+        expect([report.method, report.errorEstimate, report.errorBound]).not.toEqual(['polynomial', null, null]);
+      }
+    }
+  });
+
   test('gradients, forced methods and degrees are sampled as before', () => {
     const args = { ...problem({ shape: { heads: 1, queryLength: 512, headDim: 16 }, causal: true }, 31, uniform(0.25)), tolerance: 1e-1 };
     expect(attention.backward(args).report).toMatchObject({ method: 'exact' });

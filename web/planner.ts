@@ -287,7 +287,7 @@ function* prove(session: Session, task: Task, split: Split, most: number): Gener
     if (!(worstCase(degree, radius) <= problem.tolerance)) continue;
     session.spend(PLAN.proof);
     const found = yield* certified(session, task, split, degree);
-    if (!(found.bound! <= problem.tolerance)) continue;
+    if (found.bound === null || !(found.bound <= problem.tolerance)) continue;
     return workspaceOf(session, passes, degree) <= session.free ? { ...found, proved: true } : null;
   }
   return null;
