@@ -555,8 +555,8 @@ export class Sampler {
     }
     for (const head of pass === 'backward' ? this.#heads() : []) {
       for (const { rows: keys, weights, exact } of this.#exactColumns(head, limit)) {
-        tally.gradient('dk', exact.dk, this.#gather('dk', head, keys), this.#columnRounding(head), weights);
-        tally.gradient('dv', exact.dv, this.#gather('dv', head, keys), 0, weights);
+        tally.gradient('dk', exact.dk, this.#session.resultRows('dk', head, keys), this.#columnRounding(head), weights);
+        tally.gradient('dv', exact.dv, this.#session.resultRows('dv', head, keys), 0, weights);
         yield 0;
       }
     }
@@ -567,10 +567,10 @@ export class Sampler {
     for (const portion of portions) {
       const { head, rows, weights, exact } = this.#withExact(portion, pass);
       if (pass === 'forward') {
-        tally.output(exact.out, this.#gather('out', head, rows), this.#bounds[head].v_half_range, weights);
+        tally.output(exact.out, this.#session.resultRows('out', head, rows), this.#bounds[head].v_half_range, weights);
       } else {
         const rounding = this.#rounding(head, rows, exact);
-        tally.gradient('dq', exact.dq, this.#gather('dq', head, rows), rounding, weights);
+        tally.gradient('dq', exact.dq, this.#session.resultRows('dq', head, rows), rounding, weights);
       }
       yield 0;
     }
@@ -1127,11 +1127,6 @@ export class Sampler {
     return outliers?.keys.subarray(head * outliers.counts.keys, (head + 1) * outliers.counts.keys) ?? [];
   }
 
-  /** Rows of an array of the session, one after the other. */
-  #gather(array: 'out' | 'lse' | 'dout' | 'dq' | 'dk' | 'dv', head: number, rows: readonly number[]): Float32Array {
-    return this.#session.resultRows(array, head, rows);
-  }
-
   /** The same for columns of dk: that of the first rows, once these are known. */
   #columnRounding(head: number): number {
     const [first] = this.#drawnRows(head).first;
@@ -1147,7 +1142,7 @@ export class Sampler {
     const { q_norm, k_norm, v_half_range } = this.#bounds[head];
     const largest = exact.out.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
     if (v_half_range > ROUNDING * largest) return 0;
-    const dout = this.#gather('dout', head, rows).reduce((sum, x) => sum + x * x, 0);
+    const dout = this.#session.resultRows('dout', head, rows).reduce((sum, x) => sum + x * x, 0);
     const delta = Math.sqrt(dout * valueDim) * largest;
     return ROUNDING * Math.abs(scale) * rotaryGain ** 2 * Math.max(q_norm, k_norm) * delta;
   }
