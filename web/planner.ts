@@ -219,7 +219,11 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
     return exactly('relative.weights hold NaN or Infinity, which no Fourier transform stands');
   }
   const degrees = candidates(session, task);
-  const proved = degrees.length === 0 ? yield* prove(session, task, split, GAIN * costOf(problem, task.passes, null)) : null;
+  const most =
+    degrees.length === 0
+      ? GAIN * costOf(problem, task.passes, null)
+      : costOf(problem, task.passes, degrees[0]) + samplingCost(problem, pass, 1).all;
+  const proved = yield* prove(session, task, split, most);
   if (proved) return { attempts: [proved, exact], because: '', budget };
   if (degrees.length === 0) {
     const which = problem.degree === null ? 'no polynomial is' : `the polynomial of degree ${problem.degree} is not`;
@@ -240,8 +244,6 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   // Rows are predicted with the bias itself: what decays make of it comes on top.
   const limit = Math.sqrt((room * problem.tolerance) ** 2 - (problem.decays?.error ?? 0) ** 2);
   const forLooks = budget - foreseenCost(task);
-  const cheap = yield* prove(session, task, split, costOf(problem, task.passes, degrees[0]) + samplingCost(problem, pass, 1).all);
-  if (cheap) return { attempts: [cheap, exact], because: '', budget };
   if (auto && task.hasValues && takesOutliers(problem) && outliersStandOut(task, bounds, degrees, limit)) {
     const usual = new Map(degrees.map((degree) => [degree, split.sampler.usualError(pass, degree)]));
     const guess: Guess = ({ degree, shrinks }, radius) =>

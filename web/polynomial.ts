@@ -309,14 +309,9 @@ function remez(degree: number, radius: number): number[] {
   return Array.from(compose(p, 0, radius));
 }
 
-/** T_0(x) .. T_g(x) into `value`, their derivatives into `derivative`. */
-function chebyshev(x: number, value: Float64Array, derivative?: Float64Array): void {
-  for (let m = 0; m < value.length; m++) {
-    value[m] = m === 0 ? 1 : m === 1 ? x : 2 * x * value[m - 1] - value[m - 2];
-    if (derivative) {
-      derivative[m] = m < 2 ? m : 2 * (value[m - 1] + x * derivative[m - 1]) - derivative[m - 2];
-    }
-  }
+/** T_0(x) .. T_g(x) into `value`. */
+function chebyshev(x: number, value: Float64Array): void {
+  for (let m = 0; m < value.length; m++) value[m] = m === 0 ? 1 : m === 1 ? x : 2 * x * value[m - 1] - value[m - 2];
 }
 
 /** Coefficients of x^m of sum_m a_m T_m(x), by Clenshaw's recurrence on polynomials. */
