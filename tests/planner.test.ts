@@ -630,7 +630,7 @@ describe('when a prediction fails', () => {
     const shape = { heads: 1, queryLength: 4096, headDim: 8 };
     const args = instance({ kind: 'aligned', bound: 1, seed: 1, shape, causal: true });
     const { output, lse } = attention.forward({ ...withoutGradient(args), method: 'exact' });
-    for (const tolerance of [0.012, 0.011]) {
+    for (const tolerance of [0.013, 0.012]) {
       // Not those of the polynomial, but not why it misses.
       const given = { ...args, output, lse: lse.map((x) => x + 0.1 * tolerance) };
       const { report, ...got } = attention.backward({ ...given, tolerance });

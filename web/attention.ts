@@ -28,6 +28,7 @@ import {
   refuseMiss,
   roomOf,
   short,
+  suretyOf,
   workspaceOf,
   worthOfMore,
   type Attempt,
@@ -402,7 +403,7 @@ export class Attention implements RopeAttention {
     const limit = room * problem.tolerance;
     const worth = (lost: readonly Pass[]) => worthOfMore(session, task, attempt, lost, next, budget);
     if (pass === 'backward' && problem.method === 'auto' && !task.part) {
-      const foreseen = yield* this.#foresee(session, { ...attempt, degree }, limit, budget, worth(positive ? [] : ran));
+      const foreseen = yield* this.#foresee(session, task, { ...attempt, degree }, limit, budget, worth(positive ? [] : ran));
       dvDegree = foreseen.dvDegree;
       if (foreseen.measured && !(foreseen.measured.upper <= limit)) {
         return missed(`has ${missing(foreseen.measured, 'predicted', room, ' in the gradients of keys')}`, foreseen.measured);
@@ -429,7 +430,8 @@ export class Attention implements RopeAttention {
    */
   *#foresee(
     session: Session,
-    { degree, dvDegree, trial, split: { sampler } }: Attempt & { degree: number },
+    task: Task,
+    { degree, dvDegree, trial, split: { sampler, outliers } }: Attempt & { degree: number },
     limit: number,
     budget: number,
     worth: number,
@@ -439,10 +441,11 @@ export class Attention implements RopeAttention {
       if (!lower) session.setEngine(degree);
       return { measured: null, dvDegree: lower ? dvDegree : degree };
     }
-    const first = yield* sampler.foresee(degree, limit, Infinity, budget, worth);
+    const surety = suretyOf(task, degree, outliers?.counts);
+    const first = yield* sampler.foresee(degree, limit, Infinity, budget, worth, surety);
     if (!missesInDv(dvDegree, degree, first, limit)) return { measured: first, dvDegree };
     session.setEngine(degree);
-    return { measured: yield* sampler.foreseeDv(degree, limit, budget, worth), dvDegree: degree };
+    return { measured: yield* sampler.foreseeDv(degree, limit, budget, worth, surety), dvDegree: degree };
   }
 
   /** Runs all units of the passes; false when the polynomial's weights are not positive. */

@@ -139,7 +139,7 @@ export function exactFlops(g: Geometry, pass: Pass): number {
   const map = productsOfPair(g);
   const more =
     map === null ? 0 : pass === 'forward' ? map.score - g.headDim : map.score + map.gradients + map.weights - 3 * g.headDim;
-  return products({ ...g, method: 'exact', pass }) + 2 * more * allowedPairs(g);
+  return (flopsOfPair(g, pass) + 2 * more) * allowedPairs(g);
 }
 
 /**
@@ -164,7 +164,24 @@ function flopsOfState(g: Geometry, pass: Pass, degree: number, dvDegree: number)
   const kvHeads = g.decays && hasOwnBiases(g) ? g.heads : g.kvHeads;
   const states = g.batch * (g.alibi ? g.heads : kvHeads);
   const saved = pass === 'forward' ? 0 : rank(g.headDim, degree) - rank(g.headDim, dvDegree);
-  return products({ ...g, kvHeads, method: 'polynomial', degree, pass }) - 2 * saved * (g.valueDim + 1) * g.keyLength * states;
+  const { batch, heads, queryLength, keyLength, headDim, valueDim, window, queryOffset, alibi } = g;
+  // one by one: engines take their time over `...g`
+  const all = products({
+    method: 'polynomial',
+    pass,
+    degree,
+    batch,
+    heads,
+    kvHeads,
+    queryLength,
+    keyLength,
+    headDim,
+    valueDim,
+    window,
+    queryOffset,
+    alibi,
+  });
+  return all - 2 * saved * (g.valueDim + 1) * g.keyLength * states;
 }
 
 /** Products for the gradient of a far bias by correlations (lags.c), of features of degree 1. */
@@ -243,7 +260,6 @@ export function cost(
   g: Geometry,
   pass: Pass,
   degree: number | null,
-  outliers = NO_OUTLIERS,
   features: Features = 'polynomial',
   dvDegree = degree ?? 0,
 ): number {
@@ -251,16 +267,20 @@ export function cost(
   const map = mapOf(g);
   if (degree === null) {
     const alike = map === 'bias' ? 0 : alikeShare(g);
-    const all = (1 - alike) * pairwiseCost(g, pass) + (alike * products({ ...g, method: 'exact', pass })) / share.exact[pass];
+    const all = (1 - alike) * pairwiseCost(g, pass) + (alike * flopsOfPair(g, pass) * allowedPairs(g)) / share.exact[pass];
     return shareInSight(g) * all;
   }
   if (features === 'toeplitz') return toeplitzFlops(g, pass, degree) / TOEPLITZ_EFFICIENCY[map][pass];
   // The keys at the left edge of a window, and those that leave the state, are rotated once more and weighed in whole blocks.
   const besides = g.window[0] < 0 ? 0 : 1.5 * CHUNK * flopsOfPair(g, pass) * g.batch * g.heads * g.queryLength;
-  const ofOutliers = (flopsOfPair(g, pass) * outlierPairs(g, outliers)) / share.outliers[pass];
   const more = ((g.decays?.count ?? 1) - 1) * flopsOfState(g, pass, degree, dvDegree);
   const first = (polynomialFlops(g, pass, degree, NO_OUTLIERS, dvDegree) - more + besides) / share[degree > 2 ? 'higher' : 'polynomial'][pass];
-  return first + more / WIDE_EFFICIENCY[pass] + ofOutliers;
+  return first + more / WIDE_EFFICIENCY[pass];
+}
+
+/** What rows that are exact beside a polynomial add to it. */
+export function outliersCost(g: Geometry, pass: Pass, outliers: OutlierCounts): number {
+  return (flopsOfPair(g, pass) * outlierPairs(g, outliers)) / efficiencyOf(g).outliers[pass];
 }
 
 /** Of its pairs those that the exact engine does not pass over because slopes leave no weight to them, where only an end cuts what is seen. */

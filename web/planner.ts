@@ -13,6 +13,7 @@ import {
   exactFlops,
   LEAST_REFUSAL,
   NO_OUTLIERS,
+  outliersCost,
   PLAN,
   polynomialFlops,
   portionCost,
@@ -144,7 +145,7 @@ function dvDegree(problem: Problem, degree: number | null): number {
   return Math.max(0, (degree ?? 0) - Number(free));
 }
 
-/** Costs without outliers that were asked for before: a short call should not count its pairs ten times. */
+/** Costs of a pass without outliers that were asked for before: a short call should not count its pairs ten times. */
 const costs = new WeakMap<Problem, Map<number, number>>();
 const features = new WeakMap<Problem, Features>();
 
@@ -156,15 +157,16 @@ function featuresFor(problem: Problem): Features {
 }
 
 export function costOf(problem: Problem, passes: readonly Pass[], degree: number | null, outliers = NO_OUTLIERS): number {
-  const count = () =>
-    passes.reduce((sum, pass) => sum + cost(problem, pass, degree, outliers, featuresFor(problem), dvDegree(problem, degree)), 0);
-  if (outliers !== NO_OUTLIERS) return count();
   let known = costs.get(problem);
   if (!known) costs.set(problem, (known = new Map()));
-  const name = passes.reduce((sum, pass) => sum + (pass === 'forward' ? 1 : 2), 4 * (degree ?? -1));
-  let found = known.get(name);
-  if (found === undefined) known.set(name, (found = count()));
-  return found;
+  let all = 0;
+  for (const pass of passes) {
+    const name = 2 * (degree ?? -1) + Number(pass === 'forward');
+    let found = known.get(name);
+    if (found === undefined) known.set(name, (found = cost(problem, pass, degree, featuresFor(problem), dvDegree(problem, degree))));
+    all += outliers === NO_OUTLIERS ? found : found + outliersCost(problem, pass, outliers);
+  }
+  return all;
 }
 
 export function flopsOf(
@@ -350,7 +352,13 @@ function* predict(
     const costOfDegree = (one: number | null) => costOf(problem, passes, one, outliers?.counts);
     return SPARED * (costOfDegree(next ?? null) - costOfDegree(degree));
   };
-  return yield* sampler.pilot(pass, degrees, limit, { thorough, short, alike, budget, worth });
+  const surety = (degree: number) => suretyOf(task, degree, outliers?.counts);
+  return yield* sampler.pilot(pass, degrees, limit, { thorough, short, alike, budget, worth, surety });
+}
+
+/** Of what passes for sure where not all was seen: less for a polynomial that would be dear to run in vain. */
+export function suretyOf({ problem, passes }: Task, degree: number, outliers = NO_OUTLIERS): number {
+  return 1 - Math.min(costOf(problem, passes, degree, outliers) / costOf(problem, passes, null), 0.5) ** 2;
 }
 
 /**
@@ -449,7 +457,7 @@ function* tryOutliers(
     const split = yield* splitOff(session, ranking, next.counts, problem.seed, session.wasGiven ? whole : null);
     session.spend(PLAN.trial);
     const together = left.filter((one) => one.counts === next.counts).map((one) => one.degree);
-    const fitting = together.filter((one) => workspaceOf(session, passes, one) <= session.free).sort((a, b) => a - b);
+    const fitting = fittingOf(session, passes, together.sort((a, b) => a - b));
     const predictions = yield* predict(task, split, fitting, room, budget);
     const found = fitting.find((one) => (predictions.get(one)?.upper ?? Infinity) <= room);
     if (found !== undefined) {
@@ -499,8 +507,7 @@ function candidates(session: Session, { problem, pass, passes }: Task): number[]
   if (auto && LEAST_REFUSAL > LOSS * exact) return []; // short calls have no time for more
   const all =
     problem.degree === null ? Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree) : [problem.degree];
-  const fitting = (degrees: number[]) =>
-    degrees.filter((degree) => workspaceOf(session, passes, degree) <= session.free);
+  const fitting = (degrees: number[]) => fittingOf(session, passes, degrees);
   if (!auto) {
     const some = fitting(all);
     // One that does not fit fails where the memory is asked for, with the numbers.
@@ -514,6 +521,13 @@ function candidates(session: Session, { problem, pass, passes }: Task): number[]
   // Costs rise with the degree, as degrees do here
   const dear = all.findIndex((degree) => costOf(problem, passes, degree) >= most);
   return fitting(all.slice(0, dear < 0 ? all.length : dear).filter((degree) => degree >= least));
+}
+
+/** Of ascending degrees those that there is memory for, which grows with the degree. */
+function fittingOf(session: Session, passes: readonly Pass[], degrees: readonly number[]): number[] {
+  let count = degrees.length;
+  while (count > 0 && workspaceOf(session, passes, degrees[count - 1]) > session.free) count--;
+  return degrees.slice(0, count);
 }
 
 /** Little is lost if this degree runs and misses. */

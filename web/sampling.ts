@@ -32,7 +32,8 @@ const CHANCE = 0.8;
 
 /**
  * Where there is no time to see all rows: an error that is to stay within a limit must be seen to be within this share of it, of the
- * largest error and of sums of squares; beside outliers, where rows differ much, of what was seen before all but drawn ones were.
+ * largest error and of sums of squares; beside outliers, where rows differ much, of what was seen before all but drawn ones were. Less
+ * where more is lost by a miss (`surety`).
  */
 const SURE = { forward: 0.6, backward: 0.9, besideOutliers: 0.1 } as const;
 
@@ -63,6 +64,7 @@ interface PilotOptions {
   alike?: (next: number) => boolean;
   budget?: number;
   worth?: (degree: number) => number;
+  surety?: (degree: number) => number;
 }
 
 /**
@@ -167,12 +169,13 @@ export class Sampler {
    * @param budget what sampling may take in all; it ends before, with a degree that is well within `limit` so far, or with none.
    *   Empty where there is no time for any.
    * @param worth what more rows may take where chance decides about a degree.
+   * @param surety of SURE, the less the more a miss of a degree would lose.
    */
   *pilot(
     pass: Pass,
     degrees: readonly number[],
     limit: number,
-    { thorough = false, short = () => false, alike = () => false, budget = Infinity, worth = () => 0 }: PilotOptions = {},
+    { thorough = false, short = () => false, alike = () => false, budget = Infinity, worth = () => 0, surety = () => 1 }: PilotOptions = {},
   ): Generator<number, Map<number, Measured>> {
     const found = new Map<number, Measured>();
     this.#session.setOutliers(this.#outliers);
@@ -183,19 +186,19 @@ export class Sampler {
       if (left < 1) break;
       if (more && left < FEW_LOOKS && alike(degrees[n + 1])) continue;
       const residual = thorough ? 0 : this.#residual(pass, degree);
-      const [least, usual] = this.#errorsOf(pass).map((one) => one * residual);
+      const [rarely, usual] = this.#errorsOf(pass).map((one) => one * residual);
       // As fast as residuals fall, or not faster than errors did: a huge key shows in rows alone.
       const fall: number = failed && failed.residual > 0 ? Math.max(residual / failed.residual, failed.fell) : Infinity;
       const likely: number = failed ? failed.error * fall : Infinity;
-      const error = Math.max(least, failed ? likely : 0);
-      if (!thorough && (least > limit || error > HOPELESS * limit)) {
+      const error = Math.max(rarely, failed ? likely : 0);
+      if (!thorough && (rarely > limit || error > HOPELESS * limit)) {
         found.set(degree, { error, upper: error, relative: error });
         continue;
       }
       const unlikely = usual > limit / UNLIKELY[pass][left < 2 ? 'last' : 'few'];
       const passed = left < FEW_LOOKS && (more || pass === 'forward') && unlikely;
       // without the means for a second look the first must do
-      if (passed || (failed && left < 2 && likely > SURE[pass] * limit)) {
+      if (passed || (failed && left < 2 && likely > surety(degree) * SURE[pass] * limit)) {
         found.set(degree, { error, upper: Infinity, relative: error });
         continue;
       }
@@ -203,9 +206,9 @@ export class Sampler {
       const next = more ? this.#session.heads * FIT.polynomial + this.#lookCost(pass) : 0;
       const reserve = Math.max(next, pass === 'backward' ? 2 * this.#columnsCost() : 0);
       const trail: number[] = [];
-      const within = { limit, budget, reserve, worth: worth(degree), trail };
-      const measured = yield* this.#pilotOne(pass, degree, thorough, short(degree), within);
-      if (measured.upper === Infinity) measured.error = Math.max(measured.error, least);
+      const within: Within = { limit, budget, reserve, worth: worth(degree), surety: surety(degree), trail };
+      const measured: Measured = yield* this.#pilotOne(pass, degree, thorough, short(degree), within);
+      if (measured.upper === Infinity) measured.error = Math.max(measured.error, rarely);
       found.set(degree, measured);
       if (measured.upper <= limit) break;
       const common = Math.min(trail.length, failed?.trail.length ?? 0) - 1; // after as many portions
@@ -267,15 +270,14 @@ export class Sampler {
   }
 
   /**
-   * The same of one degree, as far as the budget goes; not within `limit` when it was left, whatever was seen until then. `trail`: gets the
-   * errors that were seen after each portion.
+   * The same of one degree, as far as the budget goes; not within `limit` when it was left, whatever was seen until then.
    */
   *#pilotOne(
     pass: Pass,
     degree: number,
     thorough: boolean,
     short: boolean,
-    { limit, budget, reserve, worth, trail }: { limit: number; budget: number; reserve: number; worth: number; trail: number[] },
+    { limit, budget, reserve, worth, surety, trail }: Within,
   ): Generator<number, Measured> {
     if (short && pass === 'backward') {
       const first = yield* this.#pilotFirst(degree);
@@ -289,7 +291,7 @@ export class Sampler {
         if (this.#session.spent + this.#costOf(portion, pass, at) + (must ? 0 : reserve) > budget) {
           const { error, upper, relative } = tally.result();
           const beside = this.#outliers !== null && !short && !this.#onlyDrawnLeft(portion, pass);
-          const sure = beside ? SURE.besideOutliers : SURE[pass];
+          const sure = surety * (beside ? SURE.besideOutliers : SURE[pass]);
           return { error, upper: must || upper > sure * limit ? Infinity : upper, relative };
         }
         this.#predict(pass, degree, portion, tally);
@@ -464,8 +466,9 @@ export class Sampler {
    * @param portions of each head that are looked at, at most.
    * @param budget what may be taken in all, as in `pilot`; the first portion goes before that.
    * @param worth what more keys may take where chance decides, but not in dv alone, which may have other weights yet.
+   * @param surety as in `pilot`.
    */
-  *foresee(degree: number, limit: number, portions: number, budget: number, worth = 0): Generator<number, Measured> {
+  *foresee(degree: number, limit: number, portions: number, budget: number, worth = 0, surety = 1): Generator<number, Measured> {
     this.#session.setOutliers(this.#outliers);
     this.#forgetColumns(); // as they are with another output and lse
     const tally = this.#tally();
@@ -483,12 +486,12 @@ export class Sampler {
     const { error, upper, relative, besideDv } = tally.result();
     const chance = !ended && portions === Infinity && besideDv > limit;
     if (chance && this.#enlarge(tally.doubtful(limit), 'backward', 2, worth)) return yield* this.#foreseeAll(degree, limit);
-    const sure = (most: number) => (ended && most > SURE.backward * limit ? Infinity : most);
+    const sure = (most: number) => (ended && most > surety * SURE.backward * limit ? Infinity : most);
     return { error, upper: sure(upper), relative, besideDv: sure(besideDv) };
   }
 
   /** The same once more, where dv alone has other weights now; its first portion goes before the budget, too. */
-  *foreseeDv(degree: number, limit: number, budget: number, worth: number): Generator<number, Measured> {
+  *foreseeDv(degree: number, limit: number, budget: number, worth: number, surety: number): Generator<number, Measured> {
     const tally = this.#tally();
     let [seen, ended] = [0, false];
     for (const head of this.#heads()) {
@@ -502,7 +505,7 @@ export class Sampler {
     }
     if (!ended && this.#enlarge(tally.doubtful(limit), 'backward', 2, worth)) return yield* this.#foreseeAll(degree, limit);
     const { error, upper, relative, besideDv } = tally.result();
-    return { error, upper: ended && upper > Math.max(besideDv, SURE.backward * limit) ? Infinity : upper, relative, besideDv };
+    return { error, upper: ended && upper > Math.max(besideDv, surety * SURE.backward * limit) ? Infinity : upper, relative, besideDv };
   }
 
   /** The same on all sampled columns. */
@@ -777,7 +780,7 @@ export class Sampler {
     const { place } = this.#seeing();
     const slope = this.#slopeRows(head);
     const more = pass === 'backward' ? draws.add((this.#times.rows - 1) * this.#rowsToDraw).rows : [];
-    const others = more.map(({ row, weight }) => ({ row: place(row), weight })).filter(({ row }) => !hard.has(row));
+    const others = more.map(({ row, weight }) => ({ row: place(row), weight })).filter(({ row }) => !hard(row));
     const between = Array.from(slope.rows, (row) => ({ row, weight: slope.weight }));
     const known = [...first, ...drawn, ...few, ...most];
     drawn.push(...inPortions(head, this.#byPlace(weighAgain(known, others).filter(({ row }) => !slope.stands(row)))));
@@ -842,17 +845,18 @@ export class Sampler {
     else if (of === 'most') [...this.#extremeRows(head)].filter((row) => !few.has(row)).forEach(alone);
     else {
       const hard = this.#hardRows(head, pass);
-      for (const { rows, weights } of first) rows.forEach((row, n) => hard.has(row) && (weights[n] = 1));
-      for (const one of all.slice(SAMPLE_ROWS)) if (!hard.has(one.row) && !slope.stands(one.row)) some.push(one);
+      for (const { rows, weights } of first) rows.forEach((row, n) => hard(row) && (weights[n] = 1));
+      for (const one of all.slice(SAMPLE_ROWS)) if (!hard(one.row) && !slope.stands(one.row)) some.push(one);
     }
     portions = inPortions(head, of === 'most' ? some : this.#byPlace(some), of === 'few' ? SHORT_ROWS : SAMPLE_ROWS);
     this.#rest.set(name, portions);
     return portions;
   }
 
-  /** Rows that are looked at for themselves. */
-  #hardRows(head: number, pass: Pass): ReadonlySet<number> {
-    return new Set([...this.#fewKeyRows(head, pass), ...this.#extremeRows(head)]);
+  /** Whether rows are looked at for themselves. */
+  #hardRows(head: number, pass: Pass): (row: number) => boolean {
+    const [few, extreme] = [this.#fewKeyRows(head, pass), this.#extremeRows(head)];
+    return (row) => few.has(row) || extreme.has(row);
   }
 
   /**
@@ -1146,6 +1150,19 @@ export class Sampler {
     const delta = Math.sqrt(dout * valueDim) * largest;
     return ROUNDING * Math.abs(scale) * rotaryGain ** 2 * Math.max(q_norm, k_norm) * delta;
   }
+}
+
+/** What one look at a degree may take. */
+interface Within {
+  limit: number;
+  budget: number;
+  /** Of the budget, only for what has to be seen. */
+  reserve: number;
+  /** What more rows may take where chance decides. */
+  worth: number;
+  surety: number;
+  /** Gets the errors that were seen after each portion. */
+  trail: number[];
 }
 
 /** See #slopeRows. */

@@ -168,13 +168,13 @@ export function cost(args: CostArgs): number {
   const backward = args.pass === 'backward';
   if (args.method === 'exact') {
     const perPair = backward ? 2 * (3 * headDim + 2 * valueDim) : 2 * (headDim + valueDim);
-    return perPair * batch * heads * pairs({ ...args, queryLength, keyLength });
+    return perPair * batch * heads * pairs(args);
   }
   if (args.degree === undefined) throw new RangeError('cost: method polynomial needs a degree, got undefined');
   const [keys, queries] = [keyLength * (args.alibi ? heads : kvHeads), queryLength * heads];
   const moment = args.alibi && backward ? keys + queries : 0;
   const rows = (backward ? 3 * keys + 2 * queries : keys + queries) + moment;
-  const leaving = leavingShare({ ...args, queryLength, keyLength }) * (1 + 1 / TURNOVER) * (backward ? keys + queries : keys);
+  const leaving = leavingShare(args) * (1 + 1 / TURNOVER) * (backward ? keys + queries : keys);
   return 2 * rank(headDim, args.degree) * (valueDim + 1) * (rows + leaving) * batch;
 }
 
