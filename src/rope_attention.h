@@ -287,6 +287,19 @@ int RA_API(ra_sample_prepare)(const ra_problem *p, const ra_arrays *x, uint32_t 
 int RA_API(ra_sample_largest)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t queries,
                               uint32_t count, uint32_t *rows, float *norms, void *workspace);
 
+// How far scores s = scale q.k through the polynomial engine's state are from 0, the largest of all queries over the n keys of the state that each
+// of them sees, outliers apart, centred as above: scores sum s^2 / n exp(-sum s / n); keys sum |k|^2 / n; gain exp(-sum s / n). 0 where the state is empty.
+// rows: queries and keys that were looked at to find that.
+typedef struct ra_spread {
+  float scores, keys, gain;
+  uint32_t rows;
+} ra_spread;
+
+// O((group Nq + Nk) D^2); left as soon as scores exceed `limit`. Not with windows, segments, slopes, biases, decays, a relative map or centred queries: RA_ERROR_PROBLEM.
+// Needs ra_sample_prepare.
+int RA_API(ra_sample_spread)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, float limit, ra_spread *spread,
+                             void *workspace);
+
 // Rows where an approximation is likely to fail first, but outliers: flat rows of the largest queries; those with the largest positive
 // and with the largest negative scores s, by s^3 |v - mean|, against the keys of the largest |k| |v - mean|, k centred, that the
 // polynomial engine would take through its state; and these keys, falling. RA_EXTREMES of each, 0 where there are fewer. |v - mean| by x->means

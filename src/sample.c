@@ -60,6 +60,7 @@ typedef struct sample {
   float *weight, *ds, *dp; // [TILE][8]
   float *sum_t, *d_t;      // [Dv][8], [Dp][8], of all that is summed at a time SUMS times
   float *scaled;           // [Dv] one row of dout
+  float *gram;             // [D / 8][D][8] sums of products of keys
   // with a relative map
   char *map_space;
   float *columns; // [Dp][TILE] keys, or queries, of a tile
@@ -94,6 +95,7 @@ static sample arrange(const ra_problem *p, ra_workspace_cursor *w) {
   e.sum_t = ra_take_floats(w, e.Dv, SUMS * LANES);
   e.d_t = ra_take_floats(w, e.Dp, SUMS * LANES);
   e.scaled = ra_take_floats(w, 1, e.Dv);
+  e.gram = ra_take_floats(w, (e.D + LANES - 1) / LANES, e.D * LANES);
   if (ra_is_relative(p)) {
     e.map_space = ra_take(w, 1, ra_relative_bytes(p, 1, 1), 1);
     e.columns = ra_take_floats(w, e.Dp, TILE);
@@ -439,6 +441,91 @@ int ra_sample_largest(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
       for (uint32_t n = 0; n < ra_min_u32(RA_CHUNK, length - i); n++)
         keep_in_heap(rows, norms, count, (i + n) * group + h, norm_of(&e, some + n * row, squares[n]));
     }
+  return RA_OK;
+}
+
+// --- Spread -------------------------------------------------------------------------------------------------------
+
+// Adds keys from .. to - 1, up to RA_CHUNK, but outliers to sums of products, of themselves and of their squares; how many.
+static uint32_t add_products(const sample *e, size_t kv_head, uint32_t from, uint32_t to, double *sum,
+                             double *squares) {
+  const float *k = e->k_rows + (size_t)from * e->Dp;
+  uint32_t count = to - from, added = count, outliers = key_outliers(e, kv_head, from);
+  ra_sum_rows(k, e->Dp, count, e->Dp, outliers, sum);
+  for (uint32_t j = 0; outliers && j < count; j++) {
+    float *row = e->rows + j * e->Dp;
+    memcpy(row, k + j * e->Dp, e->Dp * sizeof *row);
+    if (outliers >> j & 1) ra_fill(row, e->Dp, 0), added--;
+  }
+  for (uint32_t j = 0; j < count; j++)
+    if (!(outliers >> j & 1)) *squares += e->k_squares[from + j];
+  const float *rows = outliers ? e->rows : k;
+  for (size_t c = 0; c < e->D; c += LANES) // lanes from D on are of what follows, and not read
+    ra_add_columns(rows, e->Dp, (uint32_t)e->D, rows + c, e->Dp, count, e->gram + c * e->D, LANES);
+  return added;
+}
+
+// squares[i] = s.s of each query in e->rows against the keys that were added: x^T G x.
+RA_KERNEL void score_squares(const sample *e, uint32_t count, float *squares) {
+  f32x4 sum[RA_CHUNK];
+  for (uint32_t i = 0; i < count; i++) sum[i] = f32x4_splat(0), squares[i] = 0;
+  for (size_t c = 0; c < e->D; c += LANES) {
+    ra_set_rows(e->rows, e->Dp, count, e->gram + c * e->D, LANES, (uint32_t)e->D, e->s, LANES);
+    for (size_t m = 0; m < LANES && c + m < e->D; m += 4)
+      for (uint32_t i = 0; i < count; i++) {
+        const float *x = e->rows + i * e->Dp + c + m, *y = e->s + i * LANES + m;
+        if (c + m + 4 <= e->D) sum[i] = f32x4_madd(f32x4_load(x), f32x4_load(y), sum[i]);
+        else
+          for (size_t d = 0; c + m + d < e->D; d++) squares[i] += x[d] * y[d];
+      }
+  }
+  for (uint32_t i = 0; i < count; i++) squares[i] += f32x4_sum(sum[i]);
+}
+
+// The largest of those queries, but outliers, against the n keys that were added, whose sum is given; *lowest: the least mean score so far.
+static void look_at_spread(const sample *e, uint32_t count, uint32_t outliers, uint32_t n, const double *sum,
+                           ra_spread *most, double *lowest) {
+  float squares[RA_CHUNK], mean[RA_MAX_HEAD_DIM];
+  for (size_t d = 0; d < e->D; d++) mean[d] = (float)(sum[d] / n);
+  score_squares(e, count, squares);
+  for (uint32_t i = 0; i < count; i++) {
+    if (outliers >> i & 1) continue;
+    double x = -(double)dot(e->rows + i * e->Dp, mean, e->D), square = squares[i] / n;
+    if (-x < *lowest) *lowest = -x;
+    if (x < 1 && square <= most->scores * (1 - x)) continue; // exp(x) <= 1 / (1 - x)
+    most->scores = fmaxf(most->scores, (float)(square * ra_exp_f64(x)));
+  }
+}
+
+int ra_sample_spread(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, float limit, ra_spread *spread,
+                     void *workspace) {
+  if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return RA_ERROR_PROBLEM;
+  ra_workspace_cursor cursor = {workspace, 0, 0};
+  sample e = arrange(p, &cursor);
+  int scored =
+      ra_is_relative(p) || p->bias || p->alibi || p->decay_count > 0 || p->softcap > 0 || p->mask || p->allowed;
+  int masked = p->segment_count > 1 || p->window_left >= 0 || p->window_right >= 0;
+  if (scored || masked || e.state->centred) return RA_ERROR_PROBLEM;
+  ra_fill(e.gram, (e.D + LANES - 1) / LANES * e.D * LANES, 0);
+  double sum[RA_MAX_HEAD_DIM + 3] = {0}, squares = 0, lowest = INFINITY;
+  uint32_t known = 0, n = 0;
+  *spread = (ra_spread){0, 0, 0, 0};
+  for (uint32_t i = 0; i < e.Nq && spread->scores <= limit; i += RA_CHUNK) { // what the state holds grows with i
+    uint32_t end = ra_state_keys(p, i).end, count = ra_min_u32(RA_CHUNK, p->query_length - i);
+    for (uint32_t to; known < end; known = to) {
+      to = ra_min_u32(known + RA_CHUNK, end);
+      n += add_products(&e, kv_head, known, to, sum, &squares);
+      spread->rows += to - known;
+    }
+    if (n == 0) continue;
+    spread->keys = fmaxf(spread->keys, (float)(squares / n));
+    for (size_t h = 0; h < e.group; h++) {
+      rotate_queries(&e, x->q, kv_head * e.group + h, i, count, p->scale);
+      look_at_spread(&e, count, query_outliers(&e, kv_head, h, i), n, sum, spread, &lowest);
+      spread->rows += count;
+    }
+  }
+  spread->gain = (float)ra_exp_f64(-lowest);
   return RA_OK;
 }
 

@@ -5,7 +5,7 @@
 
 import { describe, expect, test } from '@jest/globals';
 
-import { MAX_DEGREE, ScoreFits, evaluate, fitToScores, minimax, relativeError } from '../dist/polynomial.js';
+import { MAX_DEGREE, ScoreFits, evaluate, fitToScores, minimax, relativeError, tangent } from '../dist/polynomial.js';
 import { maxAbs, random } from './support.js';
 
 const degrees = Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree);
@@ -127,6 +127,40 @@ describe('minimax', () => {
     for (const degree of [-1, 9, 1.5, NaN]) expect(() => minimax(degree, 1)).toThrow(`got ${degree}`);
     for (const radius of [-1, Infinity, NaN]) expect(() => minimax(2, radius)).toThrow(`got ${radius}`);
     expect(() => minimax(9, 1)).toThrow(RangeError);
+  });
+});
+
+describe('tangent', () => {
+  test.each([0, 0.01, 0.3, 1, 3, 8])('it is off by at most error s^2 within radius %d, and by as much at its end', (radius) => {
+    for (const degree of degrees.slice(1)) {
+      const { coefficients, error } = tangent(degree, radius);
+      expect(Array.from(coefficients.slice(0, 2))).toEqual([1, 1]);
+      for (const s of grid(-radius, radius, 500)) {
+        const rounding = 2 ** -50 * Math.exp(Math.abs(s));
+        expect(Math.abs(evaluate(coefficients, s) - Math.exp(s))).toBeLessThanOrEqual(error * s * s + rounding);
+      }
+      const attained = Math.abs(evaluate(coefficients, radius) - Math.exp(radius)) / radius ** 2;
+      if (error * radius ** 2 > 1e-4) expect(attained).toBeGreaterThan(0.99 * error);
+    }
+  });
+
+  test('its error falls with the degree, faster than that of Taylor polynomials', () => {
+    let power = 1 / 2;
+    for (const degree of degrees.slice(1, 7)) {
+      // (e - sum of s^m / m!) / s^2 at s = 1: what Taylor polynomials leave
+      const taylors = Math.E - evaluate(taylor(degree), 1);
+      const { error } = tangent(degree, 1);
+      if (degree > 1) expect(error).toBeLessThan(taylors / 2 ** (degree - 2.5));
+      expect(error).toBeLessThan(1.6 * power);
+      power = error;
+    }
+  });
+
+  test('there is none of degree 0, nor beyond radius 8', () => {
+    expect(tangent(0, 1).error).toBe(Infinity);
+    expect(tangent(3, 8.5).error).toBe(Infinity);
+    expect(tangent(3, NaN).error).toBe(Infinity);
+    expect(() => tangent(9, 1)).toThrow('got 9');
   });
 });
 

@@ -36,6 +36,7 @@ describe('instances of every kind, mask and size', () => {
       const over = (limit: number) => given.filter(({ ratio }) => !(ratio! <= limit));
       expect(over(most)).toEqual([]);
       expect(over(1).length).toBeLessThanOrEqual(given.length / 1000 + 1);
+      expect(given.filter(({ slack }) => slack !== null && !(slack >= 1))).toEqual([]); // certified bounds hold
     });
   });
 });

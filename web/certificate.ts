@@ -6,14 +6,17 @@
 // for |q_i| where queries are centred as well. If
 // |p(s) exp(-s) - 1| <= t < 1 there, the engine's weights are w_j (1 + e_j), |e_j| <= t, w the true ones, and the output
 // moves by at most `certifiedBound(t)` of theory.ts, 2 (1 - sqrt(1 - t^2)) / t, about t: a sharp bound, derived there.
-// float32 adds the term of `roundingBound`, or of transforms.ts. Not counted is what no float32 result can avoid: the rounding of v and of the
+// Where most scores are much smaller, what counts is their mean square (`certifySpread`): with |p(s) - exp(s)| <= E s^2 the changes of the weights of
+// a row add up to E times sum s^2 over the sum of weights, which is n exp(mean s) at least.
+// float32 adds the term of `roundingWithin`, or of transforms.ts. Not counted is what no float32 result can avoid: the rounding of v and of the
 // output themselves, one part in 2^24 of |v|.
 
-import { NO_OUTLIERS } from './cost.js';
-import type { Bounds } from './kernel.js';
+import { NO_OUTLIERS, type OutlierCounts } from './cost.js';
+import type { Bounds, Spread } from './kernel.js';
 import { relativeError, TURNOVER } from './polynomial.js';
 import { entriesGain } from './relative.js';
 import type { Features } from './scores.js';
+import { worse } from './tally.js';
 import { certifiedBound, rank } from './theory.js';
 import { transformBound } from './transforms.js';
 import type { Geometry } from './validate.js';
@@ -37,6 +40,12 @@ export function scoreRadius(g: Geometry, bounds: Bounds): number {
   if (g.relative || g.relativePositions) return largestScore(g, bounds) * (1 + (g.headDim + 8) * UNIT);
   const rotated = queryGain(g, bounds) * bounds.q_plain_norm; // k_centred_norm is of rotated keys
   return Math.abs(g.scale) * rotated * bounds.k_centred_norm * (1 + (g.headDim + 8) * UNIT);
+}
+
+/** Whether the mean squares of scores can be known: those of Session.spread. */
+export function hasSpread(g: Geometry): boolean {
+  const scored = g.relative || g.relativePositions || g.bias || g.alibi || g.decays || g.mask || g.softcap;
+  return !scored && g.segments.length === 1 && g.window.every((side) => side < 0);
 }
 
 /** What rotation makes of norms of queries: those of centred ones are of rotated rows already. */
@@ -71,24 +80,23 @@ export function scoreBound(g: Geometry, bounds: readonly Bounds[]): number {
  *
  * A sum of n float32 terms by chains of at most n additions and products is within gamma_n = n u / (1 - n u) of the sum of
  * magnitudes. Numerator and denominator are sums over keys and features of c_m (multinomial) q^a k^a [v, 1], whose
- * magnitudes add up to at most S = sum |c_m| R^m for each key, against weights of at least min p: the quotient moves by at
- * most 2 gamma_n S / min p times the largest |v| that is summed. A window's sum may hold the rounding of up to TURNOVER keys
+ * magnitudes add up to at most S = sum |c_m| R^m for each key, against weights of at least W = min p each: the quotient moves by at
+ * most 2 gamma_n S / W times the largest |v| that is summed. Both may be means over the keys that a query sees. A window's sum may hold the rounding of up to TURNOVER keys
  * for each that is in it, which came and went. The scores themselves are off (scoreRounding).
  *
- * @param t relative error of the polynomial on [-radius, radius], so that min p >= (1 - t) exp(-radius).
+ * @param magnitude S. @param least W.
  * @param valueRatio largest |v| that the engine sums over half the range of v.
  * @param outlierKeys keys that are summed beside the state, weighed exactly.
  */
-export function roundingBound(
+function roundingBound(
   g: Geometry,
-  coefficients: ArrayLike<number>,
-  radius: number,
-  t: number,
+  degree: number,
+  magnitude: number,
+  least: number,
   bounds: Norms & Pick<Bounds, 'q_mean_norm'>,
   valueRatio: number,
   outlierKeys = 0,
 ): number {
-  const degree = coefficients.length - 1;
   const [left, right] = g.causal ? [g.window[0], 0] : g.window;
   const inState = left < 0 ? g.keyLength : Math.min(g.keyLength, right < 0 ? Infinity : left + right + 1);
   const terms = left < 0 ? 1 : 1 + 2 * TURNOVER; // for each key in the state
@@ -102,9 +110,26 @@ export function roundingBound(
   const products = 2 * degree + 6 + (g.decays ? 6 + g.decays.count : 0);
   const chain = (overKeys + overFeatures + beside + products) * UNIT;
   const gamma = chain < 1 ? chain / (1 - chain) : Infinity;
-  const magnitude = magnitudeOf(coefficients, radius);
-  const sums = (2 * gamma * terms * (g.decays?.gain ?? 1) * magnitude * valueRatio) / ((1 - t) * Math.exp(-radius));
+  const sums = (2 * gamma * terms * (g.decays?.gain ?? 1) * magnitude * valueRatio) / least;
   return sums + scoreRounding(g, bounds);
+}
+
+/**
+ * The same where nothing is known but that scores are within a radius.
+ *
+ * @param t relative error of the polynomial there, so that it is (1 - t) exp(-radius) at least.
+ */
+export function roundingWithin(
+  g: Geometry,
+  coefficients: ArrayLike<number>,
+  radius: number,
+  t: number,
+  bounds: Norms & Pick<Bounds, 'q_mean_norm'>,
+  valueRatio: number,
+  outlierKeys = 0,
+): number {
+  const least = (1 - t) * Math.exp(-radius);
+  return roundingBound(g, coefficients.length - 1, magnitudeOf(coefficients, radius), least, bounds, valueRatio, outlierKeys);
 }
 
 /** sum of |c_m| radius^m */
@@ -124,12 +149,66 @@ function scoreRounding(g: Geometry, bounds: Norms & Pick<Bounds, 'q_mean_norm'>)
 }
 
 /**
+ * The bound for one head; Infinity where there is none: t >= 1, weights that may not be positive.
+ *
+ * @param coefficients c_0 .. c_degree, as the engine takes them.
+ * @param outliers rows that are exact; `bounds` are those of the others. Outlier queries have the rounding only.
+ * @param features the engine, whose rounding it is.
+ */
+export function certifyHead(
+  g: Geometry,
+  coefficients: Float32Array,
+  bounds: Bounds,
+  outliers = NO_OUTLIERS,
+  features: Features = 'polynomial',
+): number {
+  const radius = scoreRadius(g, bounds);
+  // Decays that stand for a bias are off by a factor of their own.
+  const fit = g.decays ? (g.decays.floored ? Infinity : g.decays.error) : 0;
+  const t = (1 + relativeError(coefficients, -radius, radius)) * (1 + fit) - 1;
+  return t < 1 ? certifiedBound(t) + rounding(g, coefficients, bounds, t, outliers, features) : Infinity;
+}
+
+/**
+ * The same by the mean square of scores: the sum of |changes| of a row's weights, which add up to 1, is at most e = error * spread, and moves its
+ * output by at most e / (1 - e) times what one value may be off it, 2. Weights are exp(mean s) (1 - e) on average, at least, and magnitudes
+ * those of the mean square of keys.
+ *
+ * @param coefficients, error of `tangent`, on the head's score radius.
+ */
+export function certifySpread(
+  g: Geometry,
+  coefficients: Float32Array,
+  error: number,
+  spread: Spread,
+  bounds: Bounds,
+  outliers = NO_OUTLIERS,
+): number {
+  const radius = scoreRadius(g, bounds);
+  const e = error * spread.scores;
+  if (!(e < 1 && relativeError(coefficients, -radius, radius) < 1)) return Infinity;
+  const typical = Math.min(radius, Math.abs(g.scale) * queryGain(g, bounds) * bounds.q_plain_norm * Math.sqrt(spread.keys));
+  let magnitude = 1 + typical;
+  for (let m = coefficients.length - 1, sum = 0; m > 1; m--) {
+    sum = sum * radius + Math.abs(coefficients[m]);
+    if (m === 2) magnitude += sum * typical ** 2;
+  }
+  const least = (1 - e) / Math.max(1, spread.gain); // of keys that are done exactly 1, relative to their magnitudes
+  return (2 * e) / (1 - e) + roundingBound(g, coefficients.length - 1, magnitude, least, bounds, 2, outliers.keys);
+}
+
+function rounding(g: Geometry, own: Float32Array, bounds: Bounds, t: number, outliers: OutlierCounts, features: Features): number {
+  const radius = scoreRadius(g, bounds);
+  if (features !== 'toeplitz') return roundingWithin(g, own, radius, t, bounds, 2, outliers.keys);
+  const gains = g.relative ? entriesGain(g.relative, g.headDim) / g.relative.gain : 1;
+  return transformBound(g, own.length - 1, magnitudeOf(own, radius * gains), (1 - t) * Math.exp(-radius)) + scoreRounding(g, bounds);
+}
+
+/**
  * The bound for a whole call: the largest over its key/value heads; null when there is none (t >= 1 on some head, or v is
  * not known).
  *
- * @param coefficients [heads][degree + 1], as the engine takes them.
- * @param outliers rows that are exact; `heads` are bounds of the others. Outlier queries have the rounding only.
- * @param features the engine, whose rounding it is.
+ * @param coefficients [heads][degree + 1].
  */
 export function certify(
   g: Geometry,
@@ -139,20 +218,7 @@ export function certify(
   outliers = NO_OUTLIERS,
   features: Features = 'polynomial',
 ): number | null {
-  let largest = 0;
-  const gains = features === 'toeplitz' && g.relative ? entriesGain(g.relative, g.headDim) / g.relative.gain : 1;
-  for (const [n, bounds] of heads.entries()) {
-    const own = coefficients.subarray(n * (degree + 1), (n + 1) * (degree + 1));
-    const radius = scoreRadius(g, bounds);
-    // Decays that stand for a bias are off by a factor of their own.
-    const fit = g.decays ? (g.decays.floored ? Infinity : g.decays.error) : 0;
-    const t = (1 + relativeError(own, -radius, radius)) * (1 + fit) - 1;
-    const rounding = () =>
-      features === 'toeplitz'
-        ? transformBound(g, degree, magnitudeOf(own, radius * gains), (1 - t) * Math.exp(-radius)) + scoreRounding(g, bounds)
-        : roundingBound(g, own, radius, t, bounds, 2, outliers.keys);
-    const bound = t < 1 ? certifiedBound(t) + rounding() : Infinity;
-    if (!(bound <= largest)) largest = bound;
-  }
+  const own = (head: number) => coefficients.subarray(head * (degree + 1), (head + 1) * (degree + 1));
+  const largest = heads.reduce((most, bounds, head) => worse(most, certifyHead(g, own(head), bounds, outliers, features)), 0);
   return Number.isFinite(largest) ? largest : null;
 }

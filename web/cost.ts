@@ -110,6 +110,8 @@ const ROW = {
   extremes: { each: 600, entry: 42 },
   /** The same where keys of each chunk are looked at. */
   extremesOfChunks: { each: 1100, entry: 73 },
+  /** How far scores are from 0: of each entry of the product of a query, or key, with itself. */
+  spread: { each: 700, entry: 1.9 },
   /** To rank queries, or keys, by norm. */
   rank: { each: 900, entry: 0 },
 } as const;
@@ -343,6 +345,12 @@ export function centringCost(g: Geometry): number {
 
 export function extremesCost(g: Geometry): number {
   return PORTION + rowCost(g.alibi || g.decays ? ROW.extremesOfChunks : ROW.extremes, g) * queriesOfHead(g);
+}
+
+/** The same to find how far scores of a head are from 0, by so many queries and keys. */
+export function spreadCost(g: Geometry, rows = queriesOfHead(g) + g.keyLength): number {
+  const { each, entry } = ROW.spread;
+  return PORTION + (each + entry * g.headDim ** 2) * rows;
 }
 
 /** Of queries, or keys. */

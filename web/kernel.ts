@@ -4,6 +4,7 @@
 // arena from `load` to `close`, each copied in once; results are copied out. Addresses stay in here.
 
 import {
+  CHUNK,
   changesCost,
   columnsCost,
   DISTANCE_OF_GRADIENTS,
@@ -16,10 +17,11 @@ import {
   SAMPLE_KEYS,
   SAMPLE_ROWS,
   SHORT_ROWS,
+  spreadCost,
   type Pass,
 } from './cost.js';
-import { scoreRadius } from './certificate.js';
-import { Arena, ARRAYS, BOUNDS, DISTANCE, MEMORY_LIMIT, PROBLEM, sizeOf, type Values } from './memory.js';
+import { hasSpread, scoreRadius } from './certificate.js';
+import { Arena, ARRAYS, BOUNDS, DISTANCE, MEMORY_LIMIT, PROBLEM, sizeOf, SPREAD, type Values } from './memory.js';
 import { reachOf } from './reach.js';
 import { seenKeys, type Features, type Mask } from './scores.js';
 import { sizesOf, type Geometry, type Inputs } from './validate.js';
@@ -29,6 +31,9 @@ export type Bounds = Values<typeof BOUNDS>;
 
 /** ra_distance. */
 export type Distance = Values<typeof DISTANCE>;
+
+/** ra_spread. */
+export type Spread = Values<typeof SPREAD>;
 
 /** Rows that are done exactly beside a polynomial, of all key/value heads one after the other, ascending in each. */
 export interface Outliers {
@@ -123,6 +128,7 @@ interface Exports {
     norms: number,
     workspace: number,
   ): number;
+  ra_sample_spread(p: number, x: number, head: number, limit: number, spread: number, workspace: number): number;
   ra_sample_extremes(
     p: number,
     x: number,
@@ -231,6 +237,7 @@ const EXPORTS = [
   'ra_sample_workspace',
   'ra_sample_prepare',
   'ra_sample_largest',
+  'ra_sample_spread',
   'ra_sample_extremes',
   'ra_sample_scores',
   'ra_sample_rows',
@@ -369,6 +376,7 @@ interface Places {
   arrays: number;
   bounds: number;
   distance: number;
+  spread: number;
   frequencies: number;
   cos: number;
   sin: number;
@@ -424,6 +432,7 @@ export class Session {
   #prepared: { head: number; bounds: Bounds } | null = null;
   /** Of each head the radius of all scores; undefined until it is prepared. */
   readonly #radii: number[] = [];
+  readonly #spreads = new Map<number, { beside: Outliers | null; spread: Spread }>();
   #measured: number | null = null;
   #outliers: Outliers | null = null;
   /** Beside which outliers the mean keys of each head were found. */
@@ -453,6 +462,7 @@ export class Session {
       arrays: arena.reserve(sizeOf(ARRAYS)),
       bounds: arena.reserve(sizeOf(BOUNDS)),
       distance: arena.reserve(sizeOf(DISTANCE)),
+      spread: arena.reserve(sizeOf(SPREAD)),
       frequencies: some(g.tables ? null : g.frequencies, 8),
       cos: some(g.tables?.cos, 4),
       sin: some(g.tables?.sin, 4),
@@ -908,6 +918,27 @@ export class Session {
     );
     this.#expect(code, 'ra_sample_largest');
     return fallingNorms(this.#arena.readIntegers(largest, count), this.#arena.readFloats(norms, count));
+  }
+
+  /** How far scores of ordinary rows through the state are from 0 in a head, rounded up; null where that is not known, or beyond a limit. */
+  spread(head: number, limit = Infinity): Spread | null {
+    const known = this.#spreads.get(head);
+    if (known?.beside === this.#outliers) return known.spread.scores <= limit ? known.spread : null;
+    const found = this.prepare(head);
+    if (found.q_mean_norm > 0 || !hasSpread(this.geometry)) return null;
+    const { problem, arrays, spread: at } = this.#at;
+    const { ra_sample_spread } = this.#exports;
+    this.#expect(ra_sample_spread(problem, arrays, head, limit, at, this.#sampling), 'ra_sample_spread');
+    const spread = this.#arena.readStruct(at, SPREAD);
+    this.#spent += spreadCost(this.geometry, spread.rows);
+    if (!(spread.scores <= limit)) return null;
+    // float32 sums over chunks, of products that add up to the square of the radius at most
+    const chain = this.geometry.keyLength / CHUNK + CHUNK + this.geometry.headDim;
+    spread.scores = spread.scores * (1 + 2 ** -20) + chain * 2 ** -23 * scoreRadius(this.geometry, found) ** 2;
+    spread.keys *= 1 + 2 ** -16;
+    spread.gain *= 1 + 2 ** -16;
+    this.#spreads.set(head, { beside: this.#outliers, spread });
+    return spread;
   }
 
   /**

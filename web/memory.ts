@@ -110,6 +110,9 @@ export const BOUNDS = {
 /** ra_distance. */
 export const DISTANCE = { out: 'f32', outEntry: 'f32', lse: 'f32', lseEntry: 'f32', dq: 'f32', dqSize: 'f32' } as const satisfies Fields;
 
+/** ra_spread. */
+export const SPREAD = { scores: 'f32', keys: 'f32', gain: 'f32', rows: 'u32' } as const satisfies Fields;
+
 /** Bytes of a struct. */
 export function sizeOf(fields: Fields): number {
   return 4 * layoutOf(fields).size;

@@ -4,7 +4,7 @@
 // that meet the tolerance by proof (certificate.ts) or by prediction (sampling.ts); the exact engine always closes the list
 // of `method: 'auto'`. What runs is checked again afterwards (attention.ts), so a wrong prediction costs time, never accuracy.
 
-import { certify, queryGain, scoreRadius } from './certificate.js';
+import { certifyHead, certifySpread, hasSpread, queryGain, scoreRadius } from './certificate.js';
 import {
   columnsCost,
   cost,
@@ -20,6 +20,7 @@ import {
   rankCost,
   SAMPLE_ROWS,
   samplingCost,
+  spreadCost,
   toeplitzFlops,
   trialCost,
   type OutlierCounts,
@@ -27,10 +28,10 @@ import {
 } from './cost.js';
 import type { Bounds, Session } from './kernel.js';
 import { choicesOf, rank, splitOff, type Choice, type Ranking, type Split } from './outliers.js';
-import { MAX_DEGREE, minimax } from './polynomial.js';
+import { MAX_DEGREE, minimax, tangent } from './polynomial.js';
 import { Sampler, survey } from './sampling.js';
 import { featuresOf, foreignTo, type Features } from './scores.js';
-import type { Measured } from './tally.js';
+import { worse, type Measured } from './tally.js';
 import type { Problem } from './validate.js';
 
 /** One engine to try: exact, or a polynomial with its error as far as it is known before the run. */
@@ -96,6 +97,9 @@ const [LOSS, LOSS_KEYS, TRIAL_RUN, GIVEN] = [0.078, 0.015, 0.03, 0.004];
 
 /** And to rows of these that a polynomial is likely to have wrong. */
 const LOOK_CLOSELY = { always: 0.003, most: 0.01 } as const;
+
+/** So far below what would do mean squares of scores are guessed where there is no time to be wrong. */
+const LIKELY = 1.25;
 
 /** Of the same for a look at the next degree after one that ran and missed: it is so much better that it nearly always will do. */
 const LOSS_NEXT = 0.02;
@@ -285,16 +289,35 @@ function* prove(session: Session, task: Task, split: Split, most: number): Gener
   if (featuresFor(problem) !== 'polynomial' || problem.decays) return null;
   // gradients are to find out what they go by
   if (LOOK > SHOWS * costOf(problem, ['backward'], null)) return null;
-  const radius = Math.max(...split.bounds.map((one) => scoreRadius(problem, one)));
   for (let degree = 0; degree <= MAX_DEGREE; degree++) {
-    if (costOf(problem, passes, degree) + PLAN.proof > most) return null;
-    if (!(worstCase(degree, radius) <= problem.tolerance)) continue;
+    const left = most - costOf(problem, passes, degree) - PLAN.proof;
+    if (left < 0) return null;
+    if (!split.bounds.every((one) => worstCase(degree, scoreRadius(problem, one)) <= problem.tolerance)) {
+      if (!mayBeProved(session, task, split, degree, left)) continue;
+      for (const [head, one] of split.bounds.entries()) {
+        if (!session.spread(head, limitOfSpread(problem, one, degree))) return null; // they are farther apart than guessed
+        yield 0;
+      }
+    }
     session.spend(PLAN.proof);
     const found = yield* certified(session, task, split, degree);
     if (found.bound === null || !(found.bound <= problem.tolerance)) continue;
     return workspaceOf(session, passes, degree) <= session.free ? { ...found, proved: true } : null;
   }
   return null;
+}
+
+/** The mean square of scores up to which the error of a degree keeps the tolerance, rounding apart. */
+function limitOfSpread(problem: Problem, bounds: Bounds, degree: number): number {
+  return problem.tolerance / (2 + problem.tolerance) / tangent(degree, scoreRadius(problem, bounds)).error;
+}
+
+/** Whether the mean squares of scores are likely to prove a degree, and may be found for less than so much. */
+function mayBeProved(session: Session, { problem, passes }: Task, { bounds }: Split, degree: number, most: number): boolean {
+  const cost = session.heads * spreadCost(problem);
+  if (degree === 0 || !hasSpread(problem) || cost > most) return false;
+  const margin = cost > LOSS * costOf(problem, passes, null) ? LIKELY : 1;
+  return bounds.every((one) => one.q_mean_norm === 0 && margin * leastSpread(problem, one) <= limitOfSpread(problem, one, degree));
 }
 
 /** Transforms take all rows; and states that stand for a bias have no outliers beside them. */
@@ -629,17 +652,33 @@ function* chooseCertified(
   return { attempts: [tried.find((one) => one.degree === least)!], because: 'as asked', budget };
 }
 
-/** The polynomial of a degree with its certificate, rows that are exact apart. */
+/** The polynomial of a degree with its certificate, rows that are exact apart: in each head the one that is proved best. */
 function* certified(session: Session, task: Task, split: Split, degree: number): Generator<number, Attempt> {
   const { problem } = task;
   const coefficients = new Float32Array(session.heads * (degree + 1));
+  const features = featuresFor(problem);
+  let bound = 0;
   for (const [head, one] of split.bounds.entries()) {
-    const own = minimax(degree, Math.min(scoreRadius(problem, one), Number.MAX_VALUE));
-    coefficients.set(own.coefficients, head * (degree + 1));
+    const radius = Math.min(scoreRadius(problem, one), Number.MAX_VALUE);
+    let best = minimax(degree, radius).coefficients;
+    let least = certifyHead(problem, best, one, split.outliers?.counts, features);
+    const other = features === 'polynomial' && least > problem.tolerance ? tangent(degree, radius) : null;
+    if (other && other.error < Infinity && 2 * other.error * leastSpread(problem, one) < least) {
+      session.setOutliers(split.outliers);
+      const spread = session.spread(head);
+      const bySpread = spread ? certifySpread(problem, other.coefficients, other.error, spread, one, split.outliers?.counts) : Infinity;
+      if (bySpread < least) [best, least] = [other.coefficients, bySpread];
+    }
+    coefficients.set(best, head * (degree + 1));
+    bound = worse(bound, least);
     yield 0;
   }
-  const bound = certify(problem, coefficients, degree, split.bounds, split.outliers?.counts, featuresFor(problem));
-  return attempt(task, degree, split, { coefficients, bound });
+  return attempt(task, degree, split, { coefficients, bound: Number.isFinite(bound) ? bound : null });
+}
+
+/** What the mean square of the scores of the largest query is at least, about: that of one like all others in its directions. */
+function leastSpread(problem: Problem, { q_plain_norm, k_squares }: Bounds): number {
+  return ((problem.scale * problem.rotaryGain * q_plain_norm) ** 2 * k_squares) / (problem.keyLength * problem.headDim);
 }
 
 /** A certified polynomial beside outliers that is well cheaper than `degree` alone, or than exact; null when none is found soon. */
@@ -657,7 +696,10 @@ function* certifyOutliers(
   const radius = radiusOf(problem, ranking);
   let trials = TRIALS;
   for (const one of candidatesBeside(task, choices, degrees, than)) {
-    if (minimax(one.degree, Math.min(radius * one.shrinks, Number.MAX_VALUE)).error > problem.tolerance) continue;
+    const left = Math.min(radius * one.shrinks, Number.MAX_VALUE);
+    // as many small scores as in any two directions, but for the largest ones
+    const bySpread = (2 * tangent(one.degree, left).error * left ** 2) / problem.headDim;
+    if (Math.min(minimax(one.degree, left).error, bySpread) > problem.tolerance) continue;
     const split = yield* splitOff(session, ranking, one.counts, problem.seed);
     const got = yield* certified(session, task, split, one.degree);
     const fits = workspaceOf(session, passes, one.degree) <= session.free;

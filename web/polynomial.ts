@@ -3,6 +3,7 @@
 // Polynomials p(s) = sum_m c_m s^m, m = 0 .. g, that stand in for exp(s) in the polynomial engine:
 //
 //   minimax      the best worst case of |p(s) exp(-s) - 1| on [-radius, radius] (Remez exchange): for certificates;
+//   tangent      |p(s) - exp(s)| <= E s^2 there with a small E: for certificates by the mean of s^2;
 //   fitToScores  least squares, value and derivative, over sampled scores: for the best typical case.
 //
 // Both end as float32 coefficients of s^m, which is what the engine takes. Near |s| = 7 the values of exp(-|s|) and exp(|s|)
@@ -75,6 +76,43 @@ export function minimax(degree: number, radius: number): { coefficients: Float32
   const constant = new Array<number>(degree + 1).fill(0);
   constant[0] = Math.max(1 / Math.cosh(radius), 2 ** -126);
   return rounded(constant);
+}
+
+/** Terms of the series of `tangent`, and the radius up to which those that follow are below float64's rounding. */
+const [TANGENT_TERMS, TANGENT_RADIUS] = [48, 8];
+
+/**
+ * The polynomial 1 + s + s^2 u(s) of the given degree (1 to 8), u of the least error but for a little: for scores most of which are small beside
+ * their radius.
+ *
+ * (exp(s) - 1 - s) / s^2 = sum_k s^k / (k + 2)! is a sum of powers of x = s / radius with positive coefficients, and so one of Chebyshev polynomials,
+ * of which u takes the first. The others add up to the most at x = 1, and there to the sum of their coefficients.
+ *
+ * @returns coefficients of s^m, rounded to float32, and `error` E with |p(s) - exp(s)| <= E s^2 for |s| <= radius, that of the rounded ones;
+ *   Infinity beyond radius 8.
+ */
+export function tangent(degree: number, radius: number): { coefficients: Float32Array; error: number } {
+  checkDegree('tangent', degree);
+  const coefficients = new Float32Array(degree + 1).fill(1, 0, 2);
+  if (degree < 1 || !(radius <= TANGENT_RADIUS)) return { coefficients, error: Infinity };
+  // 2^-k (k over j) of x^k are in T_(k - 2 j) twice, but once in T_0
+  const series = new Float64Array(TANGENT_TERMS);
+  let power = 1 / 2; // (radius / 2)^k / (k + 2)!
+  for (let k = 0; k < TANGENT_TERMS; k++) {
+    for (let m = k, ways = power, j = 0; m >= 0; m -= 2, j++) {
+      series[m] += m === 0 ? ways : 2 * ways;
+      ways *= (k - j) / (j + 1);
+    }
+    power *= radius / 2 / (k + 3);
+  }
+  const u = degree < 2 ? [] : compose(fromChebyshev(series.subarray(0, degree - 1)), 0, radius || 1);
+  let error = 0;
+  for (let m = TANGENT_TERMS - 1; m >= degree - 1; m--) error += series[m];
+  for (let m = 0, size = 1; m < u.length; m++, size *= radius) {
+    coefficients[m + 2] = u[m];
+    error += Math.abs(coefficients[m + 2] - u[m]) * size;
+  }
+  return { coefficients, error: error * (1 + 1e-9) + 1e-15 };
 }
 
 /**

@@ -7,7 +7,7 @@
 // Nothing is known of the keys to come: scores are not centred, and their bound is the caller's promise, kept by looking at
 // every key and query. Within it the error is proved, not sampled.
 
-import { largestScore, roundingBound } from './certificate.js';
+import { largestScore, roundingWithin } from './certificate.js';
 import { readChoice, readFinite, readFloats, readInteger, readNumber, readRecord, tagOf, wrong } from './check.js';
 import { CHUNK } from './cost.js';
 import type { Kernel, Session } from './kernel.js';
@@ -234,7 +234,7 @@ export class StreamingState implements AttentionState {
     const coefficients = this.#coefficients.subarray(0, this.degree + 1);
     const geometry = { ...this.#geometry, keyLength: Math.max(this.#length, 1), causal: true }; // waiting keys: one more chunk
     const norms = { q_norm: queryNorm, k_norm: this.#keyNorm, q_mean_norm: 0 };
-    const bound = certifiedBound(t) + roundingBound(geometry, coefficients, this.#scoreBound, t, norms, 1);
+    const bound = certifiedBound(t) + roundingWithin(geometry, coefficients, this.#scoreBound, t, norms, 1);
     return bound < 2 ? bound : null; // no mean of values is further from another
   }
 

@@ -1068,6 +1068,68 @@ static void extremes_are_extreme(const shape *s, run *r, uint32_t kv, void *work
   guarded_free(&means);
 }
 
+// What scores through the state add up to for the query where that is largest, outliers apart.
+static void spread_is(const shape *s, const run *r, uint32_t kv, const ra_spread *got, void *workspace) {
+  ra_spread expected = {0, 0, 0, 0};
+  guarded scores = guarded_new(s->Nk, 1, 1), norms = guarded_new(s->Nk, 1, 1);
+  uint32_t *order = calloc(s->Nk, sizeof *order), group = s->heads / s->kv_heads;
+  double *squares = calloc(s->Nk, sizeof *squares); // of keys
+  CHECK(ra_sample_largest(&r->p, &r->x, kv, 0, s->Nk, order, norms.data, workspace) == RA_OK, "all keys");
+  for (uint32_t n = 0; n < s->Nk; n++) squares[order[n]] = pow(norms.data[n], 2);
+  for (uint32_t row = 0; row < group * s->Nq; row++) {
+    ra_range state = ra_state_keys(&r->p, ra_chunk_start(&r->p, row % s->Nq));
+    if (r->p.outlier_query_count > 0 && row % s->Nq * group + row / s->Nq == r->p.outlier_queries[kv]) continue;
+    double count = 0, sum = 0, all = 0, keys = 0;
+    ra_sample_scores(&r->p, &r->x, kv, &row, 1, 1, scores.data, workspace); // of ordinary keys
+    for (int64_t j = state.first; j < state.end; j++) {
+      if (r->p.outlier_key_count > 0 && j == r->p.outlier_keys[kv]) continue;
+      double score = scores.data[(size_t)count++];
+      sum += score, all += score * score, keys += squares[j];
+    }
+    if (count == 0) continue;
+    expected.gain = fmaxf(expected.gain, (float)exp(-sum / count));
+    expected.scores = fmaxf(expected.scores, (float)(all / count * exp(-sum / count)));
+    expected.keys = fmaxf(expected.keys, (float)(keys / count));
+  }
+  CHECK(fabs(got->scores - expected.scores) <= 1e-5 * expected.scores, "scores %g, not %g", got->scores,
+        expected.scores);
+  CHECK(fabs(got->keys - expected.keys) <= 1e-5 * expected.keys, "keys %g, not %g", got->keys, expected.keys);
+  CHECK(fabs(got->gain - expected.gain) <= 1e-5 * expected.gain, "gain %g, not %g", got->gain, expected.gain);
+  CHECK(guarded_intact(&scores) && guarded_intact(&norms), "canary");
+  guarded_free(&scores), guarded_free(&norms), free(order), free(squares);
+}
+
+// The same with an outlier key and query and without; and where it is not known.
+static void spread_is_right(const shape *s, const run *r, uint32_t kv, const ra_bounds *b, void *workspace) {
+  const ra_problem *p = &r->p;
+  int masked = p->segment_count > 1 || p->window_left >= 0 || p->window_right >= 0 || p->mask || p->allowed;
+  int scored = s->relative || p->bias || p->alibi || p->decay_count > 0 || p->softcap > 0;
+  int known = !masked && !scored && b->q_mean_norm == 0;
+  size_t heads = (size_t)s->batch * s->kv_heads;
+  uint32_t *keys = calloc(heads, sizeof *keys), *queries = calloc(heads, sizeof *queries);
+  run beside = *r;
+  beside.p.outlier_keys = keys, beside.p.outlier_queries = queries;
+  beside.p.outlier_key_count = beside.p.outlier_query_count = 1;
+  for (size_t n = 0; n < heads; n++) keys[n] = b->k_argmax, queries[n] = s->Nq / 2 * (s->heads / s->kv_heads);
+  const run *runs[] = {&beside, r};
+  for (int n = known ? 0 : 1; n < 2; n++) { // the last leaves what was there
+    ra_bounds bounds = *b;
+    ra_spread got;
+    if (known) CHECK(ra_sample_prepare(&runs[n]->p, &r->x, kv, 1, &bounds, workspace) == RA_OK, "prepare");
+    int status = ra_sample_spread(&runs[n]->p, &r->x, kv, INFINITY, &got, workspace);
+    CHECK(status == (known ? RA_OK : RA_ERROR_PROBLEM), "spread: %d", status);
+    if (!known) continue;
+    spread_is(s, runs[n], kv, &got, workspace);
+    ra_spread left, same; // above a limit, and at it
+    CHECK(ra_sample_spread(&runs[n]->p, &r->x, kv, got.scores / 2, &left, workspace) == RA_OK, "limited");
+    CHECK(left.scores > got.scores / 2 || got.scores == 0, "left at %g of %g", left.scores, got.scores);
+    CHECK(left.rows <= got.rows, "more rows than all: %u", left.rows);
+    CHECK(ra_sample_spread(&runs[n]->p, &r->x, kv, got.scores, &same, workspace) == RA_OK, "at its limit");
+    CHECK(memcmp(&got, &same, sizeof got) == 0, "spread within its limit");
+  }
+  free(keys), free(queries);
+}
+
 // `shift` is added to queries.
 static void samples_match_the_oracle(const shape *s, float shift) {
   uint32_t engines = s->relative || s->bias_heads || (s->alibi && !s->causal) ? 1 : 2; // oracle; polynomial
@@ -1112,6 +1174,7 @@ static void samples_match_the_oracle(const shape *s, float shift) {
     prepared_again_is_prepared(&oracle, kv, &b, workspace);
     CHECK(large[0] == b.q_argmax && far_keys[0] == b.k_argmax, "largest %u %u", large[0], b.q_argmax);
     extremes_are_extreme(s, &oracle, kv, workspace);
+    spread_is_right(s, &oracle, kv, &b, workspace);
 
     for (uint32_t polynomials = 0; polynomials < engines; polynomials++) {
       const run *want = polynomials ? &polynomial : &oracle;
