@@ -81,10 +81,11 @@ export function scoreBound(g: Geometry, bounds: readonly Bounds[]): number {
  * A sum of n float32 terms by chains of at most n additions and products is within gamma_n = n u / (1 - n u) of the sum of
  * magnitudes. Numerator and denominator are sums over keys and features of c_m (multinomial) q^a k^a [v, 1], whose
  * magnitudes add up to at most S = sum |c_m| R^m for each key, against weights of at least W = min p each: the quotient moves by at
- * most 2 gamma_n S / W times the largest |v| that is summed. Both may be means over the keys that a query sees. A window's sum may hold the rounding of up to TURNOVER keys
- * for each that is in it, which came and went. The scores themselves are off (scoreRounding).
+ * most 2 gamma_n S / W times the largest |v| that is summed. Both may be means over the keys that a query sees. A window's sum may
+ * hold the rounding of up to TURNOVER keys for each that is in it, which came and went. The scores themselves are off (scoreRounding).
  *
- * @param magnitude S. @param least W.
+ * @param magnitude S.
+ * @param least W.
  * @param valueRatio largest |v| that the engine sums over half the range of v.
  * @param outlierKeys keys that are summed beside the state, weighed exactly.
  */
