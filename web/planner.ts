@@ -289,13 +289,18 @@ function* prove(session: Session, task: Task, split: Split, most: number): Gener
   if (featuresFor(problem) !== 'polynomial' || problem.decays) return null;
   // gradients are to find out what they go by
   if (LOOK > SHOWS * costOf(problem, ['backward'], null)) return null;
+  const lost = LOSS * costOf(problem, passes, null);
+  let spread = hasSpread(problem) ? session.heads * spreadCost(problem) : Infinity;
+  const margin = spread > lost ? LIKELY : 1;
+  if (spread / (problem.causal ? 4 : 2) > lost) spread = Infinity; // what it takes to see that scores are farther apart than guessed
   for (let degree = 0; degree <= MAX_DEGREE; degree++) {
     const left = most - costOf(problem, passes, degree) - PLAN.proof;
     if (left < 0) return null;
     if (!split.bounds.every((one) => worstCase(degree, scoreRadius(problem, one)) <= problem.tolerance)) {
-      if (!mayBeProved(session, task, split, degree, left)) continue;
-      for (const [head, one] of split.bounds.entries()) {
-        if (!session.spread(head, limitOfSpread(problem, one, degree))) return null; // they are farther apart than guessed
+      const limits = left < spread ? [] : split.bounds.map((one) => limitOfSpread(problem, one, degree, margin));
+      if (limits.length === 0 || limits.includes(0)) continue;
+      for (const [head, limit] of limits.entries()) {
+        if (!session.spread(head, limit)) return null; // scores are farther apart than guessed
         yield 0;
       }
     }
@@ -307,17 +312,17 @@ function* prove(session: Session, task: Task, split: Split, most: number): Gener
   return null;
 }
 
-/** The mean square of scores up to which the error of a degree keeps the tolerance, rounding apart. */
-function limitOfSpread(problem: Problem, bounds: Bounds, degree: number): number {
-  return problem.tolerance / (2 + problem.tolerance) / tangent(degree, scoreRadius(problem, bounds)).error;
-}
-
-/** Whether the mean squares of scores are likely to prove a degree, and may be found for less than so much. */
-function mayBeProved(session: Session, { problem, passes }: Task, { bounds }: Split, degree: number, most: number): boolean {
-  const cost = session.heads * spreadCost(problem);
-  if (degree === 0 || !hasSpread(problem) || cost > most) return false;
-  const margin = cost > LOSS * costOf(problem, passes, null) ? LIKELY : 1;
-  return bounds.every((one) => one.q_mean_norm === 0 && margin * leastSpread(problem, one) <= limitOfSpread(problem, one, degree));
+/** The mean square of scores up to which a degree is proved to keep the tolerance; 0 where a `margin` times what norms make likely is not. */
+function limitOfSpread(problem: Problem, bounds: Bounds, degree: number, margin: number): number {
+  const { coefficients, error } = tangent(degree, scoreRadius(problem, bounds));
+  const scores = margin * leastSpread(problem, bounds);
+  const e = error * scores;
+  if (bounds.q_mean_norm > 0 || !(2 * e <= problem.tolerance)) return 0;
+  const guess = { scores, keys: bounds.k_squares / problem.keyLength, gain: 1, rows: 0 };
+  const rounding = certifySpread(problem, coefficients, error, guess, bounds) - (2 * e) / (1 - e);
+  const left = problem.tolerance - rounding;
+  const limit = left > 0 ? left / (2 + left) / error : 0;
+  return limit >= scores ? limit : 0;
 }
 
 /** Transforms take all rows; and states that stand for a bias have no outliers beside them. */
