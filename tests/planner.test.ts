@@ -539,6 +539,17 @@ describe('proofs by the mean square of scores', () => {
     expect(theory.certifiedBound(minimax(report.degree!, report.scoreBound).error)).toBeGreaterThan(1e-2);
   });
 
+  test('keys whose squares float32 cannot hold prove nothing by them', () => {
+    const args = withoutGradient(problem({ shape: { heads: 1, queryLength: 400, headDim: 32 } }, 41, uniform(0.45)));
+    const byInterval = [1e10, 1e17].map((factor) => {
+      const [q, k] = [args.q.map((x) => factor * x), args.k.map((x) => x / factor)];
+      const { degree, scoreBound } = attention.plan({ ...args, q, k, method: 'polynomial', guarantee: 'certified', tolerance: 1e-2 });
+      return theory.certifiedBound(minimax(degree!, scoreBound).error);
+    });
+    expect(byInterval[0]).toBeGreaterThan(1e-2);
+    expect(byInterval[1]).toBeLessThanOrEqual(1e-2);
+  });
+
   test('where nothing but the exact edge is seen, there is still what rounding does', () => {
     const args = withoutGradient(problem({ shape: { heads: 4, kvHeads: 2, queryLength: 33, headDim: 8 }, causal: true }, 43, uniform(0.05)));
     const { report, output } = attention.forward({ ...args, method: 'polynomial', guarantee: 'certified', tolerance: 1e-4 });

@@ -42,10 +42,14 @@ export function scoreRadius(g: Geometry, bounds: Bounds): number {
   return Math.abs(g.scale) * rotated * bounds.k_centred_norm * (1 + (g.headDim + 8) * UNIT);
 }
 
-/** Whether the mean squares of scores can be known: those of Session.spread. */
-export function hasSpread(g: Geometry): boolean {
+/** Norms of keys whose squares, and sums of many, are well within float32. */
+const MODERATE = { least: 1e-15, most: 1e12 } as const;
+
+/** Whether the mean squares of a head's scores can be known: those of Session.spread. */
+export function hasSpread(g: Geometry, { q_mean_norm, k_centred_norm }: Bounds): boolean {
   const scored = g.relative || g.relativePositions || g.bias || g.alibi || g.decays || g.mask || g.softcap;
-  return !scored && g.segments.length === 1 && g.window.every((side) => side < 0);
+  if (scored || g.segments.length > 1 || g.window.some((side) => side >= 0) || q_mean_norm > 0) return false;
+  return k_centred_norm >= MODERATE.least && k_centred_norm <= MODERATE.most;
 }
 
 /** What rotation makes of norms of queries: those of centred ones are of rotated rows already. */
@@ -181,7 +185,7 @@ export function certifySpread(
   g: Geometry,
   coefficients: Float32Array,
   error: number,
-  spread: Spread,
+  spread: Omit<Spread, 'rows'>,
   bounds: Bounds,
   outliers = NO_OUTLIERS,
 ): number {

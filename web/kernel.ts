@@ -925,7 +925,7 @@ export class Session {
     const known = this.#spreads.get(head);
     if (known?.beside === this.#outliers) return known.spread.scores <= limit ? known.spread : null;
     const found = this.prepare(head);
-    if (found.q_mean_norm > 0 || !hasSpread(this.geometry)) return null;
+    if (!hasSpread(this.geometry, found)) return null;
     const { problem, arrays, spread: at } = this.#at;
     const { ra_sample_spread } = this.#exports;
     this.#expect(ra_sample_spread(problem, arrays, head, limit, at, this.#sampling), 'ra_sample_spread');

@@ -98,11 +98,11 @@ const [LOSS, LOSS_KEYS, TRIAL_RUN, GIVEN] = [0.078, 0.015, 0.03, 0.004];
 /** And to rows of these that a polynomial is likely to have wrong. */
 const LOOK_CLOSELY = { always: 0.003, most: 0.01 } as const;
 
-/** So far below what would do mean squares of scores are guessed where there is no time to be wrong. */
-const LIKELY = 1.25;
-
 /** Of the same for a look at the next degree after one that ran and missed: it is so much better that it nearly always will do. */
 const LOSS_NEXT = 0.02;
+
+/** So far below what would do mean squares of scores are guessed where there is no time to be wrong. */
+const LIKELY = 1.25;
 
 /**
  * Shares that more rows may take where chance decides about a polynomial: of what goes on to the next engine would cost, and, once it ran, of
@@ -290,15 +290,16 @@ function* prove(session: Session, task: Task, split: Split, most: number): Gener
   // gradients are to find out what they go by
   if (LOOK > SHOWS * costOf(problem, ['backward'], null)) return null;
   const lost = LOSS * costOf(problem, passes, null);
-  let spread = hasSpread(problem) ? session.heads * spreadCost(problem) : Infinity;
+  const spread = session.heads * spreadCost(problem);
   const margin = spread > lost ? LIKELY : 1;
-  if (spread / (problem.causal ? 4 : 2) > lost) spread = Infinity; // what it takes to see that scores are farther apart than guessed
+  const dear = spread / (problem.causal ? 4 : 2) > lost; // what it takes to see that scores are farther apart than guessed
   for (let degree = 0; degree <= MAX_DEGREE; degree++) {
     const left = most - costOf(problem, passes, degree) - PLAN.proof;
     if (left < 0) return null;
     if (!split.bounds.every((one) => worstCase(degree, scoreRadius(problem, one)) <= problem.tolerance)) {
-      const limits = left < spread ? [] : split.bounds.map((one) => limitOfSpread(problem, one, degree, margin));
-      if (limits.length === 0 || limits.includes(0)) continue;
+      if (dear || left < spread) continue;
+      const limits = split.bounds.map((one) => limitOfSpread(problem, one, degree, margin));
+      if (limits.includes(0)) continue;
       for (const [head, limit] of limits.entries()) {
         if (!session.spread(head, limit)) return null; // scores are farther apart than guessed
         yield 0;
@@ -314,11 +315,12 @@ function* prove(session: Session, task: Task, split: Split, most: number): Gener
 
 /** The mean square of scores up to which a degree is proved to keep the tolerance; 0 where a `margin` times what norms make likely is not. */
 function limitOfSpread(problem: Problem, bounds: Bounds, degree: number, margin: number): number {
+  if (!hasSpread(problem, bounds)) return 0;
   const { coefficients, error } = tangent(degree, scoreRadius(problem, bounds));
   const scores = margin * leastSpread(problem, bounds);
   const e = error * scores;
-  if (bounds.q_mean_norm > 0 || !(2 * e <= problem.tolerance)) return 0;
-  const guess = { scores, keys: bounds.k_squares / problem.keyLength, gain: 1, rows: 0 };
+  if (!(2 * e <= problem.tolerance)) return 0;
+  const guess = { scores, keys: bounds.k_squares / problem.keyLength, gain: 1 };
   const rounding = certifySpread(problem, coefficients, error, guess, bounds) - (2 * e) / (1 - e);
   const left = problem.tolerance - rounding;
   const limit = left > 0 ? left / (2 + left) / error : 0;
@@ -535,9 +537,8 @@ function candidates(session: Session, { problem, pass, passes }: Task): number[]
   if (auto && LEAST_REFUSAL > LOSS * exact) return []; // short calls have no time for more
   const all =
     problem.degree === null ? Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree) : [problem.degree];
-  const fitting = (degrees: number[]) => fittingOf(session, passes, degrees);
   if (!auto) {
-    const some = fitting(all);
+    const some = fittingOf(session, passes, all);
     // One that does not fit fails where the memory is asked for, with the numbers.
     return some.length === 0 ? all.slice(0, 1) : some;
   }
@@ -548,7 +549,8 @@ function candidates(session: Session, { problem, pass, passes }: Task): number[]
   const least = pass === 'backward' && problem.tolerance < 1 ? 1 : 0;
   // Costs rise with the degree, as degrees do here
   const dear = all.findIndex((degree) => costOf(problem, passes, degree) >= most);
-  return fitting(all.slice(0, dear < 0 ? all.length : dear).filter((degree) => degree >= least));
+  const some = all.slice(0, dear < 0 ? all.length : dear).filter((degree) => degree >= least);
+  return fittingOf(session, passes, some);
 }
 
 /** Of ascending degrees those that there is memory for, which grows with the degree. */
