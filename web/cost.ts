@@ -123,7 +123,7 @@ const [MAP_SAMPLING, MAP_TABLE] = [6, 950];
  */
 export const FIT = { scores: 1.3e6, polynomial: 4e5 } as const;
 const PORTION = 4e5;
-export const PLAN = { any: 6e5, outliers: 1.5e6, trial: 2e6, proof: 2e6 } as const;
+export const PLAN = { any: 6e5, outliers: 2e6, trial: 3e6, proof: 2e6 } as const;
 /** Portions that hold these, about: without a mask, and when causal (most of them short). */
 const HARD_PORTIONS = { full: 2, causal: 6 } as const;
 /** The same of rows at the beginning of chunks, half as long, where there are slopes: flat ones, and some that are steep. */
@@ -131,9 +131,14 @@ const SLOPE_PORTIONS = { flat: 4, steep: 11 } as const;
 /** From this slope on rows see few keys that count, so that more of them are looked at. */
 export const STEEP = 0.25;
 
+/** Of geometries that were asked for before: choosing outliers asks a hundred times. */
+const allowed = new WeakMap<Geometry, number>();
+
 /** Pairs (query, key) that the mask allows, over all query heads. */
 export function allowedPairs(g: Geometry): number {
-  return g.batch * g.heads * pairs(g);
+  let known = allowed.get(g);
+  if (known === undefined) allowed.set(g, (known = g.batch * g.heads * pairs(g)));
+  return known;
 }
 
 /** Useful operations of the exact engine; those of a relative map as relative.ts counts them. */

@@ -84,8 +84,12 @@ function* rankRows(session: Session): Generator<number, Ranking> {
 export function choicesOf(problem: Problem, session: Session, { queries, keys }: Ranking): Choice[] {
   const counts = (rows: number, limit: number) =>
     [...new Set([...FEW, ...SHARES.map((share) => Math.ceil(share * rows))])].filter((count) => count < limit);
-  const radius = (counts: OutlierCounts) =>
-    Math.max(...keys.map((own, head) => queries[head].norms[counts.queries] * own.norms[counts.keys]));
+  const radius = (counts: OutlierCounts) => {
+    let most = 0;
+    for (let head = 0; head < keys.length; head++)
+      most = Math.max(most, queries[head].norms[counts.queries] * keys[head].norms[counts.keys]);
+    return most;
+  };
   const all = radius(NO_OUTLIERS);
   const pairs = counts(session.rowsOfHead, session.outlierLimits.queries).flatMap((q) =>
     counts(session.geometry.keyLength, session.outlierLimits.keys).map((k) => ({ queries: q, keys: k })),

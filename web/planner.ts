@@ -133,7 +133,6 @@ const [SAFE, SLACK] = [1 / 3, 2];
 /** Sampled errors from this on say only that the polynomial fails; others are about `TYPICAL` times below `worstCase`. */
 const [FAILED, TYPICAL] = [0.5, 400];
 
-
 /** Bytes of workspace that an engine needs for all passes of a task; Infinity for more terms than it can count. */
 export function workspaceOf(session: Session, passes: readonly Pass[], degree: number | null): number {
   if (degree !== null && session.features === 'toeplitz' && !countable(session.geometry, degree)) return Infinity;
@@ -251,14 +250,17 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const limit = Math.sqrt((room * problem.tolerance) ** 2 - (problem.decays?.error ?? 0) ** 2);
   const forLooks = budget - foreseenCost(task);
   if (auto && task.hasValues && takesOutliers(problem) && outliersStandOut(task, bounds, degrees, limit)) {
-    const usual = new Map(degrees.map((degree) => [degree, split.sampler.usualError(pass, degree)]));
-    const guess: Guess = ({ degree, shrinks }, radius) =>
-      Math.max(usual.get(degree)!, worstCase(degree, radius * shrinks) / TYPICAL / HOPELESS);
+    const usual: (number | undefined)[] = [];
+    const guess: Guess = ({ degree, shrinks }, radius) => {
+      const byNorms = worstCase(degree, radius * shrinks) / TYPICAL / HOPELESS;
+      if (byNorms > SLACK * limit) return byNorms; // out of the question without a fit
+      return Math.max(byNorms, (usual[degree] ??= split.sampler.usualError(pass, degree)));
+    };
     const found = yield* tryOutliers(session, task, split.sampler, degrees, limit, guess, null, forLooks);
     if (found.length > 0) return { attempts: [...found, exact], because: '', budget };
   }
   const predictions = yield* predict(task, split, degrees, limit, forLooks);
-  if (predictions.size === 0) return exactly('no cheaper polynomial was found in the time that looking may take');
+  if (predictions.size === 0) return exactly(`no cheaper polynomial was found in the ${100 * LOSS}% of its cost that looking may take`);
   const errorOf = (degree: number) => predictions.get(degree)?.error ?? Infinity;
   const upperOf = (degree: number) => predictions.get(degree)?.upper ?? Infinity;
   const attemptOf = (degree: number) => attempt(task, degree, split, { predicted: predictions.get(degree) ?? null });
@@ -425,10 +427,16 @@ function candidatesBeside(
   degrees: readonly number[],
   than: number,
 ): Candidate[] {
-  const all = choices.flatMap((choice) =>
-    degrees.map((degree) => ({ ...choice, degree, cost: costOf(problem, passes, degree, choice.counts) })),
-  );
-  return all.filter((one) => one.cost < GAIN * than).sort((a, b) => a.cost - b.cost);
+  const alone = degrees.map((degree) => costOf(problem, passes, degree));
+  const all: Candidate[] = [];
+  for (const { counts, shrinks } of choices) {
+    const outliers = passes.reduce((sum, pass) => sum + outliersCost(problem, pass, counts), 0);
+    for (const [n, degree] of degrees.entries()) {
+      const cost = alone[n] + outliers;
+      if (cost < GAIN * than) all.push({ counts, shrinks, degree, cost });
+    }
+  }
+  return all.sort((a, b) => a.cost - b.cost);
 }
 
 /** The cost that outliers are to undercut: that of `degree` alone, null: of exact; any for a forced polynomial that has none. */
@@ -618,7 +626,7 @@ export function budgetOfGiven(session: Session, { problem, passes }: Task, budge
   return Math.max(LOOK_CLOSELY.always * exact, Math.min(LOOK_CLOSELY.most * exact, budget - session.spent));
 }
 
-/** Relative-minimax polynomials on the proved interval of every head; nothing is known about gradients. */
+/** Polynomials with a proved bound; nothing is known about gradients. */
 function* chooseCertified(
   session: Session,
   task: Task,
@@ -659,7 +667,10 @@ function* chooseCertified(
   return { attempts: [tried.find((one) => one.degree === least)!], because: 'as asked', budget };
 }
 
-/** The polynomial of a degree with its certificate, rows that are exact apart: in each head the one that is proved best. */
+/**
+ * The polynomial of a degree with its certificate, rows that are exact apart: in each head minimax on its interval, or where that misses the tolerance
+ * `tangent`, if its bound by the mean square of scores is smaller.
+ */
 function* certified(session: Session, task: Task, split: Split, degree: number): Generator<number, Attempt> {
   const { problem } = task;
   const coefficients = new Float32Array(session.heads * (degree + 1));

@@ -6,8 +6,8 @@
 //   tangent      |p(s) - exp(s)| <= E s^2 there with a small E: for certificates by the mean of s^2;
 //   fitToScores  least squares, value and derivative, over sampled scores: for the best typical case.
 //
-// Both end as float32 coefficients of s^m, which is what the engine takes. Near |s| = 7 the values of exp(-|s|) and exp(|s|)
-// are a factor 1e6 apart and float32 coefficients cannot carry both: `error` is always that of the rounded coefficients.
+// All end as float32 coefficients of s^m, which is what the engine takes. Near |s| = 7 the values of exp(-|s|) and exp(|s|)
+// are a factor 1e6 apart and float32 coefficients cannot carry both: an `error` is always that of the rounded coefficients.
 //
 // Based on: Remez 1934; Karlin, Studden. Tchebycheff Systems. 1966 (s^m exp(-s) is a Haar system, so the best p is unique
 // and its error takes its extreme value with alternating sign at g + 2 points); Aggarwal, Alman. Optimal-Degree Polynomial
@@ -96,7 +96,7 @@ export function tangent(degree: number, radius: number): { coefficients: Float32
   const coefficients = new Float32Array(degree + 1).fill(1, 0, 2);
   if (degree < 1 || !(radius <= TANGENT_RADIUS)) return { coefficients, error: Infinity };
   // 2^-k (k over j) of x^k are in T_(k - 2 j) twice, but once in T_0
-  const series = new Float64Array(TANGENT_TERMS);
+  const series = zeros(TANGENT_TERMS);
   let power = 1 / 2; // (radius / 2)^k / (k + 2)!
   for (let k = 0; k < TANGENT_TERMS; k++) {
     for (let m = k, ways = power, j = 0; m >= 0; m -= 2, j++) {
@@ -105,7 +105,7 @@ export function tangent(degree: number, radius: number): { coefficients: Float32
     }
     power *= radius / 2 / (k + 3);
   }
-  const u = degree < 2 ? [] : compose(fromChebyshev(series.subarray(0, degree - 1)), 0, radius || 1);
+  const u = degree < 2 ? [] : compose(fromChebyshev(series.slice(0, degree - 1)), 0, radius || 1);
   let error = 0;
   for (let m = TANGENT_TERMS - 1; m >= degree - 1; m--) error += series[m];
   for (let m = 0, size = 1; m < u.length; m++, size *= radius) {
@@ -190,32 +190,30 @@ export class ScoreFits {
   }
 
   /** What is to be added to the Taylor polynomial about the mean, coefficients of s^m. */
-  #correction(series: readonly number[]): Float64Array {
+  #correction(series: readonly number[]): number[] {
     const size = series.length;
     for (let m = this.#values.length; m < size; m++) this.#addDegree(m);
     // 1. Normal equations for p - taylor = sum_m a_m T_m(x)
-    const rows = Array.from({ length: size }, () => new Float64Array(size + 1));
+    const rows: number[][] = [];
     let trace = 0;
     for (let a = 0; a < size; a++) {
-      for (let b = 0; b <= a; b++) rows[a][b] = rows[b][a] = this.#products[a][b];
+      const row: number[] = [];
+      for (let b = 0; b < size; b++) row.push(b <= a ? this.#products[a][b] : this.#products[b][a]);
+      row.push(0);
+      rows.push(row);
       trace += this.#products[a][a];
     }
     const [scores, weights, exponentials, mean] = [this.#scores, this.#weights, this.#exponentials, this.#mean];
-    const [toSlope, toValue] = [new Float64Array(weights.length), new Float64Array(weights.length)];
+    const [values, derivatives] = [this.#values, this.#derivatives];
     for (let n = 0; n < weights.length; n++) {
       const difference = scores[n] - mean;
       // The series' derivative lacks its last term.
       let slope = 0;
       let power = 1;
       for (let m = 0; m + 1 < size; m++, power *= difference) slope += series[m] * power;
-      toSlope[n] = weights[n] * (exponentials[n] - slope);
-      toValue[n] = toSlope[n] - weights[n] * series[size - 1] * power;
-    }
-    for (let a = 0; a < size; a++) {
-      const [value, derivative] = [this.#values[a], this.#derivatives[a]];
-      let sum = 0;
-      for (let n = 0; n < weights.length; n++) sum += value[n] * toValue[n] + derivative[n] * toSlope[n];
-      rows[a][size] = sum;
+      const toSlope = weights[n] * (exponentials[n] - slope);
+      const toValue = toSlope - weights[n] * series[size - 1] * power;
+      for (let a = 0; a < size; a++) rows[a][size] += values[a][n] * toValue + derivatives[a][n] * toSlope;
     }
     // 2. Regularise and solve
     for (let a = 0; a < size; a++) rows[a][a] += 1e-13 * trace;
@@ -250,7 +248,7 @@ export class ScoreFits {
   residual(p: ArrayLike<number>, derivative: boolean): number {
     const [scores, weights, exponentials] = [this.#scores, this.#weights, this.#exponentials];
     const scale = Math.exp(-this.#high);
-    const of = new Float64Array(derivative ? Math.max(p.length - 1, 1) : p.length);
+    const of = zeros(derivative ? Math.max(p.length - 1, 1) : p.length);
     for (let m = 0; m < p.length; m++) {
       if (!derivative) of[m] = scale * p[m];
       else if (m > 0) of[m - 1] = scale * m * p[m];
@@ -324,18 +322,18 @@ function exponentialSeries(degree: number): number[] {
  */
 function remez(degree: number, radius: number): number[] {
   const size = degree + 1;
-  const basis = new Float64Array(size);
+  const basis = zeros(size);
   let points = Array.from({ length: size + 1 }, (_, i) => -Math.cos((Math.PI * i) / size));
   let p: number[] = [];
   for (let round = 0; round < 30; round++) {
     const system = points.map((x, i) => {
       chebyshev(x, basis);
       const decay = Math.exp(-radius * x);
-      return Float64Array.of(...basis.map((t) => t * decay), i % 2 === 0 ? 1 : -1, 1);
+      return [...basis.map((t) => t * decay), i % 2 === 0 ? 1 : -1, 1];
     });
     const solution = solve(system);
     const level = Math.abs(solution[size]);
-    p = Array.from(fromChebyshev(solution.subarray(0, size)));
+    p = fromChebyshev(solution.slice(0, size));
     const slope = p.map((c, m) => (m + 1 < size ? (m + 1) * p[m + 1] : 0) - radius * c);
     const extrema = [-1, ...signChanges(slope, -1, 1), 1];
     // Fewer than g + 2 extrema: rounding has taken over (a radius too large, or an error too small, for float64).
@@ -344,18 +342,25 @@ function remez(degree: number, radius: number): number[] {
     if (largest <= level * (1 + 1e-4)) break;
     points = extrema;
   }
-  return Array.from(compose(p, 0, radius));
+  return compose(p, 0, radius);
+}
+
+/** Engines make and read these in a fraction of the time of a typed array of a few numbers. */
+function zeros(count: number): number[] {
+  const all: number[] = [];
+  for (let n = 0; n < count; n++) all.push(0);
+  return all;
 }
 
 /** T_0(x) .. T_g(x) into `value`. */
-function chebyshev(x: number, value: Float64Array): void {
+function chebyshev(x: number, value: number[]): void {
   for (let m = 0; m < value.length; m++) value[m] = m === 0 ? 1 : m === 1 ? x : 2 * x * value[m - 1] - value[m - 2];
 }
 
 /** Coefficients of x^m of sum_m a_m T_m(x), by Clenshaw's recurrence on polynomials. */
-function fromChebyshev(a: ArrayLike<number>): Float64Array {
+function fromChebyshev(a: ArrayLike<number>): number[] {
   const size = a.length;
-  let [current, next, afterNext] = [0, 1, 2].map(() => new Float64Array(size));
+  let [current, next, afterNext] = [zeros(size), zeros(size), zeros(size)];
   for (let m = size - 1; m >= 0; m--) {
     const factor = m > 0 ? 2 : 1;
     for (let n = 0; n < size; n++) current[n] = (n > 0 ? factor * next[n - 1] : a[m]) - afterNext[n];
@@ -365,8 +370,8 @@ function fromChebyshev(a: ArrayLike<number>): Float64Array {
 }
 
 /** Coefficients of s^m of p((s - middle) / half), by Horner's rule on polynomials. */
-function compose(p: ArrayLike<number>, middle: number, half: number): Float64Array {
-  const result = new Float64Array(p.length);
+function compose(p: ArrayLike<number>, middle: number, half: number): number[] {
+  const result = zeros(p.length);
   for (let m = p.length - 1; m >= 0; m--) {
     for (let n = p.length - 1; n >= 0; n--) result[n] = ((n > 0 ? result[n - 1] : 0) - middle * result[n]) / half;
     result[0] += p[m];
@@ -405,7 +410,7 @@ function signChanges(p: readonly number[], low: number, high: number): number[] 
 }
 
 /** Solves the linear system whose rows hold the matrix and, last, the right-hand side (overwritten). Partial pivoting. */
-function solve(rows: Float64Array[]): Float64Array {
+function solve(rows: number[][]): number[] {
   const size = rows.length;
   for (let n = 0; n < size; n++) {
     let pivot = n;
@@ -416,7 +421,7 @@ function solve(rows: Float64Array[]): Float64Array {
       for (let c = n; c <= size; c++) rows[r][c] -= factor * rows[n][c];
     }
   }
-  const x = new Float64Array(size);
+  const x = zeros(size);
   for (let n = size - 1; n >= 0; n--) {
     let sum = rows[n][size];
     for (let c = n + 1; c < size; c++) sum -= rows[n][c] * x[c];
