@@ -26,9 +26,9 @@
 //
 // A row with no allowed key gives out = 0, lse = -infinity and no gradient. Scores below -3.4e29 count as not allowed.
 //
-// Scores may have ALiBi's -m |i + query_offset - j| added, of the head's slope m. The exact engine also takes s_ij = softcap
-// tanh(scale q.k / softcap) + bias_{i-j} + mask_ij, and attention sinks: one more
-// key for each head, of score `sink` and value 0. In place of a rotation by the difference of positions it and the Toeplitz engine
+// Scores may have ALiBi's -m |i + query_offset - j| added, of the head's slope m, or a bias_{i-j}: any one in the exact and the Toeplitz engine,
+// one that decays stand for, causal, in the polynomial one. The exact engine alone takes s_ij = softcap tanh(scale q.k / softcap) + bias_{i-j} +
+// mask_ij, and attention sinks: one more key for each head, of score `sink` and value 0. In place of a rotation by the difference of positions it and the Toeplitz engine
 // take one by any number f(i - j), or any matrix W_{i - j} with few entries, s_ij = scale q_i W_{i-j} k_j^T (2505.11892, the
 // general form).
 //
@@ -287,9 +287,9 @@ int RA_API(ra_sample_prepare)(const ra_problem *p, const ra_arrays *x, uint32_t 
 int RA_API(ra_sample_largest)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t queries,
                               uint32_t count, uint32_t *rows, float *norms, void *workspace);
 
-// How far scores s = scale q.k through the polynomial engine's state are from 0, the largest of all queries over the n keys of the state that each
-// of them sees, outliers apart, centred as above: scores sum s^2 / n exp(-sum s / n); keys sum |k|^2 / n; gain exp(-sum s / n). 0 where the state is empty.
-// rows: queries and keys that were looked at to find that.
+// Of scores s = scale q.k through the polynomial engine's state, centred as above: for each query that is no outlier let n be the keys in the
+// state of its chunk, without outliers. scores: the largest (sum s^2 / n) exp(-sum s / n); gain: the largest exp(-sum s / n); keys: the largest
+// sum |k|^2 / n. 0 where states are empty. rows: queries and keys that were looked at to find that.
 typedef struct ra_spread {
   float scores, keys, gain;
   uint32_t rows;
@@ -303,7 +303,7 @@ int RA_API(ra_sample_spread)(const ra_problem *p, const ra_arrays *x, uint32_t k
 // Rows where an approximation is likely to fail first, but outliers: flat rows of the largest queries; those with the largest positive
 // and with the largest negative scores s, by s^3 |v - mean|, against the keys of the largest |k| |v - mean|, k centred, that the
 // polynomial engine would take through its state; and these keys, falling. RA_EXTREMES of each, 0 where there are fewer. |v - mean| by x->means
-// of ra_sample_prepare; 1 without these, and where x->dout says that gradients are in question. When causal with slopes, or decays, of 1/128 or more
+// of ra_sample_prepare; 1 without these, and where x->dout says that gradients are in question. When causal with slopes, or decays, of more than 1/128
 // the keys of such rows are those of the last chunk of the state, weighed by what these leave of them. O(N (D + Dv)). Needs ra_sample_prepare.
 enum { RA_EXTREMES = 8 };
 int RA_API(ra_sample_extremes)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t *large,

@@ -86,7 +86,8 @@ export function scoreBound(g: Geometry, bounds: readonly Bounds[]): number {
  * magnitudes. Numerator and denominator are sums over keys and features of c_m (multinomial) q^a k^a [v, 1], whose
  * magnitudes add up to at most S = sum |c_m| R^m for each key, against weights of at least W = min p each: the quotient moves by at
  * most 2 gamma_n S / W times the largest |v| that is summed. Both may be means over the keys that a query sees. A window's sum may
- * hold the rounding of up to TURNOVER keys for each that is in it, which came and went. The scores themselves are off (scoreRounding).
+ * hold the rounding of up to TURNOVER keys for each that is in it, which came and went. Weights that are exact have no features, but a score that is a
+ * sum of D terms: a row of both is off by the larger of the two at most. The scores themselves are off (scoreRounding).
  *
  * @param magnitude S.
  * @param least W.
@@ -108,15 +109,20 @@ function roundingBound(
   const edges = (left >= 0 ? 3 : right >= 0 ? 1 : 0) + (g.decays ? g.decays.near / KEY_CHUNK : 0);
   // A state that decays is rounded once more for each chunk.
   const overKeys = KEY_CHUNK + (g.alibi || g.decays ? 2 : 1) * terms * (Math.ceil(inState / KEY_CHUNK) + 1);
-  const overFeatures =
-    FEATURE_BLOCK + Math.ceil(rank(g.headDim, degree) / FEATURE_BLOCK) + degree + edges * KEY_CHUNK;
+  const overFeatures = FEATURE_BLOCK + Math.ceil(rank(g.headDim, degree) / FEATURE_BLOCK) + degree;
   const beside = outlierKeys > 0 ? KEY_CHUNK + Math.ceil(outlierKeys / KEY_CHUNK) : 0;
   // features of q and k, weights, [v, 1], the quotient; decays: factors of both sides, their weights, the sum over them
   const products = 2 * degree + 6 + (g.decays ? 6 + g.decays.count : 0);
-  const chain = (overKeys + overFeatures + beside + products) * UNIT;
-  const gamma = chain < 1 ? chain / (1 - chain) : Infinity;
-  const sums = (2 * gamma * terms * (g.decays?.gain ?? 1) * magnitude * valueRatio) / least;
-  return sums + scoreRounding(g, bounds);
+  const over = overKeys + edges * KEY_CHUNK + beside + products;
+  const sums = 2 * gammaOf(over + overFeatures) * terms * (g.decays?.gain ?? 1) * magnitude * valueRatio;
+  const exact = 2 * gammaOf(over) * valueRatio + certifiedBound(Math.expm1(g.headDim * UNIT * largestScore(g, bounds)));
+  return worse(sums / least, exact) + scoreRounding(g, bounds);
+}
+
+/** n u / (1 - n u) */
+function gammaOf(roundings: number): number {
+  const chain = roundings * UNIT;
+  return chain < 1 ? chain / (1 - chain) : Infinity;
 }
 
 /**
@@ -191,7 +197,7 @@ export function certifySpread(
 ): number {
   const radius = scoreRadius(g, bounds);
   const e = error * spread.scores;
-  if (!(e < 1 && relativeError(coefficients, -radius, radius) < 1)) return Infinity;
+  if (!(e < 1)) return Infinity; // else weights add up to a positive number, whatever single ones are
   const typical = Math.min(radius, Math.abs(g.scale) * queryGain(g, bounds) * bounds.q_plain_norm * Math.sqrt(spread.keys));
   let magnitude = 1 + typical;
   for (let m = coefficients.length - 1, sum = 0; m > 1; m--) {

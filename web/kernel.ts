@@ -932,11 +932,12 @@ export class Session {
     const spread = this.#arena.readStruct(at, SPREAD);
     this.#spent += spreadCost(this.geometry, spread.rows);
     if (!(spread.scores <= limit)) return null;
-    // float32 sums over chunks, of products that add up to the square of the radius at most
-    const chain = this.geometry.keyLength / CHUNK + CHUNK + this.geometry.headDim;
-    spread.scores = spread.scores * (1 + 2 ** -20) + chain * 2 ** -23 * scoreRadius(this.geometry, found) ** 2;
-    spread.keys *= 1 + 2 ** -16;
-    spread.gain *= 1 + 2 ** -16;
+    // Squares of scores are sums of products that add up to the square of the radius at most, means of products up to the radius.
+    const radius = scoreRadius(this.geometry, found);
+    const off = (this.geometry.keyLength / CHUNK + CHUNK + 2 * this.geometry.headDim) * 2 ** -23;
+    spread.keys *= 1 + 2 ** -16 + off;
+    spread.gain *= 1 + 2 ** -16 + off * radius;
+    spread.scores = spread.scores * (1 + 2 ** -16 + off * radius) + off * spread.gain * radius ** 2;
     this.#spreads.set(head, { beside: this.#outliers, spread });
     return spread;
   }

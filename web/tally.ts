@@ -4,7 +4,7 @@
 //
 // Where sums of squares decide, rows stand for others, and the squared error of all rows is known to some standard deviations of what other
 // rows would have given. A sample may be enlarged once, where chance alone decides. To draw until an error fits would find one that does
-// not; so the second look takes no notice of what the first one said, and asks for more deviations (src/MATH.md, section 6).
+// not; so the second look takes no notice of what the first one said, and asks for more deviations (src/MATH.md, section 7).
 
 /** Sampled errors. */
 export interface Measured {

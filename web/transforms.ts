@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// What float32 Fourier transforms may add to the output of the Toeplitz engine, proved; MATH.md section 7 has the derivation.
+// What float32 Fourier transforms may add to the output of the Toeplitz engine, proved; MATH.md section 8 has the derivation.
 //
 // A transform is a product of sparse matrices, one for each factor of its length: so each of its results is off by at most a multiple of
 // the sum of magnitudes that go in, and all together by a multiple of their Euclidean norm (Higham, Accuracy and Stability of
