@@ -45,7 +45,7 @@ void ra_features_weights(const ra_features *f, const float *coefficients, float 
       for (uint32_t t = below[a]; t < rows_below; t++, row++) {
         uint32_t from =
             f->first[m - 1] + t; // x_a times this row, which begins with run[from] x_a's when below x_{a+1}'s
-        run[row] = (uint8_t)(m > 1 && t < below[a + 1] ? run[from] + 1 : 1);
+        run[row] = (uint8_t)(t < below[a + 1] ? run[from] + 1 : 1);
         weights[row] = weights[from] * (float)m / run[row];
       }
   }

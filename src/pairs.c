@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Pairs that the polynomial engine does exactly, with exp itself: the keys beside a causal chunk, and all pairs of outliers, the
+// Pairs that the polynomial engine does exactly, with exp itself: the keys beside a chunk's state, and all pairs of outliers, the
 // few keys and queries whose scores would be too large for the polynomial. A block is up to 32 keys against the 32 queries of a
 // chunk; O(D + Dv) a pair.
 //

@@ -1020,8 +1020,8 @@ static void finish_state(const ra_polynomial *e, const ra_arrays *x, uint32_t he
 //
 // Per state: a key/value head, or a query head where heads have slopes of their own. Forward: blocks of 256 keys of the first
 // chunk's state (all keys when there is no mask), then blocks of 256 queries of all heads of the group, each bringing its own. Backward: the same, then the query blocks again from the last
-// to the first, then the key blocks from the last to the first. At the end of both passes chunks of 32 outlier queries, whose rows
-// of the blocks before mean nothing. Or those of the gradient of a bias.
+// to the first, then the key blocks from the last to the first. Both passes end with chunks of 32 outlier queries; what the blocks before wrote to
+// their rows is overwritten. A backward pass with decays, which has none of these, ends with the units of the gradient of the bias.
 
 typedef struct plan {
   uint32_t key_blocks, query_blocks, outliers, lags, per_head; // outliers, lags: where they begin

@@ -93,7 +93,7 @@ typedef struct ra_polynomial {
   float *q_mean;          // [Dp] of queries, scale included; 0 where these are not centred
   float *lower, *block;   // features [lower][32], [48][32]
   float *x_rows, *y_rows; // [32][Dp] the chunk's queries (not centred), keys
-  float *x_t, *y_t;       // [D][32]
+  float *x_t, *y_t;       // [Dp][32]
   float *u_rows;          // [32][row]
   float *sum_t;           // [columns][32] numerators and denominators, du
   float *factors;         // [decays][32] of the tokens of a chunk
@@ -108,7 +108,7 @@ typedef struct ra_polynomial {
   float *da;              // [32][32]
   float *dlower, *dblock; // [lower][32], [48][32]
   float *dx_t;            // [Dp][32]
-  float *d_rows;          // [32][max(Dp, Dvp)]
+  float *d_rows;          // [32][max(Dp, row)]
   double *near_lags;      // [ra_lags_from] with decays: gradient of the bias at those distances
   ra_lags lags;           // likewise: of those beyond
 } ra_polynomial;

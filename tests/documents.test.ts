@@ -37,8 +37,11 @@ describe('examples', () => {
     const examples = examplesOf(readme);
     expect(examples.length).toBe(1);
     expect(examples[0].trim().split('\n').filter((line) => line !== '').length).toBeLessThanOrEqual(10);
-    const heads = (n: number) => n * 512 * 64;
-    expect(await printed(examples[0])).toEqual([[expect.stringMatching(/^(exact|polynomial)/), heads(8), heads(8), heads(2), heads(2)]]);
+    const heads = (n: number) => n * 4096 * 16;
+    expect(await printed(examples[0])).toEqual([
+      [expect.stringMatching(/^polynomial of degree 1/), heads(8)],
+      [expect.stringMatching(/^polynomial of degree 2/), heads(8 + 2 + 2)],
+    ]);
   });
 
   it('guide: all in turn', async () => {

@@ -122,7 +122,7 @@ export type Layout = 'bhnd' | 'bnhd';
  */
 export type Method = 'auto' | 'exact' | 'polynomial' | 'toeplitz';
 
-/** `certified`: the bound is proved from norms. `sampled`: the error is measured on exact rows of a seeded sample, or proved where that is cheaper. */
+/** `certified`: the bound is proved, from norms or from the mean square of all scores. `sampled`: the error is measured on exact rows of a seeded sample, or proved where that is cheaper. */
 export type Guarantee = 'certified' | 'sampled';
 
 /**
@@ -197,7 +197,7 @@ export interface Options {
    * gradients that includes what chance may hide; where chance decides, more rows are drawn, once.
    */
   tolerance?: number;
-  /** Default 'sampled'. Of gradients there is no certificate: 'certified' computes them exactly, by the output and lse that are given, if any. */
+  /** Default 'sampled'. Of gradients there is no certificate: under 'auto' 'certified' computes them exactly, by the output and lse that are given, if any; a forced polynomial is a RangeError. */
   guarantee?: Guarantee;
   /** Degree of the polynomial, 0 to 8, instead of the planner's choice; with `method: 'polynomial'`, 'toeplitz' or 'auto'. */
   degree?: number;
@@ -392,7 +392,7 @@ export interface StateOptions {
    * the reports has float32 rounding as well. Default 1e-3, at least 1e-6.
    */
   tolerance?: number;
-  /** 0 to 8, instead of the least that keeps the tolerance. */
+  /** 0 to 8, instead of the least that keeps a tolerance; not beside one. */
   degree?: number;
   /**
    * Queries whose scores may exceed `scoreBound`, sums beyond float32, and here a `degree` that keeps no error at all: 'error'
