@@ -75,6 +75,14 @@ uint32_t ra_chunk_end(const ra_problem *p, uint32_t i);
 // joined. The chunk's other keys are done exactly.
 ra_range ra_state_keys(const ra_problem *p, uint32_t i);
 
+enum { RA_TURNOVER = 4 };
+
+// Tokens leave a sum by subtraction, which leaves the rounding of what it held. So it is made anew once RA_TURNOVER times as many
+// have left as stay, and where that costs no more than to subtract.
+static inline int ra_is_worn(uint32_t gone, uint32_t leaving, uint32_t staying) {
+  return leaving >= staying || gone + (uint64_t)leaving > RA_TURNOVER * (uint64_t)staying;
+}
+
 // Outliers of one key/value head, ascending; of queries the numbers are those of ra_problem.outlier_queries.
 typedef struct ra_outliers {
   const uint32_t *rows;

@@ -54,7 +54,6 @@
 enum {
   CHUNK = RA_CHUNK,
   UNIT = 256,   // tokens of a unit
-  TURNOVER = 4, // tokens that leave a sum, for each that is in it, before it is made anew
 };
 
 // Query heads that share a state: a group, but with slopes or biases of their own none.
@@ -441,12 +440,6 @@ static void add_moment(const ra_polynomial *e, uint32_t j, uint32_t count) {
   ra_update_state(&of_moment, e->y_t, e->z_rows);
 }
 
-// Tokens leave a sum by subtraction, which leaves the rounding of what it held. So it is made anew once TURNOVER times as many
-// have left as stay, and where that costs no more than to subtract.
-static int is_worn(const ra_polynomial *e, uint32_t leaving, uint32_t staying) {
-  return leaving >= staying || e->state->gone + leaving > TURNOVER * (uint64_t)staying;
-}
-
 static void negate(float *rows, size_t count) {
   for (size_t n = 0; n < count; n++) rows[n] = -rows[n];
 }
@@ -468,7 +461,7 @@ static void move_state(const ra_polynomial *e, const ra_arrays *x, size_t kv, ra
   ra_polynomial_state *s = e->state;
   if (keys.first >= keys.end) return;
   uint32_t staying = s->edge > keys.first ? s->edge - keys.first : 0, leaving = keys.first - s->first;
-  if (staying == 0 || (leaving > 0 && is_worn(e, leaving, staying))) {
+  if (staying == 0 || (leaving > 0 && ra_is_worn(s->gone, leaving, staying))) {
     clear_state(e);
     s->edge = keys.first;
     s->origin = keys.end - 1;
@@ -858,7 +851,7 @@ static uint32_t drop_queries(const ra_polynomial *e, const ra_arrays *x, size_t 
   }
   ra_range leaving = {top, s->queries.end}, staying = {s->queries.first, top};
   s->queries.end = top;
-  if (leaving.end > top && is_worn(e, leaving.end - top, top - staying.first)) {
+  if (leaving.end > top && ra_is_worn(s->gone, leaving.end - top, top - staying.first)) {
     clear_state(e);
     add_group(e, x, state, staying, 0);
   } else {

@@ -295,7 +295,7 @@ typedef struct ra_spread {
   uint32_t rows;
 } ra_spread;
 
-// O((group Nq + Nk) D^2); left as soon as scores exceed `limit`. Not with windows, segments, slopes, biases, decays, a relative map or centred queries: RA_ERROR_PROBLEM.
+// O((group Nq + Nk) D^2); left as soon as scores exceed `limit`. Not with slopes, biases, decays, a relative map or centred queries: RA_ERROR_PROBLEM.
 // Needs ra_sample_prepare.
 int RA_API(ra_sample_spread)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, float limit, ra_spread *spread,
                              void *workspace);

@@ -446,26 +446,53 @@ int ra_sample_largest(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
 
 // --- Spread -------------------------------------------------------------------------------------------------------
 
-// Adds keys from .. to - 1, up to RA_CHUNK, but outliers to sums of products, of themselves and of their squares; how many.
-static uint32_t add_products(const sample *e, size_t kv_head, uint32_t from, uint32_t to, double *sum,
-                             double *squares) {
+// Sums over some keys but outliers: of themselves, of their squares, and in e->gram of their products.
+typedef struct key_sums {
+  ra_range keys;
+  uint32_t count, gone, seen; // without outliers; that have left since the sums were made anew; that joined or left in all
+  double sum[RA_MAX_HEAD_DIM + 3], squares;
+} key_sums;
+
+// The keys from .. to - 1, up to RA_CHUNK, join with sign 1, leave with sign -1.
+static void add_products(const sample *e, size_t kv_head, uint32_t from, uint32_t to, int sign, key_sums *sums) {
   const float *k = e->k_rows + (size_t)from * e->Dp;
-  uint32_t count = to - from, added = count, outliers = key_outliers(e, kv_head, from);
-  ra_sum_rows(k, e->Dp, count, e->Dp, outliers, sum);
-  for (uint32_t j = 0; outliers && j < count; j++) {
-    float *row = e->rows + j * e->Dp;
-    memcpy(row, k + j * e->Dp, e->Dp * sizeof *row);
-    if (outliers >> j & 1) ra_fill(row, e->Dp, 0), added--;
+  uint32_t count = to - from, outliers = key_outliers(e, kv_head, from);
+  for (uint32_t j = 0; j < count; j++) {
+    float *row = e->rows + j * e->Dp, factor = outliers >> j & 1 ? 0 : (float)sign;
+    for (size_t d = 0; d < e->Dp; d++) row[d] = factor * k[j * e->Dp + d];
+    if (factor == 0) continue;
+    sums->squares += sign * (double)e->k_squares[from + j];
+    sums->count += (uint32_t)sign;
   }
-  for (uint32_t j = 0; j < count; j++)
-    if (!(outliers >> j & 1)) *squares += e->k_squares[from + j];
-  const float *rows = outliers ? e->rows : k;
+  ra_sum_rows(e->rows, e->Dp, count, e->Dp, 0, sums->sum);
   for (size_t c = 0; c < e->D; c += LANES) // lanes from D on are of what follows, and not read
-    ra_add_columns(rows, e->Dp, (uint32_t)e->D, rows + c, e->Dp, count, e->gram + c * e->D, LANES);
-  return added;
+    ra_add_columns(e->rows, e->Dp, (uint32_t)e->D, k + c, e->Dp, count, e->gram + c * e->D, LANES);
+  sums->seen += count;
 }
 
-// squares[i] = s.s of each query in e->rows against the keys that were added: x^T G x.
+static void add_all_products(const sample *e, size_t kv_head, ra_range keys, int sign, key_sums *sums) {
+  for (uint32_t j = keys.first, to; j < keys.end; j = to) {
+    to = ra_min_u32(j + RA_CHUNK, keys.end);
+    add_products(e, kv_head, j, to, sign, sums);
+  }
+}
+
+// The sums become those over these keys, whose ends rise from call to call; made anew as the polynomial engine makes its states.
+static void move_sums(const sample *e, size_t kv_head, ra_range keys, key_sums *sums) {
+  ra_range *held = &sums->keys;
+  uint32_t leaving = keys.first - held->first, staying = held->end > keys.first ? held->end - keys.first : 0;
+  if (staying == 0 || (leaving > 0 && ra_is_worn(sums->gone, leaving, staying))) {
+    ra_fill(e->gram, (e->D + LANES - 1) / LANES * e->D * LANES, 0);
+    *sums = (key_sums){.keys = {keys.first, keys.first}, .seen = sums->seen};
+  } else {
+    add_all_products(e, kv_head, (ra_range){held->first, keys.first}, -1, sums);
+    sums->gone += leaving;
+  }
+  add_all_products(e, kv_head, (ra_range){held->end, keys.end}, 1, sums);
+  *held = keys;
+}
+
+// squares[i] = s.s of each query in e->rows against the keys of the sums: x^T G x.
 RA_KERNEL void score_squares(const sample *e, uint32_t count, float *squares) {
   f32x4 sum[RA_CHUNK];
   for (uint32_t i = 0; i < count; i++) sum[i] = f32x4_splat(0), squares[i] = 0;
@@ -482,11 +509,12 @@ RA_KERNEL void score_squares(const sample *e, uint32_t count, float *squares) {
   for (uint32_t i = 0; i < count; i++) squares[i] += f32x4_sum(sum[i]);
 }
 
-// The largest of those queries, but outliers, against the n keys that were added, whose sum is given; *lowest: the least mean score so far.
-static void look_at_spread(const sample *e, uint32_t count, uint32_t outliers, uint32_t n, const double *sum,
-                           ra_spread *most, double *lowest) {
+// The largest of those queries, but outliers, against these keys; *lowest: the least mean score so far.
+static void look_at_spread(const sample *e, uint32_t count, uint32_t outliers, const key_sums *sums, ra_spread *most,
+                           double *lowest) {
   float squares[RA_CHUNK], mean[RA_MAX_HEAD_DIM];
-  for (size_t d = 0; d < e->D; d++) mean[d] = (float)(sum[d] / n);
+  uint32_t n = sums->count;
+  for (size_t d = 0; d < e->D; d++) mean[d] = (float)(sums->sum[d] / n);
   score_squares(e, count, squares);
   for (uint32_t i = 0; i < count; i++) {
     if (outliers >> i & 1) continue;
@@ -504,27 +532,24 @@ int ra_sample_spread(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, 
   sample e = arrange(p, &cursor);
   int scored =
       ra_is_relative(p) || p->bias || p->alibi || p->decay_count > 0 || p->softcap > 0 || p->mask || p->allowed;
-  int masked = p->segment_count > 1 || p->window_left >= 0 || p->window_right >= 0;
-  if (scored || masked || e.state->centred) return RA_ERROR_PROBLEM;
-  ra_fill(e.gram, (e.D + LANES - 1) / LANES * e.D * LANES, 0);
-  double sum[RA_MAX_HEAD_DIM + 3] = {0}, squares = 0, lowest = INFINITY;
-  uint32_t known = 0, n = 0;
+  if (scored || e.state->centred) return RA_ERROR_PROBLEM;
+  double lowest = INFINITY;
+  key_sums sums = {.count = 0};
   *spread = (ra_spread){0, 0, 0, 0};
-  for (uint32_t i = 0; i < e.Nq && spread->scores <= limit; i += RA_CHUNK) { // what the state holds grows with i
-    uint32_t end = ra_state_keys(p, i).end, count = ra_min_u32(RA_CHUNK, p->query_length - i);
-    for (uint32_t to; known < end; known = to) {
-      to = ra_min_u32(known + RA_CHUNK, end);
-      n += add_products(&e, kv_head, known, to, sum, &squares);
-      spread->rows += to - known;
-    }
-    if (n == 0) continue;
-    spread->keys = fmaxf(spread->keys, (float)(squares / n));
+  for (uint32_t i = 0, end; i < e.Nq && spread->scores <= limit; i = end) {
+    end = ra_chunk_end(p, i);
+    ra_range keys = ra_state_keys(p, i);
+    if (keys.first >= keys.end) continue;
+    move_sums(&e, kv_head, keys, &sums);
+    if (sums.count == 0) continue;
+    spread->keys = fmaxf(spread->keys, (float)(sums.squares / sums.count));
     for (size_t h = 0; h < e.group; h++) {
-      rotate_queries(&e, x->q, kv_head * e.group + h, i, count, p->scale);
-      look_at_spread(&e, count, query_outliers(&e, kv_head, h, i), n, sum, spread, &lowest);
-      spread->rows += count;
+      rotate_queries(&e, x->q, kv_head * e.group + h, i, end - i, p->scale);
+      look_at_spread(&e, end - i, query_outliers(&e, kv_head, h, i), &sums, spread, &lowest);
+      spread->rows += end - i;
     }
   }
+  spread->rows += sums.seen;
   spread->gain = (float)ra_exp_f64(-lowest);
   return RA_OK;
 }

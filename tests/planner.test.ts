@@ -518,16 +518,15 @@ describe('proofs by the mean square of scores', () => {
     ['grouped', { shape: { heads: 4, kvHeads: 2 }, causal: true }],
     ['more keys than queries', { shape: { queryLength: 100, keyLength: 417 }, causal: true, queryOffset: 311 }],
     ['head size no multiple of eight', { shape: { headDim: 20, valueDim: 7 } }],
+    ['a window', { window: [130, 40] }],
+    ['a causal window', { window: [150, -1], causal: true }],
+    ['segments', { segments: [0, 150] }],
   ])('%s: they take a degree that the largest scores have no proof for', (_, setting) => {
     expect(certified(setting)).toBeGreaterThan(1e-2);
   });
 
-  test.each<[string, Some]>([
-    ['a window', { window: [90, 20] }],
-    ['segments', { segments: [0, 150] }],
-    ['slopes', { causal: true, alibi: Float32Array.of(0.1, 0.01) }],
-  ])('%s: the largest scores decide', (_, setting) => {
-    expect(certified(setting)).toBeLessThanOrEqual(1e-2);
+  test('slopes: the largest scores decide', () => {
+    expect(certified({ causal: true, alibi: Float32Array.of(0.1, 0.01) })).toBeLessThanOrEqual(1e-2);
   });
 
   test('outliers are left out of them', () => {

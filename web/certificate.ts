@@ -48,7 +48,7 @@ const MODERATE = { least: 1e-15, most: 1e12 } as const;
 /** Whether the mean squares of a head's scores can be known: those of Session.spread. */
 export function hasSpread(g: Geometry, { q_mean_norm, k_centred_norm }: Bounds): boolean {
   const scored = g.relative || g.relativePositions || g.bias || g.alibi || g.decays || g.mask || g.softcap;
-  if (scored || g.segments.length > 1 || g.window.some((side) => side >= 0) || q_mean_norm > 0) return false;
+  if (scored || q_mean_norm > 0) return false;
   return k_centred_norm >= MODERATE.least && k_centred_norm <= MODERATE.most;
 }
 
@@ -86,7 +86,8 @@ export function scoreBound(g: Geometry, bounds: readonly Bounds[]): number {
  * magnitudes. Numerator and denominator are sums over keys and features of c_m (multinomial) q^a k^a [v, 1], whose
  * magnitudes add up to at most S = sum |c_m| R^m for each key, against weights of at least W = min p each: the quotient moves by at
  * most 2 gamma_n S / W times the largest |v| that is summed. Both may be means over the keys that a query sees. A window's sum may
- * hold the rounding of up to TURNOVER keys for each that is in it, which came and went. Weights that are exact have no features, but a score that is a
+ * hold what up to TURNOVER keys for each that is in it have left, which came and went: the rounding of their products twice, and of so many more
+ * additions, to sums that at no time were of more than a window's keys. Weights that are exact have no features, but a score that is a
  * sum of D terms: a row of both is off by the larger of the two at most. The scores themselves are off (scoreRounding).
  *
  * @param magnitude S.
@@ -103,20 +104,36 @@ function roundingBound(
   valueRatio: number,
   outlierKeys = 0,
 ): number {
-  const [left, right] = g.causal ? [g.window[0], 0] : g.window;
-  const inState = left < 0 ? g.keyLength : Math.min(g.keyLength, right < 0 ? Infinity : left + right + 1);
-  const terms = left < 0 ? 1 : 1 + 2 * TURNOVER; // for each key in the state
+  const { left, right, keys, terms } = sumsOf(g);
   const edges = (left >= 0 ? 3 : right >= 0 ? 1 : 0) + (g.decays ? g.decays.near / KEY_CHUNK : 0);
-  // A state that decays is rounded once more for each chunk.
-  const overKeys = KEY_CHUNK + (g.alibi || g.decays ? 2 : 1) * terms * (Math.ceil(inState / KEY_CHUNK) + 1);
   const overFeatures = FEATURE_BLOCK + Math.ceil(rank(g.headDim, degree) / FEATURE_BLOCK) + degree;
   const beside = outlierKeys > 0 ? KEY_CHUNK + Math.ceil(outlierKeys / KEY_CHUNK) : 0;
   // features of q and k, weights, [v, 1], the quotient; decays: factors of both sides, their weights, the sum over them
   const products = 2 * degree + 6 + (g.decays ? 6 + g.decays.count : 0);
-  const over = overKeys + edges * KEY_CHUNK + beside + products;
-  const sums = 2 * gammaOf(over + overFeatures) * terms * (g.decays?.gain ?? 1) * magnitude * valueRatio;
+  // A state that decays is rounded once more for each chunk.
+  const additions = (g.alibi || g.decays ? 2 : 1) * (Math.ceil(keys / KEY_CHUNK) + 1);
+  const over = terms * (KEY_CHUNK + products + additions) + edges * KEY_CHUNK + beside;
+  const sums = 2 * gammaOf(over + overFeatures) * (g.decays?.gain ?? 1) * magnitude * valueRatio;
   const exact = 2 * gammaOf(over) * valueRatio + certifiedBound(Math.expm1(g.headDim * UNIT * largestScore(g, bounds)));
   return worse(sums / least, exact) + scoreRounding(g, bounds);
+}
+
+/** How far queries see, the keys of a state at most, and how many of them a sum has had, for each that is in it, that joined or left. */
+function sumsOf(g: Geometry): { left: number; right: number; keys: number; terms: number } {
+  const [left, right] = g.causal ? [g.window[0], 0] : g.window;
+  const keys = left < 0 ? g.keyLength : Math.min(g.keyLength, right < 0 ? Infinity : left + right + 1);
+  return { left, right, keys, terms: left < 0 ? 1 : 1 + 2 * TURNOVER };
+}
+
+/**
+ * What a spread is at most, as it is found: squares of scores are sums of products that add up to the square of the radius at most, means of
+ * products up to the radius.
+ */
+export function roundedUp(g: Geometry, { scores, keys, gain, rows }: Spread, radius: number): Spread {
+  const sums = sumsOf(g);
+  const off = (sums.terms * (Math.ceil(sums.keys / KEY_CHUNK) + KEY_CHUNK) + 2 * g.headDim) * 2 * UNIT;
+  const most = gain * (1 + 2 ** -16 + off * radius);
+  return { scores: scores * (1 + 2 ** -16 + off * radius) + off * most * radius ** 2, keys: keys * (1 + 2 ** -16 + off), gain: most, rows };
 }
 
 /** n u / (1 - n u) */

@@ -352,8 +352,8 @@ export function extremesCost(g: Geometry): number {
   return PORTION + rowCost(g.alibi || g.decays ? ROW.extremesOfChunks : ROW.extremes, g) * queriesOfHead(g);
 }
 
-/** The same to find how far scores of a head are from 0, by so many queries and keys. */
-export function spreadCost(g: Geometry, rows = queriesOfHead(g) + g.keyLength): number {
+/** The same to find how far scores of a head are from 0, by so many queries and keys, those that leave a window included. */
+export function spreadCost(g: Geometry, rows = queriesOfHead(g) + (g.window[0] >= 0 ? 2 : 1) * g.keyLength): number {
   const { each, entry } = ROW.spread;
   return PORTION + (each + entry * g.headDim ** 2) * rows;
 }

@@ -4,7 +4,6 @@
 // arena from `load` to `close`, each copied in once; results are copied out. Addresses stay in here.
 
 import {
-  CHUNK,
   changesCost,
   columnsCost,
   DISTANCE_OF_GRADIENTS,
@@ -20,7 +19,7 @@ import {
   spreadCost,
   type Pass,
 } from './cost.js';
-import { hasSpread, scoreRadius } from './certificate.js';
+import { hasSpread, roundedUp, scoreRadius } from './certificate.js';
 import { Arena, ARRAYS, BOUNDS, DISTANCE, MEMORY_LIMIT, PROBLEM, sizeOf, SPREAD, type Values } from './memory.js';
 import { reachOf } from './reach.js';
 import { seenKeys, type Features, type Mask } from './scores.js';
@@ -929,15 +928,10 @@ export class Session {
     const { problem, arrays, spread: at } = this.#at;
     const { ra_sample_spread } = this.#exports;
     this.#expect(ra_sample_spread(problem, arrays, head, limit, at, this.#sampling), 'ra_sample_spread');
-    const spread = this.#arena.readStruct(at, SPREAD);
-    this.#spent += spreadCost(this.geometry, spread.rows);
-    if (!(spread.scores <= limit)) return null;
-    // Squares of scores are sums of products that add up to the square of the radius at most, means of products up to the radius.
-    const radius = scoreRadius(this.geometry, found);
-    const off = (this.geometry.keyLength / CHUNK + CHUNK + 2 * this.geometry.headDim) * 2 ** -23;
-    spread.keys *= 1 + 2 ** -16 + off;
-    spread.gain *= 1 + 2 ** -16 + off * radius;
-    spread.scores = spread.scores * (1 + 2 ** -16 + off * radius) + off * spread.gain * radius ** 2;
+    const asFound = this.#arena.readStruct(at, SPREAD);
+    this.#spent += spreadCost(this.geometry, asFound.rows);
+    if (!(asFound.scores <= limit)) return null;
+    const spread = roundedUp(this.geometry, asFound, scoreRadius(this.geometry, found));
     this.#spreads.set(head, { beside: this.#outliers, spread });
     return spread;
   }

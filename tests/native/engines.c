@@ -1080,11 +1080,12 @@ static void spread_is(const shape *s, const run *r, uint32_t kv, const ra_spread
     ra_range state = ra_state_keys(&r->p, ra_chunk_start(&r->p, row % s->Nq));
     if (r->p.outlier_query_count > 0 && row % s->Nq * group + row / s->Nq == r->p.outlier_queries[kv]) continue;
     double count = 0, sum = 0, all = 0, keys = 0;
+    const float *score = scores.data;
     ra_sample_scores(&r->p, &r->x, kv, &row, 1, 1, scores.data, workspace); // of ordinary keys
-    for (int64_t j = state.first; j < state.end; j++) {
+    for (uint32_t j = ra_keys_of(&r->p, row % s->Nq).first; j < state.end; j++) {
       if (r->p.outlier_key_count > 0 && j == r->p.outlier_keys[kv]) continue;
-      double score = scores.data[(size_t)count++];
-      sum += score, all += score * score, keys += squares[j];
+      double own = *score++;
+      if (j >= state.first) count++, sum += own, all += own * own, keys += squares[j];
     }
     if (count == 0) continue;
     expected.gain = fmaxf(expected.gain, (float)exp(-sum / count));
@@ -1102,9 +1103,8 @@ static void spread_is(const shape *s, const run *r, uint32_t kv, const ra_spread
 // The same with an outlier key and query and without; and where it is not known.
 static void spread_is_right(const shape *s, const run *r, uint32_t kv, const ra_bounds *b, void *workspace) {
   const ra_problem *p = &r->p;
-  int masked = p->segment_count > 1 || p->window_left >= 0 || p->window_right >= 0 || p->mask || p->allowed;
-  int scored = s->relative || p->bias || p->alibi || p->decay_count > 0 || p->softcap > 0;
-  int known = !masked && !scored && b->q_mean_norm == 0;
+  int scored = s->relative || p->bias || p->alibi || p->decay_count > 0 || p->softcap > 0 || p->mask || p->allowed;
+  int known = !scored && b->q_mean_norm == 0;
   size_t heads = (size_t)s->batch * s->kv_heads;
   uint32_t *keys = calloc(heads, sizeof *keys), *queries = calloc(heads, sizeof *queries);
   run beside = *r;
