@@ -53,7 +53,7 @@
 
 enum {
   CHUNK = RA_CHUNK,
-  UNIT = 256,   // tokens of a unit
+  UNIT = 256, // tokens of a unit
 };
 
 // Query heads that share a state: a group, but with slopes or biases of their own none.
@@ -281,6 +281,7 @@ RA_KERNEL void centre_keys(const ra_polynomial *e, const float *v, uint32_t coun
     for (uint32_t d = Dv / 4 * 4; d < Dv; d++) u[d] = v[d] - e->v_mean[d];
     u[e->Dvp] = 1;
     if (!e->state->centred) continue;
+    for (uint32_t d = e->D; d < e->Dp; d++) y[d] = 0; // nobody else looks there
     f32x4 gain = f32x4_splat((float)ra_exp_f64(inner(e->q_mean, y, e->Dp)));
     for (uint32_t d = 0; d < e->row; d += 4) f32x4_store(u + d, f32x4_mul(gain, f32x4_load(u + d)));
   }

@@ -106,7 +106,7 @@ static char *lay_out(ra_convolution *c, uint32_t Nq, uint32_t Nk, uint32_t S, in
   ra_workspace_cursor w = {NULL, 0, 0};
   ra_convolution_layout(c, Nq, Nk, S, own, 1, &w);
   char *space = aligned_alloc(16, w.used);
-  memset(space, 0xa5, w.used);
+  memset(space, 0xff, w.used);
   w = (ra_workspace_cursor){space, 0, 0};
   ra_convolution_layout(c, Nq, Nk, S, own, 1, &w);
   return space;
