@@ -311,6 +311,18 @@ eachBinary((attention) => {
     expect(poisoned.attend({ q: Float32Array.of(1e-10, 1e-10) }).report.errorBound).toBeNull();
   });
 
+  test('products below float32 are an error, or a result without a bound', () => {
+    const options = { shape: { heads: 1, headDim: 2 }, scoreBound: 3, scale: 1, tolerance: 0.01, rotary: false } as const;
+    const attend = (onMiss: 'error' | 'report', size: number, value: number) => {
+      const state = attention().createState({ ...options, onMiss });
+      for (let n = 0; n < 40; n++) state.append({ k: Float32Array.of(1 / size, -1 / size), v: Float32Array.of(value, n % 2 ? value : -value) });
+      return state.attend({ q: Float32Array.of(size, size / 2) }).report;
+    };
+    expect(attend('error', 1, 1e-20).errorBound).toBeLessThan(0.02);
+    expect(() => attend('error', 1e6, 1e-30)).toThrow('attend: products of |q| 1e+6, |k| 1e-6 and v up to 1e-30 fall below float32; scale these to be of one size');
+    expect(attend('report', 1e6, 1e-30)).toMatchObject({ errorBound: null, reason: expect.stringContaining('products of entries leave float32') });
+  });
+
   test('a state that the memory cannot hold is refused at once', async () => {
     const small = await createRopeAttention({ maxMemoryBytes: 2 ** 20 });
     expect(() => small.createState({ shape: { heads: 1, headDim: 64 }, scoreBound: 1, degree: 3 })).toThrow(

@@ -59,6 +59,8 @@ export function queryGain(g: Pick<Geometry, 'rotaryGain'>, bounds: Pick<Bounds, 
 
 /** Norms of unrotated queries and keys. */
 type Norms = Pick<Bounds, 'q_norm' | 'k_norm'>;
+/** What rounding depends on. */
+type Rounded = Norms & Pick<Bounds, 'q_mean_norm' | 'v_entry' | 'v_half_range'>;
 
 /** Cauchy-Schwarz: the largest |scale (R q).(R k)|, or |scale q W k|, for such norms, not centred, as far as these are exact. */
 export function largestScore(
@@ -76,7 +78,7 @@ export function scoreBound(g: Geometry, bounds: readonly Bounds[]): number {
   const moderate = ({ finite, v_entry }: Bounds) =>
     finite === 1 && (v_entry === 0 || (v_entry >= 1e-28 && v_entry * g.keyLength <= 1e30));
   if (!bounds.every(moderate)) return Infinity;
-  return Math.max(...bounds.map((one) => largestScore(g, one))) * (1 + (g.headDim + 8) * UNIT);
+  return bounds.reduce((most, one) => Math.max(most, largestScore(g, one)), 0) * (1 + (g.headDim + 8) * UNIT);
 }
 
 /**
@@ -97,13 +99,14 @@ export function scoreBound(g: Geometry, bounds: readonly Bounds[]): number {
  */
 function roundingBound(
   g: Geometry,
-  degree: number,
+  coefficients: ArrayLike<number>,
   magnitude: number,
   least: number,
-  bounds: Norms & Pick<Bounds, 'q_mean_norm'>,
+  bounds: Rounded,
   valueRatio: number,
   outlierKeys = 0,
 ): number {
+  const degree = coefficients.length - 1;
   const { left, right, keys, terms } = sumsOf(g);
   const edges = (left >= 0 ? 3 : right >= 0 ? 1 : 0) + (g.decays ? g.decays.near / KEY_CHUNK : 0);
   const overFeatures = FEATURE_BLOCK + Math.ceil(rank(g.headDim, degree) / FEATURE_BLOCK) + degree;
@@ -115,7 +118,20 @@ function roundingBound(
   const over = terms * (KEY_CHUNK + products + additions) + edges * KEY_CHUNK + beside;
   const sums = 2 * gammaOf(over + overFeatures) * (g.decays?.gain ?? 1) * magnitude * valueRatio;
   const exact = 2 * gammaOf(over) * valueRatio + certifiedBound(Math.expm1(g.headDim * UNIT * largestScore(g, bounds)));
-  return worse(sums / least, exact) + scoreRounding(g, bounds);
+  return worse(sums / least, exact) + scoreRounding(g, bounds) + outOfRange(g, coefficients, bounds) / least;
+}
+
+/**
+ * The same for products of entries and values that fall below float32, each by up to 2^-150 of what multiplies it in the end; Infinity where
+ * some may exceed it. Of ordinary rows next to nothing: it takes norms of 1e6 and 1e-6, or values of 1e-30.
+ */
+export function outOfRange(g: Geometry, coefficients: ArrayLike<number>, { q_norm, k_norm, v_entry, v_half_range }: Rounded): number {
+  const degree = coefficients.length - 1;
+  const [x, y] = [Math.abs(g.scale) * q_norm, k_norm].map((norm) => Math.max(1, 2 * g.rotaryGain * norm)); // centred: twice as large at most
+  if (!(g.keyLength * Math.max(x, y) ** degree * Math.max(1, v_entry) < 1e37)) return Infinity;
+  const all = magnitudeOf(coefficients, g.headDim * x * y); // sums over features of what stands beside each entry
+  const values = v_half_range > 0 ? 1 / v_half_range : 0;
+  return 2 ** -150 * (2 * degree + 6) * all * (1 + values);
 }
 
 /** How far queries see, the keys of a state at most, and how many of them a sum has had, for each that is in it, that joined or left. */
@@ -152,12 +168,12 @@ export function roundingWithin(
   coefficients: ArrayLike<number>,
   radius: number,
   t: number,
-  bounds: Norms & Pick<Bounds, 'q_mean_norm'>,
+  bounds: Rounded,
   valueRatio: number,
   outlierKeys = 0,
 ): number {
   const least = (1 - t) * Math.exp(-radius);
-  return roundingBound(g, coefficients.length - 1, magnitudeOf(coefficients, radius), least, bounds, valueRatio, outlierKeys);
+  return roundingBound(g, coefficients, magnitudeOf(coefficients, radius), least, bounds, valueRatio, outlierKeys);
 }
 
 /** sum of |c_m| radius^m */
@@ -222,7 +238,7 @@ export function certifySpread(
     if (m === 2) magnitude += sum * typical ** 2;
   }
   const least = (1 - e) / Math.max(1, spread.gain); // of keys that are done exactly 1, relative to their magnitudes
-  return (2 * e) / (1 - e) + roundingBound(g, coefficients.length - 1, magnitude, least, bounds, 2, outliers.keys);
+  return (2 * e) / (1 - e) + roundingBound(g, coefficients, magnitude, least, bounds, 2, outliers.keys);
 }
 
 function rounding(g: Geometry, own: Float32Array, bounds: Bounds, t: number, outliers: OutlierCounts, features: Features): number {

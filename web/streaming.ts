@@ -7,7 +7,7 @@
 // Nothing is known of the keys to come: scores are not centred, and their bound is the caller's promise, kept by looking at
 // every key and query. Within it the error is proved, not sampled.
 
-import { largestScore, roundingWithin } from './certificate.js';
+import { largestScore, outOfRange, roundingWithin } from './certificate.js';
 import { readChoice, readFinite, readFloats, readInteger, readNumber, readRecord, tagOf, wrong } from './check.js';
 import { CHUNK } from './cost.js';
 import type { Kernel, Session } from './kernel.js';
@@ -51,6 +51,7 @@ export class StreamingState implements AttentionState {
   /** Over all keys so far: max |k_j| and max |entry|. */
   #keyNorm = 0;
   #keyEntry = 0;
+  #valueEntry = 0;
 
   constructor(kernel: Kernel, options: StateOptions) {
     const given = readRecord(CREATE, 'its argument', options, OPTIONS);
@@ -113,6 +114,7 @@ export class StreamingState implements AttentionState {
     this.#next = position + tokens;
     this.#keyNorm = Math.max(this.#keyNorm, norm);
     this.#keyEntry = Math.max(this.#keyEntry, entry);
+    this.#valueEntry = Math.max(this.#valueEntry, values.entry);
   }
 
   attend(args: AttendArgs): ForwardResult {
@@ -142,12 +144,18 @@ export class StreamingState implements AttentionState {
     if (!sound && this.#onMiss === 'error') {
       throw new RangeError(`${name}: the sums of some rows are not positive or beyond float32; smaller k or v would help`);
     }
+    const lost = this.#outOfRange(norm);
+    if (lost && this.#onMiss === 'error') {
+      const [q, k, v] = [norm, this.#keyNorm, this.#valueEntry].map((one) => one.toExponential(0));
+      throw new RangeError(`${name}: products of |q| ${q}, |k| ${k} and v up to ${v} fall below float32; scale these to be of one size`);
+    }
     const errorBound = within && sound ? this.#errorBound(norm) : null;
     const miss = `scores may reach ${scoreBound.toPrecision(3)}, beyond the bound ${this.#scoreBound} of the state`;
     const reasons = [
       `polynomial of degree ${this.degree} (rank ${this.rank}) on a state of ${this.#length} keys`,
       ...(within ? [] : [miss]),
       ...(sound ? [] : ['the sums of some rows are not positive or beyond float32']),
+      ...(lost ? ['products of entries leave float32'] : []),
     ];
     return {
       output,
@@ -181,11 +189,12 @@ export class StreamingState implements AttentionState {
     this.#next = Math.max(this.#next, other.#next);
     this.#keyNorm = Math.max(this.#keyNorm, other.#keyNorm);
     this.#keyEntry = Math.max(this.#keyEntry, other.#keyEntry);
+    this.#valueEntry = Math.max(this.#valueEntry, other.#valueEntry);
   }
 
   serialize(): Uint8Array {
     const identity = Object.values(this.#identity());
-    const own = [this.#length, this.#next, this.#keyNorm, this.#keyEntry];
+    const own = [this.#length, this.#next, this.#keyNorm, this.#keyEntry, this.#valueEntry];
     const head = Float64Array.of(MAGIC, identity.length, ...identity, ...own);
     const bytes = new Uint8Array(head.byteLength + this.#data.byteLength);
     bytes.set(new Uint8Array(head.buffer));
@@ -198,7 +207,7 @@ export class StreamingState implements AttentionState {
     const bytes = new Uint8Array(from as Uint8Array); // a copy from 0 on; a Buffer's slice is none
     const identity = this.#identity();
     const names = Object.keys(identity);
-    const values = 6 + names.length;
+    const values = 7 + names.length;
     const head = new Float64Array(bytes.buffer, 0, Math.min(values, Math.floor(bytes.length / 8)));
     if (head[0] !== MAGIC || head[1] !== names.length) {
       throw new RangeError(`${CREATE}: from is not what serialize gave (${bytes.length} bytes)`);
@@ -208,14 +217,14 @@ export class StreamingState implements AttentionState {
     if (difference !== null) throw new RangeError(`${CREATE}: from has another ${difference}`);
     const needs = 8 * values + this.bytes;
     if (bytes.length !== needs) throw new RangeError(`${CREATE}: from has ${bytes.length} bytes, this state needs ${needs}`);
-    const [length, next, keyNorm, keyEntry] = head.subarray(values - 4);
+    const [length, next, keyNorm, keyEntry, valueEntry] = head.subarray(values - 5);
     const data = new Float32Array(bytes.buffer, 8 * values, this.#data.length);
     const [joined, waiting] = new Uint32Array(data.buffer, data.byteOffset, 2);
     const counts = Number.isSafeInteger(length) && waiting === length % CHUNK && joined === Number(length >= CHUNK);
-    if (!counts || !Number.isSafeInteger(next) || !(keyNorm >= 0 && keyEntry >= 0 && keyNorm + keyEntry < Infinity)) {
+    if (!counts || !Number.isSafeInteger(next) || !([keyNorm, keyEntry, valueEntry].every((one) => one >= 0 && one < Infinity))) {
       throw new RangeError(`${CREATE}: from is damaged: it says ${length} keys, ${waiting} of them waiting, norm ${keyNorm}`);
     }
-    [this.#length, this.#next, this.#keyNorm, this.#keyEntry] = [length, next, keyNorm, keyEntry];
+    [this.#length, this.#next, this.#keyNorm, this.#keyEntry, this.#valueEntry] = [length, next, keyNorm, keyEntry, valueEntry];
     this.#data.set(data);
   }
 
@@ -227,14 +236,24 @@ export class StreamingState implements AttentionState {
     return { ...shape, scale, layout: Number(layout === 'bnhd'), degree: this.degree, scoreBound: this.#scoreBound, rotary };
   }
 
+  #norms(queryNorm: number) {
+    return { q_norm: queryNorm, k_norm: this.#keyNorm, q_mean_norm: 0, v_entry: this.#valueEntry, v_half_range: this.#valueEntry };
+  }
+
+  /** Whether products of queries, keys and values fall below float32 by more than the polynomial is off, or beyond it. */
+  #outOfRange(queryNorm: number): boolean {
+    const t = this.#polynomialError;
+    const lost = outOfRange(this.#geometry, this.#coefficients.subarray(0, this.degree + 1), this.#norms(queryNorm));
+    return t < 1 && !(lost <= (1 - t) * Math.exp(-this.#scoreBound) * Math.max(certifiedBound(t), TOLERANCE_FLOOR));
+  }
+
   /** Of max |v|: |out^ - out| <= certifiedBound(t) max |v - c| for every c, 0 among them, and rounding. */
   #errorBound(queryNorm: number): number | null {
     const t = this.#polynomialError;
     if (!(t < 1)) return null;
     const coefficients = this.#coefficients.subarray(0, this.degree + 1);
     const geometry = { ...this.#geometry, keyLength: Math.max(this.#length, 1), causal: true }; // waiting keys: one more chunk
-    const norms = { q_norm: queryNorm, k_norm: this.#keyNorm, q_mean_norm: 0 };
-    const bound = certifiedBound(t) + roundingWithin(geometry, coefficients, this.#scoreBound, t, norms, 1);
+    const bound = certifiedBound(t) + roundingWithin(geometry, coefficients, this.#scoreBound, t, this.#norms(queryNorm), 1);
     return bound < 2 ? bound : null; // no mean of values is further from another
   }
 
