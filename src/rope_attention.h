@@ -362,6 +362,10 @@ int RA_API(ra_sample_lag_changes)(const ra_problem *p, const ra_arrays *x, uint3
                                   const float *out, const uint32_t *entries, uint32_t count, float *changes,
                                   void *workspace);
 
+// How far entries of x->out are outside of what their columns of x->v span, the most of all rows of one key/value head that see a key: attention
+// is a mean of values, so that this much of an error is certain. O(Nq Dv + Nk Dv).
+float RA_API(ra_sample_outside)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head);
+
 // --- Dense products ---------------------------------------------------------------------------------------------------
 
 // What stands on both sides of attention in the training problem (MATH.md section 1); `columns` is a multiple of 8, C is

@@ -446,10 +446,11 @@ int ra_sample_largest(const ra_problem *p, const ra_arrays *x, uint32_t kv_head,
 
 // --- Spread -------------------------------------------------------------------------------------------------------
 
-// Sums over some keys but outliers: of themselves, of their squares, and in e->gram of their products.
+// Sums over some keys but outliers: of themselves, of their squares, and in e->gram of their products. count: without outliers; gone: that
+// have left since the sums were made anew; seen: that joined or left in all.
 typedef struct key_sums {
   ra_range keys;
-  uint32_t count, gone, seen; // without outliers; that have left since the sums were made anew; that joined or left in all
+  uint32_t count, gone, seen;
   double sum[RA_MAX_HEAD_DIM + 3], squares;
 } key_sums;
 
@@ -1581,4 +1582,36 @@ int ra_sample_lag_changes(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
   add_lag_terms(&t, count, none, total);
   for (uint32_t n = 0; n < count; n++) changes[n] = (float)total[4 * n];
   return RA_OK;
+}
+
+// --- Outputs ------------------------------------------------------------------------------------------------------
+
+// low[d], high[d] of count rows of `row` floats.
+static void find_range(const float *rows, size_t row, size_t count, size_t width, float *low, float *high) {
+  memcpy(low, rows, width * sizeof *low), memcpy(high, rows, width * sizeof *high);
+  for (size_t n = 1; n < count; n++)
+    for (size_t d = 0; d < width; d++) {
+      float value = rows[n * row + d];
+      low[d] = value < low[d] ? value : low[d], high[d] = value > high[d] ? value : high[d];
+    }
+}
+
+float ra_sample_outside(const ra_problem *p, const ra_arrays *x, uint32_t kv_head) {
+  if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return NAN;
+  size_t Nq = p->query_length, Nk = p->key_length, Dv = p->value_dim, group = ra_group(p);
+  size_t row = ra_row(p, p->heads, Dv);
+  float low[RA_MAX_HEAD_DIM], high[RA_MAX_HEAD_DIM], off[RA_MAX_HEAD_DIM] = {0}, most = 0;
+  find_range(x->v + ra_head(p, kv_head, p->kv_heads, Nk, Dv), ra_row(p, p->kv_heads, Dv), Nk, Dv, low, high);
+  for (size_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+    const float *out = x->out + ra_head(p, head, p->heads, Nq, Dv);
+    for (size_t i = 0; i < Nq; i++, out += row) {
+      if (x->lse[head * Nq + i] == -INFINITY) continue;
+      for (size_t d = 0; d < Dv; d++) {
+        float above = out[d] - high[d], below = low[d] - out[d], more = above > below ? above : below;
+        off[d] = more > off[d] ? more : off[d];
+      }
+    }
+  }
+  for (size_t d = 0; d < Dv; d++) most = off[d] > most ? off[d] : most;
+  return most;
 }

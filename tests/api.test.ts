@@ -595,6 +595,14 @@ describe('an instance', () => {
     expect(() => gone.rotate(rotateArgs)).toThrow('rotate: this instance was disposed');
   });
 
+  test('takes more key/value heads than fit the arguments of a function', () => {
+    const batch = 2 ** 17;
+    const x = Float32Array.from({ length: 2 * batch }, (_, n) => n % 7);
+    const { output, report } = attention.forward({ q: x, k: x, v: x, shape: { batch, heads: 1, queryLength: 1, headDim: 2 } });
+    expect(output).toEqual(x);
+    expect(report.entryBound).toBe(6);
+  });
+
   test('is not harmed by a call that is left half done', async () => {
     const one = await createAttention({});
     const large = problem({ shape: { heads: 4, queryLength: 1000, headDim: 16 } }, 5);

@@ -16,6 +16,16 @@ const references = new Map<number, Expected>();
 /** Three tolerances of an instance: others for each, all of the 41 in turn. */
 const some = (n: number) => [0, 14, 28].map((step) => TOLERANCES[(3 * n + step) % TOLERANCES.length]);
 
+/** null where that is refused. */
+function resultOf<T>(call: () => T): T | null {
+  try {
+    return call();
+  } catch (error) {
+    expect(error).toBeInstanceOf(RangeError);
+    return null;
+  }
+}
+
 describe('instances of every kind, mask and size', () => {
   eachBinary((attention) => {
     test.each<[Promise, number, number]>([
@@ -95,6 +105,48 @@ describe('gradients beside outliers by an output that was given: of a polynomial
       const args = instance({ kind, bound: 1, seed, ...SETTINGS[setting](length, headDim) });
       for (const { ratio } of promised(attention(), args, 'training', [tolerance], expectedOf(args))) {
         expect(ratio ?? 0).toBeLessThanOrEqual(1);
+      }
+    });
+  });
+});
+
+describe('polynomials of rows whose weights nearly cancel: such rows are looked at', () => {
+  const { length, shape } = { length: 500, shape: { heads: 1, queryLength: 500 } };
+  eachBinary((attention) => {
+    test.each([4, 8])('D = %d', (headDim) => {
+      let kept = 0;
+      for (let seed = 0; seed < 24; seed++) {
+        const bound = 2 + (seed % 2);
+        const { dOutput: _, ...args } = instance({ kind: 'uniform', bound, seed, shape: { ...shape, headDim } });
+        const exact = attention().forward({ ...args, method: 'exact' }).output;
+        for (const tolerance of [0.1, 0.2, 0.3]) {
+          const output = resultOf(() => attention().forward({ ...args, method: 'polynomial', tolerance }).output);
+          if (!output) continue;
+          kept++;
+          for (let d = 0; d < headDim; d++) {
+            const column = Array.from({ length }, (_, j) => args.v[j * headDim + d]);
+            const half = (Math.max(...column) - Math.min(...column)) / 2;
+            for (let i = d; i < output.length; i += headDim) expect(Math.abs(output[i] - exact[i])).toBeLessThanOrEqual(3 * tolerance * half);
+          }
+        }
+      }
+      expect(kept).toBeGreaterThan(10);
+    });
+  });
+});
+
+describe('exact gradients by an output that was given: one that is wrong in any head is computed again', () => {
+  eachBinary((attention) => {
+    test.each(['bhnd', 'bnhd'] as const)('%s', (layout) => {
+      const [heads, length, headDim] = [4, 1024, 8];
+      const args = { ...instance({ kind: 'uniform', bound: 2, seed: 3, shape: { heads, queryLength: length, headDim } }), layout };
+      const { dOutput: _, ...forward } = args;
+      const saved = attention().forward({ ...forward, method: 'exact' });
+      expect(attention().backward({ ...args, saved, tolerance: 1e-4 }).report.reason).not.toContain('again');
+      for (let head = 0; head < heads; head++) {
+        const lse = saved.lse.map((x, n) => (Math.floor(n / length) === head ? x + 0.1 : x));
+        const { report } = attention().backward({ ...args, output: saved.output, lse, tolerance: 1e-4 });
+        expect([head, report.reason]).toEqual([head, expect.stringMatching(/^exact: .*; the given output and lse are off by \S+ and were computed again$/)]);
       }
     });
   });

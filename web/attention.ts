@@ -302,7 +302,7 @@ export class Attention implements RopeAttention {
           if (list.length > 0) continue;
         }
         const ran = { ...attempt, coefficients: outcome.coefficients, dvDegree: outcome.dvDegree };
-        const bound = boundOf(task, ran);
+        const bound = outcome.positive ? boundOf(task, ran) : null;
         const reason = explain(task, { ...ran, bound }, outcome.measured, 'sampled', plan.because, notes);
         const report = reportOf(task, ran, bound, outcome.measured, session.bytes, null, reason);
         const result = read(session, report);
@@ -353,11 +353,12 @@ export class Attention implements RopeAttention {
       const note = `${there} were not checked, as sampled rows have no ${unknown.join(' or ')}`;
       return { fits: true, difference: 0, note };
     }
-    const rows = rowsOfGiven(task);
+    const { rows, heads } = rowsOfGiven(task);
     if (rows === 0) return { fits: true, difference: 0, note: `${there} were not checked in so short a call` };
-    const difference = yield* split.sampler.given(rows, budgetOfGiven(session, task, budget));
+    const difference = yield* split.sampler.given(rows, heads, limit, budgetOfGiven(session, task, budget));
     const own = there === GIVEN ? null : `gradients go by ${there}`;
-    if (difference <= limit) return { fits: true, difference: 0, note: own };
+    const some = `${there} were checked in ${heads} of ${session.heads} key/value heads`;
+    if (difference <= limit) return { fits: true, difference: 0, note: heads < session.heads ? [own, some].filter(Boolean).join('; ') : own };
     return { fits: false, difference: 0, note: `${there} are off by ${short(difference)} and were computed again` };
   }
 
@@ -381,7 +382,7 @@ export class Attention implements RopeAttention {
     const ran: Pass[] = [];
     const missed = (miss: string | null, measured: Measured | null): Outcome => {
       if (miss !== null) session.spend(costOf(problem, ran, degree, countsOf(attempt)));
-      return { coefficients, dvDegree, measured, miss, sound: positive && measured !== null && passes.length > 1 };
+      return { coefficients, dvDegree, measured, miss, positive, sound: positive && measured !== null && passes.length > 1 };
     };
     if (degree !== null && !coefficients) return missed('has coefficients beyond float32', null);
     if (degree !== null) session.prepareAll();
@@ -419,7 +420,7 @@ export class Attention implements RopeAttention {
     positive = (yield* this.#run(session, task, attempt, [pass], middle, to)) && positive;
     ran.push(pass);
     if (task.part || (attempt.proved && positive)) return missed(null, null);
-    const measured = worst(yield* sampler.check(pass, limit, worth(ran)), lags?.check(sampler, limit));
+    const measured = worst(yield* sampler.check(pass, limit, worth(ran), problem.method !== 'auto'), lags?.check(sampler, limit));
     if (!positive) return missed('has rows whose weights do not add up to a positive number', measured);
     return missed(measured.upper <= limit ? null : `has ${missing(measured, 'sampled', room)}`, measured);
   }
@@ -489,6 +490,8 @@ interface Outcome {
   measured: Measured | null;
   /** What went wrong; null when the tolerance is met. */
   miss: string | null;
+  /** The weights of all rows added up to a positive number. */
+  positive: boolean;
   /** It has computed output and lse before gradients. */
   sound: boolean;
 }
@@ -615,7 +618,7 @@ function reportOf(
   reason: string,
 ): Report {
   const { degree, passes, split } = attempt;
-  const largest = (of: (one: Bounds) => number) => Math.max(...split.bounds.map(of));
+  const largest = (of: (one: Bounds) => number) => split.bounds.reduce((most, one) => Math.max(most, of(one)), 0);
   return {
     method: degree === null ? 'exact' : featuresOf(problem),
     degree,

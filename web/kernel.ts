@@ -128,6 +128,7 @@ interface Exports {
     workspace: number,
   ): number;
   ra_sample_spread(p: number, x: number, head: number, limit: number, spread: number, workspace: number): number;
+  ra_sample_outside(p: number, x: number, head: number): number;
   ra_sample_extremes(
     p: number,
     x: number,
@@ -237,6 +238,7 @@ const EXPORTS = [
   'ra_sample_prepare',
   'ra_sample_largest',
   'ra_sample_spread',
+  'ra_sample_outside',
   'ra_sample_extremes',
   'ra_sample_scores',
   'ra_sample_rows',
@@ -807,6 +809,24 @@ export class Session {
     return this.#arena.gatherFloats(this.#arrays.lse + 4 * this.rowsOfHead * head, rows, 1);
   }
 
+  /** Rows of a head whose lse is the least beside the logarithm of how many keys they see when causal, or not. */
+  leastSums(head: number, count: number): number[] {
+    this.#check();
+    const { causal, queryOffset, queryLength, keyLength } = this.geometry;
+    const lse = this.#arena.readFloats(this.#arrays.lse + 4 * this.rowsOfHead * head, this.rowsOfHead);
+    const least: { row: number; sum: number }[] = [];
+    for (let row = 0; row < lse.length; row++) {
+      const seen = causal ? Math.min(keyLength, (row % queryLength) + queryOffset + 1) : keyLength;
+      const sum = lse[row] - Math.log(Math.max(seen, 1));
+      if (sum === -Infinity || (least.length === count && !(sum < least[count - 1].sum))) continue;
+      if (least.length === count) least.pop();
+      let at = least.length;
+      while (at > 0 && least[at - 1].sum > sum) at--;
+      least.splice(at, 0, { row, sum });
+    }
+    return least.map(({ row }) => row);
+  }
+
   /**
    * Operations at peak speed that sampling has taken so far, as cost.ts counts them: the same for the same call, whatever the machine
    * does at the time.
@@ -934,6 +954,12 @@ export class Session {
     const spread = roundedUp(this.geometry, asFound, scoreRadius(this.geometry, found));
     this.#spreads.set(head, { beside: this.#outliers, spread });
     return spread;
+  }
+
+  /** How far entries of the output of a head are outside of what their columns of v span, at most. */
+  outside(head: number): number {
+    this.#check();
+    return this.#exports.ra_sample_outside(this.#at.problem, this.#at.arrays, head);
   }
 
   /**

@@ -17,6 +17,7 @@ import {
   PLAN,
   polynomialFlops,
   portionCost,
+  prepareCost,
   rankCost,
   SAMPLE_ROWS,
   samplingCost,
@@ -91,9 +92,9 @@ const ONLY_DQ = 1 / 3;
 
 /**
  * Shares of the exact engine's cost that may be lost: to all that is done before it is found that it must run; of that to a polynomial
- * that runs and misses, without having been looked at closely; and to rows of the output and lse that were given.
+ * that runs and misses, without having been looked at closely; to rows of the output and lse that were given; and to making heads ready for that.
  */
-const [LOSS, LOSS_KEYS, TRIAL_RUN, GIVEN] = [0.078, 0.015, 0.03, 0.004];
+const [LOSS, LOSS_KEYS, TRIAL_RUN, GIVEN, GIVEN_HEADS] = [0.078, 0.015, 0.03, 0.004, 0.03];
 
 /** And to rows of these that a polynomial is likely to have wrong. */
 const LOOK_CLOSELY = { always: 0.003, most: 0.01 } as const;
@@ -116,7 +117,7 @@ const ALIKE = 0.05;
 /** Any look at given output and lse takes up to 9 us, in operations as cost.ts counts them; more than so much of exact would show. */
 const [LOOK, SHOWS] = [6e5, 0.06];
 
-/** Rows of given output and lse that are looked at. */
+/** Rows of given output and lse that are looked at: of a head, and of all. */
 const GIVEN_ROWS = { least: 2, most: 4 * SAMPLE_ROWS };
 
 /** Polynomials with outliers are looked for where one would save a fifth, three times at most, as long as there is time. */
@@ -349,8 +350,9 @@ function outliersStandOut({ problem }: Task, bounds: readonly Bounds[], degrees:
 function budgetOf(session: Session, task: Task): number {
   const { problem, passes } = task;
   if (problem.method !== 'auto') return Infinity;
-  const portions = passes.includes('forward') ? 0 : Math.ceil(rowsOfGiven(task) / SAMPLE_ROWS);
-  return session.spent + LOSS * costOf(problem, passes, null) - portions * givenCost(problem);
+  const { rows, heads } = passes.includes('forward') ? { rows: 0, heads: 0 } : rowsOfGiven(task);
+  const given = heads * (Math.ceil(rows / SAMPLE_ROWS) * givenCost(problem) + (heads > 1 ? prepareCost(problem) : 0));
+  return session.spent + LOSS * costOf(problem, passes, null) - given;
 }
 
 /** What is to be kept back for a first look at gradients of keys, which fails so rarely that it has `LOSS_KEYS` of its own. */
@@ -520,7 +522,7 @@ function worstCase(degree: number, radius: number): number {
 
 /** The radius of the scores of all rows. */
 function radiusOf(problem: Problem, { queries, keys }: Ranking): number {
-  const largest = Math.max(...keys.map((own, head) => queries[head].norms[0] * own.norms[0]));
+  const largest = keys.reduce((most, own, head) => Math.max(most, queries[head].norms[0] * own.norms[0]), 0);
   return Math.abs(problem.scale) * problem.rotaryGain * largest;
 }
 
@@ -612,12 +614,18 @@ export function missing(measured: Measured | null, kind: 'predicted' | 'sampled'
   return `a ${kind} error of ${short(error)}${where}${hidden}, more than ${Number(room.toFixed(2))} of the tolerance`;
 }
 
-/** Rows on which `auto` compares an output and lse that were given with exact ones; none in so short a call that this would show. */
-export function rowsOfGiven({ problem, passes }: Task): number {
+/**
+ * Rows on which `auto` compares an output and lse that were given with exact ones, of each of so many key/value heads: of all, unless these are so
+ * short that making them ready would show. None in so short a call that any look would.
+ */
+export function rowsOfGiven({ problem, passes }: Task): { rows: number; heads: number } {
   const exact = costOf(problem, passes, null);
-  if (LOOK > SHOWS * exact) return 0;
+  if (LOOK > SHOWS * exact) return { rows: 0, heads: 0 };
+  const all = problem.batch * problem.kvHeads;
+  const ready = (GIVEN_HEADS * exact) / (prepareCost(problem) + portionCost(problem, 'forward'));
+  const heads = all === 1 ? 1 : Math.max(1, Math.min(all, Math.floor(ready)));
   const affordable = (GIVEN * SAMPLE_ROWS * exact) / portionCost(problem, 'forward');
-  return Math.max(GIVEN_ROWS.least, Math.min(GIVEN_ROWS.most, Math.floor(affordable)));
+  return { rows: Math.max(GIVEN_ROWS.least, Math.floor(Math.min(GIVEN_ROWS.most, affordable) / heads)), heads };
 }
 
 /** What a look at more of these may take: next to nothing, or of what was not spent otherwise. */

@@ -539,20 +539,25 @@ export class Sampler {
    * The error of a finished pass on the sampled rows; of gradients also on columns, as far as it matters to `limit`.
    *
    * @param worth what more of them may take where chance decides.
+   * @param weak also look at rows of outputs whose weights add up to little: there a polynomial that is far off cancels.
    */
-  *check(pass: Pass, limit: number, worth = 0): Generator<number, Measured> {
+  *check(pass: Pass, limit: number, worth = 0, weak = false): Generator<number, Measured> {
     this.#session.setOutliers(this.#outliers);
-    let tally = yield* this.#compare(pass, limit);
-    if (this.#enlarge(tally.doubtful(limit), pass, 1, worth)) tally = yield* this.#compare(pass, limit);
+    let tally = yield* this.#compare(pass, limit, weak);
+    if (this.#enlarge(tally.doubtful(limit), pass, 1, worth)) tally = yield* this.#compare(pass, limit, weak);
     this.#forgetColumns();
     return tally.result();
   }
 
   /** The same of what is drawn by now. */
-  *#compare(pass: Pass, limit: number): Generator<number, Tally> {
+  *#compare(pass: Pass, limit: number, weak: boolean): Generator<number, Tally> {
     const tally = this.#tally();
     const portions = [...this.#allPortions(pass, true), ...this.#allPortions(pass, false, true)];
     yield* this.#compareRows(pass, portions, tally);
+    for (const head of pass === 'forward' ? this.#heads() : []) {
+      tally.certain(this.#session.outside(head), this.#bounds[head].v_half_range);
+      if (weak) yield* this.#compareRows(pass, this.#weakRows(head), tally);
+    }
     if (pass === 'forward' && !this.#isAmple(tally.result().upper, limit)) {
       for (const head of this.#heads()) yield* this.#compareRows(pass, this.#portions(head, pass, 'drawn'), tally);
     }
@@ -577,6 +582,13 @@ export class Sampler {
       }
       yield 0;
     }
+  }
+
+  /** Of a finished forward pass, those that were not looked at. */
+  #weakRows(head: number): Portion[] {
+    const known = new Set([...this.#drawnRows(head).first.flatMap(({ rows }) => rows), ...this.#fewKeyRows(head, 'forward'), ...this.#extremeRows(head)]);
+    const weak = this.#session.leastSums(head, SAMPLE_ROWS).filter((row) => !known.has(row));
+    return inPortions(head, weak.map((row) => ({ row, weight: 1 })));
   }
 
   /** Whether an error of outputs that is seen without more than the first drawn rows needs no more of them. */
@@ -646,27 +658,36 @@ export class Sampler {
 
   /**
    * How far the output and lse that were given are from exact ones: the larger of the output's error and lse's, on so many drawn rows
-   * of the head that is at hand, and where there is time for as much more on some that a polynomial is likely to have wrong.
+   * of each of so many heads, those of the largest scores first, and where there is time for as much more on some that a polynomial is likely to have
+   * wrong; what was seen as soon as it is beyond `limit`.
    */
-  *given(count: number, budget: number): Generator<number, number> {
+  *given(count: number, heads: number, limit: number, budget: number): Generator<number, number> {
     this.#session.setOutliers(this.#outliers);
-    const head = this.#session.heads - 1;
+    const radii = this.#bounds.map((one) => scoreRadius(this.#session.geometry, one));
+    const order = heads < this.#session.heads ? [...radii.keys()].sort((a, b) => radii[b] - radii[a]) : [...radii.keys()].reverse();
     const { total, place } = this.#seeing();
-    const next = random(this.#seed, head, GIVEN);
     const all = Math.min(count, total);
-    let largest = 0;
     const g = this.#session.geometry;
-    if (portionCost(g, 'forward') + (this.#extremes.has(head) ? 0 : extremesCost(g)) <= budget) {
-      const rows = [...this.#extremeRows(head)].slice(0, SAMPLE_ROWS);
-      if (rows.length > 0) largest = worse(largest, this.#difference(head, (gradient) => this.#session.distance(head, rows, null, gradient)));
-      yield 0;
-    }
-    for (let n = 0; n < all; n += SAMPLE_ROWS) {
-      // one of each of as many equal shares
-      const rows = new Uint32Array(Math.min(SAMPLE_ROWS, all - n));
-      for (let m = 0; m < rows.length; m++) rows[m] = place(Math.floor(((n + m + next()) * total) / all));
-      largest = worse(largest, this.#difference(head, (gradient) => this.#session.distance(head, rows, null, gradient)));
-      yield 0;
+    let largest = 0;
+    for (const head of order.slice(0, heads)) {
+      const look = (rows: readonly number[] | Uint32Array) => {
+        const distance = this.#difference(head, (gradient) => this.#session.distance(head, rows, null, gradient));
+        largest = worse(largest, distance);
+      };
+      if (heads * (portionCost(g, 'forward') + (this.#extremes.has(head) ? 0 : extremesCost(g))) <= budget) {
+        const rows = [...this.#extremeRows(head)].slice(0, SAMPLE_ROWS);
+        if (rows.length > 0) look(rows);
+        yield 0;
+      }
+      const next = random(this.#seed, head, GIVEN);
+      for (let n = 0; n < all && largest <= limit; n += SAMPLE_ROWS) {
+        // one of each of as many equal shares
+        const rows = new Uint32Array(Math.min(SAMPLE_ROWS, all - n));
+        for (let m = 0; m < rows.length; m++) rows[m] = place(Math.floor(((n + m + next()) * total) / all));
+        look(rows);
+        yield 0;
+      }
+      if (!(largest <= limit)) return largest;
     }
     return largest;
   }
@@ -727,7 +748,7 @@ export class Sampler {
   #heads(): readonly number[] {
     if (!this.#order) {
       const radii = this.#bounds.map((one) => scoreRadius(this.#session.geometry, one));
-      const widest = Math.max(radii.indexOf(Math.max(...radii)), 0);
+      const widest = Math.max(radii.indexOf(radii.reduce((a, b) => Math.max(a, b), 0)), 0);
       this.#order = [widest, ...radii.keys()].filter((head, n) => n === 0 || head !== widest);
     }
     return this.#order;

@@ -49,6 +49,8 @@ export const ROUNDING = 2 ** -18;
 export class Tally {
   readonly #chance: Chance;
   #largest = 0;
+  /** Of all rows, so that chance hides nothing of it. */
+  #certain = 0;
   #squares = new Map<Name, Squares>();
 
   constructor(chance: Chance) {
@@ -66,6 +68,11 @@ export class Tally {
     this.#add('out', exact, got, 0, weights);
   }
 
+  /** An error of outputs that some row has, whichever it is. */
+  certain(difference: number, halfRange: number): void {
+    this.#certain = worse(this.#certain, halfRange > 0 ? difference / halfRange : 0);
+  }
+
   gradient(
     name: 'dq' | 'dk' | 'dv',
     exact: Float32Array,
@@ -77,7 +84,7 @@ export class Tally {
   }
 
   result(): Required<Measured> {
-    let [error, upper] = [this.#largest, this.#chance.hidden * this.#largest];
+    let [error, upper] = [this.#largest, this.#chance.hidden * this.#largest].map((one) => worse(this.#certain, one));
     let besideDv = upper;
     const total = noSquares();
     for (const [name, squares] of this.#squares) {
@@ -96,7 +103,7 @@ export class Tally {
 
   /** The samples that do not tell whether the errors keep within a limit: empty where all do, or where one most likely does not. */
   doubtful(limit: number): Sample[] {
-    if (!(this.#largest <= limit)) return [];
+    if (!(this.#largest <= limit && this.#certain <= limit)) return [];
     const doubts = new Set<Sample>();
     for (const [name, squares] of this.#squares) {
       if (name !== 'out' && this.#shifted(squares, -DEVIATIONS.above) > limit) return [];

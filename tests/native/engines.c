@@ -358,13 +358,20 @@ static run start(const shape *s, uint32_t method, uint32_t degree) {
   return r;
 }
 
+// What a call must not read before it is written shows: NaN.
+static void *new_workspace(size_t bytes) {
+  void *workspace = aligned_alloc(16, bytes);
+  memset(workspace, 0xff, bytes);
+  return workspace;
+}
+
 // The queries have something in common, and the polynomial engine is to know what.
 static void shift_queries(run *r, guarded *means, float shift) {
   uint32_t heads = r->p.batch * r->p.kv_heads;
   for (size_t n = 0; n < r->q.count; n++) r->q.data[n] += shift;
   *means = guarded_new(heads * ra_means(&r->p), 1, 1);
   r->x.means = means->data;
-  void *workspace = aligned_alloc(16, ra_sample_workspace(&r->p));
+  void *workspace = new_workspace(ra_sample_workspace(&r->p));
   for (uint32_t kv = 0; kv < heads; kv++) {
     ra_bounds b;
     CHECK(ra_sample_prepare(&r->p, &r->x, kv, 0, &b, workspace) == RA_OK, "prepare");
@@ -391,8 +398,7 @@ static void finish_shifted(run *r, guarded *means) {
 static void compute_pass(run *r, uint32_t pass, uint32_t slice) {
   size_t bytes = ra_workspace(&r->p, pass);
   uint32_t units = ra_units(&r->p, pass);
-  char *workspace = aligned_alloc(16, bytes);
-  memset(workspace, 0xa5, bytes);
+  char *workspace = new_workspace(bytes);
   int status = RA_OK;
   for (uint32_t first = 0; first < units; first += slice)
     status |= ra_run(&r->p, &r->x, pass, workspace, first, first + slice < units ? first + slice : units);
@@ -501,7 +507,7 @@ static void derivative_gives_dv(const shape *given) {
   CHECK(error < 3e-6, "dv by derivative: Nq %u Nk %u D %u: %g", s.Nq, s.Nk, s.D, error); // measured at most 5e-7
   if (is_sampled(&s)) {
     uint32_t keys[] = {0, s.Nk / 2, s.Nk - 1}, count = s.Nk > 2 ? 3 : 1;
-    void *workspace = aligned_alloc(16, ra_sample_workspace(&r.p));
+    void *workspace = new_workspace(ra_sample_workspace(&r.p));
     guarded dk = guarded_new((size_t)count * s.D, 1, 1), dv = guarded_new((size_t)count * s.Dv, 1, 1);
     ra_bounds bounds;
     CHECK(ra_sample_prepare(&r.p, &r.x, 0, 0, &bounds, workspace) == RA_OK, "prepare");
@@ -686,8 +692,7 @@ static void append(const shape *s, const run *r, ra_problem p, void *state, uint
     p.query_length = p.key_length = count, p.query_offset = (int32_t)at;
     guarded k = piece_of(s, &r->k, s->kv_heads, s->Nk, s->D, at, count);
     guarded v = piece_of(s, &r->v, s->kv_heads, s->Nk, s->Dv, at, count);
-    void *workspace = aligned_alloc(16, ra_state_workspace(&p));
-    memset(workspace, 0xa5, ra_state_workspace(&p));
+    void *workspace = new_workspace(ra_state_workspace(&p));
     CHECK(ra_state_append(&p, &(ra_arrays){.k = k.data, .v = v.data}, state, workspace) == RA_OK, "append");
     free(workspace), guarded_free(&k), guarded_free(&v);
   }
@@ -709,7 +714,7 @@ static void states_match_the_oracle(const shape *given) {
     void *first = aligned_alloc(16, bytes), *second = aligned_alloc(16, bytes);
     memset(first, 0, bytes), memset(second, 0, bytes);
     append(&s, &r, p, second, half, s.Nk, step), append(&s, &r, p, first, 0, half, step);
-    void *workspace = aligned_alloc(16, ra_state_workspace(&p));
+    void *workspace = new_workspace(ra_state_workspace(&p));
     CHECK(ra_state_merge(&p, first, second, workspace) == RA_OK, "merge");
     if (s.Nk < 32) { // nothing in the sums: nobody looks at them
       void *cut = aligned_alloc(16, beginning);
@@ -723,7 +728,7 @@ static void states_match_the_oracle(const shape *given) {
     free(first), free(second), free(workspace);
   }
 
-  void *empty = calloc(1, ra_state_bytes(&p, 0)), *workspace = aligned_alloc(16, ra_state_workspace(&p));
+  void *empty = calloc(1, ra_state_bytes(&p, 0)), *workspace = new_workspace(ra_state_workspace(&p));
   CHECK(ra_state_attend(&p, &r.x, empty, workspace) == RA_OK, "attend to nothing");
   for (size_t n = 0; n < r.out.count; n++) CHECK(r.out.data[n] == 0, "out of nothing");
   for (size_t n = 0; n < r.lse.count; n++) CHECK(r.lse.data[n] == -INFINITY, "lse of nothing");
@@ -967,7 +972,7 @@ static void found_means_serve(const shape *s, run *r) {
   }
   r->x.means = means.data;
   for (uint32_t kv = 0; kv < heads; kv++) {
-    void *workspace = aligned_alloc(16, ra_sample_workspace(&r->p));
+    void *workspace = new_workspace(ra_sample_workspace(&r->p));
     ra_bounds b;
     CHECK(ra_sample_prepare(&r->p, &r->x, kv, 0, &b, workspace) == RA_OK, "prepare");
     free(workspace);
@@ -1130,6 +1135,21 @@ static void spread_is_right(const shape *s, const run *r, uint32_t kv, const ra_
   free(keys), free(queries);
 }
 
+// Rows of out that see a key are means of values, and what one of them is beyond these is found.
+static void outputs_are_within(const shape *s, const run *r, uint32_t kv) {
+  size_t head = kv * (s->heads / s->kv_heads) + 1u * (s->heads > s->kv_heads), last = s->Nq - 1;
+  float *own = r->out.data + place(s, head, s->heads, s->Nq, last, s->Dv) + s->Dv - 1, kept = *own, high = -INFINITY,
+        *lse = r->lse.data + head * s->Nq + last, lse_kept = *lse;
+  CHECK(ra_sample_outside(&r->p, &r->x, kv) <= 1e-6f, "outside by %g", ra_sample_outside(&r->p, &r->x, kv));
+  for (uint32_t j = 0; j < s->Nk; j++)
+    high = fmaxf(high, r->v.data[place(s, kv, s->kv_heads, s->Nk, j, s->Dv) + s->Dv - 1]);
+  *own = high + 0.5f, *lse = 0;
+  CHECK(fabsf(ra_sample_outside(&r->p, &r->x, kv) - 0.5f) < 1e-6f, "beyond the largest");
+  *lse = -INFINITY;
+  CHECK(ra_sample_outside(&r->p, &r->x, kv) <= 1e-6f, "a row that sees nothing");
+  *own = kept, *lse = lse_kept;
+}
+
 // `shift` is added to queries.
 static void samples_match_the_oracle(const shape *s, float shift) {
   uint32_t engines = s->relative || s->bias_heads || (s->alibi && !s->causal) ? 1 : 2; // oracle; polynomial
@@ -1139,7 +1159,7 @@ static void samples_match_the_oracle(const shape *s, float shift) {
   compute(&oracle, 1), compute(&polynomial, 1);
   size_t bytes = ra_sample_workspace(&oracle.p), group = s->heads / s->kv_heads;
   for (uint32_t kv = 0; kv < s->batch * s->kv_heads; kv++) {
-    void *workspace = aligned_alloc(16, bytes);
+    void *workspace = new_workspace(bytes);
     ra_bounds b;
     // from one to four groups of eight keys, not always full
     uint32_t rows[8], keys[RA_SAMPLE_KEYS], count = 0, key_count = 0, most = 8 * (1 + (s->Nq + kv) % 4) - s->Dv % 3;
@@ -1164,6 +1184,7 @@ static void samples_match_the_oracle(const shape *s, float shift) {
       half = fmax(half, (high - low) / 2);
     }
     CHECK(fabs(b.q_norm / q_norm - 1) < 1e-6 && fabs(b.v_half_range - half) < 1e-6, "bounds");
+    outputs_are_within(s, &oracle, kv);
 
     uint32_t large[RA_EXTREMES], aligned[RA_EXTREMES], opposed[RA_EXTREMES], far_keys[RA_EXTREMES];
     CHECK(ra_sample_extremes(&oracle.p, &oracle.x, kv, large, aligned, opposed, far_keys, workspace) == RA_OK,
@@ -1301,7 +1322,7 @@ static void sampled_maps_are_sums(const shape *s) {
   float got_out[8 * 16], got_lse[8], got_dq[8 * 16], got_dv[8 * 16], unit[16];
   CHECK(D <= 16 && Dv <= 16, "sizes");
   for (uint32_t kv = 0; kv < s->batch * s->kv_heads; kv++) {
-    void *workspace = aligned_alloc(16, ra_sample_workspace(p));
+    void *workspace = new_workspace(ra_sample_workspace(p));
     ra_bounds b;
     CHECK(ra_sample_prepare(p, &r.x, kv, 0, &b, workspace) == RA_OK, "prepare");
     for (uint32_t row = 0; row < group * s->Nq; row++) {
@@ -1404,7 +1425,7 @@ static void lags_match_the_oracle(const shape *s) {
   static const float taylor[] = {1, 0, 0, 1, 1, 0, 1, 1, 0.5f};
   double *sums = calloc(4 * s->bias_heads * count, sizeof *sums), top = 0.2; // of dS
   float *own = malloc(4 * count * sizeof *own);
-  void *workspace = aligned_alloc(16, ra_sample_workspace(&r.p));
+  void *workspace = new_workspace(ra_sample_workspace(&r.p));
   for (uint32_t head = 0; head < s->batch * s->heads; head++) {
     ra_bounds bounds;
     CHECK(ra_sample_prepare(&r.p, &r.x, head / (s->heads / s->kv_heads), 0, &bounds, workspace) == RA_OK, "prepare");
@@ -1523,14 +1544,14 @@ static void bad_problems_are_refused(void) {
 static void negative_sums_are_reported(void) {
   run r = start(&SHAPES[8], RA_POLYNOMIAL, 1);
   for (int n = 0; n < 64; n++) coefficients[n] = n % 2 ? 0.0f : -1.0f; // p = -1
-  void *workspace = aligned_alloc(16, ra_workspace(&r.p, RA_FORWARD));
+  void *workspace = new_workspace(ra_workspace(&r.p, RA_FORWARD));
   CHECK(ra_run(&r.p, &r.x, RA_FORWARD, workspace, 0, ra_units(&r.p, RA_FORWARD)) == RA_NOT_POSITIVE, "p = -1");
   for (size_t n = 0; n < r.out.count; n++) CHECK(r.out.data[n] == 0, "row not zero");
 
   float out[9], lse, bad[] = {-1, 0};
   ra_bounds b;
   uint32_t row = 7;
-  void *sample = aligned_alloc(16, ra_sample_workspace(&r.p));
+  void *sample = new_workspace(ra_sample_workspace(&r.p));
   CHECK(ra_sample_prepare(&r.p, &r.x, 0, 0, &b, sample) == RA_OK, "prepare");
   CHECK(ra_sample_rows(&r.p, &r.x, 0, &row, 1, bad, 1, 0, out, &lse, NULL, NULL, sample) == RA_NOT_POSITIVE,
         "p = -1, sampled");
