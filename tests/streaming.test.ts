@@ -217,7 +217,7 @@ eachBinary((attention) => {
       refuse({ rotary: { base: 9999 } }, 'from has another rotary');
       refuse({ rotary: false }, 'from has another rotary');
       const state = attention().createState(base);
-      const needs = 8 * 16 + state.bytes;
+      const needs = 8 * 17 + state.bytes;
       refuse({ from: from.subarray(0, 200) }, `from has 200 bytes, this state needs ${needs}`);
       refuse({ from: from.subarray(0, 7) }, 'from is not what serialize gave (7 bytes)');
       refuse({ from: new Uint8Array(1000) }, 'from is not what serialize gave (1000 bytes)');
@@ -229,7 +229,8 @@ eachBinary((attention) => {
       refuse({ from: damaged(12, NaN) }, 'from is damaged: it says NaN keys, 4 of them waiting, norm 2.3546');
       refuse({ from: damaged(12, 101) }, 'from is damaged: it says 101 keys, 4 of them waiting, norm 2.3546');
       refuse({ from: damaged(14, -1) }, 'from is damaged: it says 100 keys, 4 of them waiting, norm -1');
-      refuse({ from: damaged(16, 0) }, 'from is damaged: it says 100 keys, 0 of them waiting, norm 2.3546');
+      refuse({ from: damaged(16, NaN) }, 'from is damaged');
+      refuse({ from: damaged(17, 0) }, 'from is damaged: it says 100 keys, 0 of them waiting, norm 2.3546');
     });
   });
 
