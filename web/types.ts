@@ -395,7 +395,7 @@ export interface StateOptions {
   /** 0 to 8, instead of the least that keeps a tolerance; not beside one. */
   degree?: number;
   /**
-   * Queries whose scores may exceed `scoreBound`, sums beyond float32, and here a `degree` that keeps no error at all: 'error'
+   * Queries whose scores may exceed `scoreBound`, sums beyond float32, products far below it, and here a `degree` that keeps no error at all: 'error'
    * (default) throws a RangeError, 'report' attends as well as it goes.
    */
   onMiss?: 'error' | 'report';
