@@ -15,7 +15,7 @@
 
 /** Largest degree that the engine takes (RA_MAX_DEGREE). */
 export const MAX_DEGREE = 8;
-/** A sum of the engine from which tokens leave is made anew once this many have left for each that stays (polynomial.c). */
+/** A sum of the engine from which tokens leave is made anew once this many have left for each that stays (RA_TURNOVER). */
 export const TURNOVER = 4;
 
 /** Half of float32's spacing at 1: smaller improvements of a polynomial are lost when its coefficients are rounded. */
