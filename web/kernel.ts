@@ -809,7 +809,7 @@ export class Session {
     return this.#arena.gatherFloats(this.#arrays.lse + 4 * this.rowsOfHead * head, rows, 1);
   }
 
-  /** Rows of a head whose lse is the least beside the logarithm of how many keys they see when causal, or not. */
+  /** Rows of a head whose lse is the least beside the logarithm of how many keys they see, windows and segments aside. */
   leastSums(head: number, count: number): number[] {
     this.#check();
     const { causal, queryOffset, queryLength, keyLength } = this.geometry;

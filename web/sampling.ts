@@ -663,7 +663,7 @@ export class Sampler {
    */
   *given(count: number, heads: number, limit: number, budget: number): Generator<number, number> {
     this.#session.setOutliers(this.#outliers);
-    const radii = this.#bounds.map((one) => scoreRadius(this.#session.geometry, one));
+    const radii = this.#radii();
     const order = heads < this.#session.heads ? [...radii.keys()].sort((a, b) => radii[b] - radii[a]) : [...radii.keys()].reverse();
     const { total, place } = this.#seeing();
     const all = Math.min(count, total);
@@ -744,10 +744,15 @@ export class Sampler {
     return some.residual(own, pass === 'backward');
   }
 
+  /** What no score of each head exceeds. */
+  #radii(): number[] {
+    return this.#bounds.map((one) => scoreRadius(this.#session.geometry, one));
+  }
+
   /** All heads, the one with the largest scores first. */
   #heads(): readonly number[] {
     if (!this.#order) {
-      const radii = this.#bounds.map((one) => scoreRadius(this.#session.geometry, one));
+      const radii = this.#radii();
       const widest = Math.max(radii.indexOf(radii.reduce((a, b) => Math.max(a, b), 0)), 0);
       this.#order = [widest, ...radii.keys()].filter((head, n) => n === 0 || head !== widest);
     }

@@ -221,7 +221,7 @@ export class StreamingState implements AttentionState {
     const data = new Float32Array(bytes.buffer, 8 * values, this.#data.length);
     const [joined, waiting] = new Uint32Array(data.buffer, data.byteOffset, 2);
     const counts = Number.isSafeInteger(length) && waiting === length % CHUNK && joined === Number(length >= CHUNK);
-    if (!counts || !Number.isSafeInteger(next) || !([keyNorm, keyEntry, valueEntry].every((one) => one >= 0 && one < Infinity))) {
+    if (!counts || !Number.isSafeInteger(next) || ![keyNorm, keyEntry, valueEntry].every((one) => one >= 0 && one < Infinity)) {
       throw new RangeError(`${CREATE}: from is damaged: it says ${length} keys, ${waiting} of them waiting, norm ${keyNorm}`);
     }
     [this.#length, this.#next, this.#keyNorm, this.#keyEntry, this.#valueEntry] = [length, next, keyNorm, keyEntry, valueEntry];
