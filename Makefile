@@ -13,10 +13,12 @@ NODE := node
 EMCC := .toolchain/emcc
 LINKOPT ?= -O2 # emcc's level at link, which is wasm-opt's; -O3 is no faster and 2 % larger
 PORT ?= 8080   # of the demo
+CORES := $(shell getconf _NPROCESSORS_ONLN) # what `make test` uses
 
 # Comments after a value would leave spaces in it
 LINKOPT := $(strip $(LINKOPT))
 PORT := $(strip $(PORT))
+CORES := $(strip $(CORES))
 
 SOURCES := $(sort $(wildcard src/*.c))
 TESTS := $(sort $(wildcard tests/native/*.c))
@@ -163,7 +165,7 @@ PROGRAMS := $(foreach compiler,gcc clang,$(TESTS:tests/native/%.c=build/native/$
 # Both parts run and are counted whatever the other does; the last line is their sum
 test: ## all tests: C under sanitizers with gcc and clang, then Jest; ends with `N passed, N failed`
 	@rm -f build/native.json build/jest.json build/test.txt
-	@$(MAKE) --keep-going test-native test-jest || true
+	@$(MAKE) -j$(CORES) --keep-going test-native test-jest || true
 	@$(NODE) scripts/test-summary.mjs build/native.json build/jest.json
 
 test-native: $(PROGRAMS) ## the C tests only

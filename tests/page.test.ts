@@ -454,8 +454,9 @@ describe('the page', () => {
 
   const finished = (page: Page) => page.waitForSelector('body[data-run=idle][data-source=live]', { timeout: 50_000 });
   const text = (page: Page, id: string) => page.locator(`#${id}`).innerText();
-  const hash = (page: Page) => new URL(page.url()).hash;
-  const stateOf = (page: Page) => parseState(hash(page));
+  // As the page has it: page.url() learns of a new address later
+  const hash = (page: Page) => page.evaluate(() => location.hash);
+  const stateOf = async (page: Page) => parseState(await hash(page));
   const MARKS = '#drawing .measured circle, #drawing .measured path';
   const dots = (page: Page) => page.locator(MARKS).count();
   const fullDots = (page: Page) =>
@@ -480,7 +481,7 @@ describe('the page', () => {
   test('the idea: two factors to scale at the edges of their product, as large as the weights', async () => {
     const page = await open(QUICK);
     for (const degree of states.IDEA_DEGREES) {
-      if (degree !== parseState(hash(page)).degree) {
+      if (degree !== (await stateOf(page)).degree) {
         await page.focus('#degree');
         await page.keyboard.press('Home');
         for (let step = 1; step < degree; step++) await page.keyboard.press('ArrowRight');
@@ -505,13 +506,13 @@ describe('the page', () => {
     await page.focus('#degree');
     await page.keyboard.press('ArrowRight');
     await becomes(() => text(page, 'idea-finding'), (value) => expect(value).toMatch(/^With entries up to 0.5, 10 features/));
-    expect(stateOf(page).degree).toBe(3);
+    expect((await stateOf(page)).degree).toBe(3);
     expect(await page.getAttribute('body', 'data-run')).toBe('idle'); // nothing else depends on it
     await page.focus('#entries');
     await page.keyboard.press('End');
     await becomes(() => text(page, 'idea-finding'), (value) => expect(value).toMatch(/^With entries up to 4 the scores spread too far for degree 3/));
     expect(await Promise.all(['entries-value', 'B-value'].map((id) => text(page, id)))).toEqual(['4', '4']);
-    expect(stateOf(page)).toMatchObject({ degree: 3, entryBound: 4 });
+    expect(await stateOf(page)).toMatchObject({ degree: 3, entryBound: 4 });
     await page.waitForTimeout(1100); // a step of its own in the history
     await page.focus('#B');
     await page.keyboard.press('Home');
@@ -608,7 +609,7 @@ describe('the page', () => {
     await page.focus('#B');
     await page.keyboard.press('ArrowRight');
     expect(await text(page, 'B-value')).toBe('0.63');
-    expect(stateOf(page).entryBound).toBe(0.63);
+    expect((await stateOf(page)).entryBound).toBe(0.63);
     expect(await page.getAttribute('#B', 'aria-valuetext')).toBe('0.63');
 
     const box = (await page.locator('#degrees').boundingBox())!;
@@ -617,13 +618,13 @@ describe('the page', () => {
     await page.mouse.move(box.x + 0.4 * box.width, box.y + box.height / 2, { steps: 5 });
     await page.mouse.up();
     expect(await text(page, 'degrees-value')).toBe('1 to 3');
-    expect(stateOf(page)).toMatchObject({ entryBound: 0.63, maxDegree: 3 });
+    expect(await stateOf(page)).toMatchObject({ entryBound: 0.63, maxDegree: 3 });
 
     await page.check('#causal');
-    expect(stateOf(page).causal).toBe(true);
+    expect((await stateOf(page)).causal).toBe(true);
     await page.fill('#seed', '77');
     await page.keyboard.press('Tab');
-    expect(stateOf(page).seed).toBe(77);
+    expect((await stateOf(page)).seed).toBe(77);
     // What is no seed gives way to the last one that was, which the figure is of.
     await page.locator('#seed').press('End');
     await page.keyboard.type('8.5');
@@ -631,14 +632,14 @@ describe('the page', () => {
     await page.keyboard.press('Tab');
     expect(await page.inputValue('#seed')).toBe('778');
     expect(await page.getAttribute('#seed', 'aria-invalid')).toBe('false');
-    expect(stateOf(page).seed).toBe(778);
+    expect((await stateOf(page)).seed).toBe(778);
     await page.fill('#seed', '-5');
     await page.keyboard.press('Tab');
     expect(await page.inputValue('#seed')).toBe('778');
 
     await page.goBack();
     await page.goBack();
-    expect(stateOf(page)).toMatchObject({ causal: false, maxDegree: 3, seed: 5 });
+    expect(await stateOf(page)).toMatchObject({ causal: false, maxDegree: 3, seed: 5 });
     expect(await page.isChecked('#causal')).toBe(false);
     await page.goBack();
     expect(await text(page, 'degrees-value')).toBe('1 to 2');
@@ -783,9 +784,9 @@ describe('the page', () => {
     await page.focus('#tab-length');
     await page.keyboard.press('ArrowRight');
     expect(await page.evaluate(() => document.activeElement?.id)).toBe('tab-bound');
-    expect(stateOf(page).panel).toBe('bound');
+    expect((await stateOf(page)).panel).toBe('bound');
     await page.keyboard.press('End');
-    expect(stateOf(page).panel).toBe('time');
+    expect((await stateOf(page)).panel).toBe('time');
   });
 
   test('screen readers get names, values and progress', async () => {
