@@ -2,7 +2,7 @@ export default {
   testEnvironment: 'node',
   roots: ['<rootDir>/tests'],
   testMatch: ['**/*.test.ts'],
-  transform: { '\\.ts$': '<rootDir>/scripts/jest-typescript.mjs' },
+  transform: { '\\.ts$|/(dist|tests)/.*\\.m?js$': '<rootDir>/scripts/jest-transform.mjs' },
   extensionsToTreatAsEsm: ['.ts'],
   // In TypeScript the sources say './x.js' and mean x.ts
   moduleNameMapper: { '^(\\.{1,2}/.*)\\.js$': ['$1.ts', '$1.js'] },

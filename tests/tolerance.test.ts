@@ -10,7 +10,7 @@ import { eachBinary } from './support.js';
 import { KINDS, instance } from './promise/instances.mjs';
 import { LONG, LONG_SETTINGS, SETTINGS, TOLERANCES, exactOf, expectedOf, numbered, promised, type Expected, type Kept, type Promise } from './promise/promise.mjs';
 
-const COUNT = 150;
+const COUNT = 500;
 const references = new Map<number, Expected>();
 
 /** Three tolerances of an instance: others for each, all of the 41 in turn. */
