@@ -1586,32 +1586,57 @@ int ra_sample_lag_changes(const ra_problem *p, const ra_arrays *x, uint32_t kv_h
 
 // --- Outputs ------------------------------------------------------------------------------------------------------
 
-// low[d], high[d] of count rows of `row` floats.
-static void find_range(const float *rows, size_t row, size_t count, size_t width, float *low, float *high) {
-  memcpy(low, rows, width * sizeof *low), memcpy(high, rows, width * sizeof *high);
-  for (size_t n = 1; n < count; n++)
-    for (size_t d = 0; d < width; d++) {
-      float value = rows[n * row + d];
-      low[d] = value < low[d] ? value : low[d], high[d] = value > high[d] ? value : high[d];
+// Widens the ranges of 4 `vectors` columns by rows; those whose lse is -Infinity, if there is any, do not count.
+RA_INLINE void widen(const float *rows, size_t row, size_t count, const float *lse, const int vectors, float *low,
+                     float *high) {
+  f32x4 least[4], most[4];
+  RA_UNROLLED
+  for (int m = 0; m < vectors; m++) least[m] = f32x4_load(low + 4 * m), most[m] = f32x4_load(high + 4 * m);
+  for (size_t n = 0; n < count; n++, rows += row) {
+    if (lse && lse[n] == -INFINITY) continue;
+    RA_UNROLLED
+    for (int m = 0; m < vectors; m++) {
+      f32x4 value = f32x4_load(rows + 4 * m);
+      least[m] = f32x4_min(value, least[m]), most[m] = f32x4_max(value, most[m]);
+    }
+  }
+  RA_UNROLLED
+  for (int m = 0; m < vectors; m++) f32x4_store(low + 4 * m, least[m]), f32x4_store(high + 4 * m, most[m]);
+}
+
+RA_KERNEL void widen_16(const float *rows, size_t row, size_t count, const float *lse, float *low, float *high) {
+  widen(rows, row, count, lse, 4, low, high);
+}
+
+RA_KERNEL void widen_4(const float *rows, size_t row, size_t count, const float *lse, float *low, float *high) {
+  widen(rows, row, count, lse, 1, low, high);
+}
+
+// Likewise of all `width` columns.
+static void widen_ranges(const float *rows, size_t row, size_t count, size_t width, const float *lse, float *low,
+                         float *high) {
+  size_t d = 0;
+  for (; d + 16 <= width; d += 16) widen_16(rows + d, row, count, lse, low + d, high + d);
+  for (; d + 4 <= width; d += 4) widen_4(rows + d, row, count, lse, low + d, high + d);
+  for (size_t n = 0; d < width && n < count; n++)
+    for (size_t c = d; c < width && !(lse && lse[n] == -INFINITY); c++) {
+      float value = rows[n * row + c];
+      low[c] = value < low[c] ? value : low[c], high[c] = value > high[c] ? value : high[c];
     }
 }
 
 float ra_sample_outside(const ra_problem *p, const ra_arrays *x, uint32_t kv_head) {
   if (ra_check(p) != RA_OK || kv_head >= p->batch * p->kv_heads) return NAN;
   size_t Nq = p->query_length, Nk = p->key_length, Dv = p->value_dim, group = ra_group(p);
-  size_t row = ra_row(p, p->heads, Dv);
-  float low[RA_MAX_HEAD_DIM], high[RA_MAX_HEAD_DIM], off[RA_MAX_HEAD_DIM] = {0}, most = 0;
-  find_range(x->v + ra_head(p, kv_head, p->kv_heads, Nk, Dv), ra_row(p, p->kv_heads, Dv), Nk, Dv, low, high);
-  for (size_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-    const float *out = x->out + ra_head(p, head, p->heads, Nq, Dv);
-    for (size_t i = 0; i < Nq; i++, out += row) {
-      if (x->lse[head * Nq + i] == -INFINITY) continue;
-      for (size_t d = 0; d < Dv; d++) {
-        float above = out[d] - high[d], below = low[d] - out[d], more = above > below ? above : below;
-        off[d] = more > off[d] ? more : off[d];
-      }
-    }
+  float low[RA_MAX_HEAD_DIM], high[RA_MAX_HEAD_DIM], out_low[RA_MAX_HEAD_DIM], out_high[RA_MAX_HEAD_DIM], most = 0;
+  for (size_t d = 0; d < Dv; d++) low[d] = out_low[d] = INFINITY, high[d] = out_high[d] = -INFINITY;
+  widen_ranges(x->v + ra_head(p, kv_head, p->kv_heads, Nk, Dv), ra_row(p, p->kv_heads, Dv), Nk, Dv, NULL, low, high);
+  for (size_t head = kv_head * group; head < (kv_head + 1) * group; head++)
+    widen_ranges(x->out + ra_head(p, head, p->heads, Nq, Dv), ra_row(p, p->heads, Dv), Nq, Dv, x->lse + head * Nq,
+                 out_low, out_high);
+  for (size_t d = 0; d < Dv; d++) { // -Infinity both, where no row counts
+    float above = out_high[d] - high[d], below = low[d] - out_low[d];
+    most = above > most ? above : most, most = below > most ? below : most;
   }
-  for (size_t d = 0; d < Dv; d++) most = off[d] > most ? off[d] : most;
   return most;
 }

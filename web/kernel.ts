@@ -271,6 +271,8 @@ export const SAMPLE_LAGS = 256;
 /** Rows whose exact output and lse are taken together in columns. */
 export const SAMPLE_CHANGES = 64;
 const EXTREMES = 8;
+/** Rows of which `leastSums` takes one logarithm, and more only where one of them may be among the least. */
+const STRETCH = 64;
 const WARM_UP_CALLS = 20_000;
 
 /** Whether a mask is added to scores, or says which ones count. */
@@ -815,10 +817,14 @@ export class Session {
     const { causal, queryOffset, queryLength, keyLength } = this.geometry;
     const lse = this.#arena.readFloats(this.#arrays.lse + 4 * this.rowsOfHead * head, this.rowsOfHead);
     const least: { row: number; sum: number }[] = [];
+    const seen = (i: number) => Math.log(causal ? Math.max(Math.min(keyLength, i + queryOffset + 1), 1) : keyLength);
+    let most = 0; // of rows up to the end of a stretch
     for (let row = 0; row < lse.length; row++) {
-      const seen = causal ? Math.min(keyLength, (row % queryLength) + queryOffset + 1) : keyLength;
-      const sum = lse[row] - Math.log(Math.max(seen, 1));
-      if (sum === -Infinity || (least.length === count && !(sum < least[count - 1].sum))) continue;
+      const i = row % queryLength;
+      if (i % STRETCH === 0) most = seen(i + STRETCH);
+      if (lse[row] === -Infinity || (least.length === count && !(lse[row] - most < least[count - 1].sum))) continue;
+      const sum = lse[row] - seen(i);
+      if (least.length === count && !(sum < least[count - 1].sum)) continue;
       if (least.length === count) least.pop();
       let at = least.length;
       while (at > 0 && least[at - 1].sum > sum) at--;

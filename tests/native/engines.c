@@ -1135,19 +1135,25 @@ static void spread_is_right(const shape *s, const run *r, uint32_t kv, const ra_
   free(keys), free(queries);
 }
 
-// Rows of out that see a key are means of values, and what one of them is beyond these is found.
+// Rows of out that see a key are means of values, and what one of them is beyond these is found, on either side and in any column.
 static void outputs_are_within(const shape *s, const run *r, uint32_t kv) {
   size_t head = kv * (s->heads / s->kv_heads) + 1u * (s->heads > s->kv_heads), last = s->Nq - 1;
-  float *own = r->out.data + place(s, head, s->heads, s->Nq, last, s->Dv) + s->Dv - 1, kept = *own, high = -INFINITY,
-        *lse = r->lse.data + head * s->Nq + last, lse_kept = *lse;
+  size_t columns[] = {0, s->Dv / 2, s->Dv - 1};
+  float *lse = r->lse.data + head * s->Nq + last, lse_kept = *lse;
   CHECK(ra_sample_outside(&r->p, &r->x, kv) <= 1e-6f, "outside by %g", ra_sample_outside(&r->p, &r->x, kv));
-  for (uint32_t j = 0; j < s->Nk; j++)
-    high = fmaxf(high, r->v.data[place(s, kv, s->kv_heads, s->Nk, j, s->Dv) + s->Dv - 1]);
-  *own = high + 0.5f, *lse = 0;
-  CHECK(fabsf(ra_sample_outside(&r->p, &r->x, kv) - 0.5f) < 1e-6f, "beyond the largest");
-  *lse = -INFINITY;
-  CHECK(ra_sample_outside(&r->p, &r->x, kv) <= 1e-6f, "a row that sees nothing");
-  *own = kept, *lse = lse_kept;
+  for (int n = 0; n < 6; n++) {
+    size_t column = columns[n / 2];
+    float *own = r->out.data + place(s, head, s->heads, s->Nq, last, s->Dv) + column, kept = *own,
+          sign = n % 2 ? -1 : 1;
+    float high = -INFINITY; // of values times the sign
+    for (uint32_t j = 0; j < s->Nk; j++)
+      high = fmaxf(high, sign * r->v.data[place(s, kv, s->kv_heads, s->Nk, j, s->Dv) + column]);
+    *own = sign * (high + 0.5f), *lse = 0;
+    CHECK(fabsf(ra_sample_outside(&r->p, &r->x, kv) - 0.5f) < 1e-6f, "column %zu, sign %g", column, sign);
+    *lse = -INFINITY;
+    CHECK(ra_sample_outside(&r->p, &r->x, kv) <= 1e-6f, "a row that sees nothing");
+    *own = kept, *lse = lse_kept;
+  }
 }
 
 // `shift` is added to queries.
