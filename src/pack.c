@@ -44,17 +44,28 @@ void ra_fill(float *y, size_t count, float value) {
   for (size_t i = 0; i < count; i++) y[i] = value;
 }
 
+// Of 4 `vectors` columns, whose sums do not wait for one another.
+RA_INLINE void sum_columns(const float *x, size_t x_row, uint32_t count, uint32_t skipped, const int vectors,
+                           double *sum) {
+  f32x4 some[4];
+  float lane[16];
+  RA_UNROLLED
+  for (int m = 0; m < vectors; m++) some[m] = f32x4_splat(0);
+  RA_ROLLED
+  for (uint32_t n = 0; n < count; n++, x += x_row) {
+    if (skipped >> n & 1) continue;
+    RA_UNROLLED
+    for (int m = 0; m < vectors; m++) some[m] = f32x4_add(some[m], f32x4_load(x + 4 * m));
+  }
+  RA_UNROLLED
+  for (int m = 0; m < vectors; m++) f32x4_store(lane + 4 * m, some[m]);
+  for (int i = 0; i < 4 * vectors; i++) sum[i] += lane[i];
+}
+
 void ra_sum_rows(const float *x, size_t x_row, uint32_t count, size_t columns, uint32_t skipped, double *sum) {
   size_t d = 0;
-  for (; d + 4 <= columns; d += 4) {
-    f32x4 some = f32x4_splat(0);
-    float lane[4];
-    RA_ROLLED
-    for (uint32_t n = 0; n < count; n++)
-      if (!(skipped >> n & 1)) some = f32x4_add(some, f32x4_load(x + n * x_row + d));
-    f32x4_store(lane, some);
-    for (size_t i = 0; i < 4; i++) sum[d + i] += lane[i];
-  }
+  for (; d + 16 <= columns; d += 16) sum_columns(x + d, x_row, count, skipped, 4, sum + d);
+  for (; d + 4 <= columns; d += 4) sum_columns(x + d, x_row, count, skipped, 1, sum + d);
   for (; d < columns; d++) {
     float some = 0;
     RA_ROLLED

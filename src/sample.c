@@ -132,41 +132,73 @@ static float entry_of(const extent *t) {
 
 static int is_finite(const extent *t) { return entry_of(t) <= FLT_MAX && f32x4_sum(t->nothing) == 0; }
 
-// squares[count] of rows, up to 32: four at a time, whose sums become the lanes of one vector.
-RA_KERNEL void measure_rows(const float *x, size_t x_row, uint32_t count, size_t columns, float *squares, extent *t) {
-  f32x4 most = t->most, nothing = t->nothing, zero = f32x4_splat(0);
-  for (uint32_t n = 0; n < count; n += 4) {
-    f32x4 sum[4];
-    float lane[4];
-    for (uint32_t m = 0; m < 4; m++) {
-      const float *row = x + ra_min_u32(n + m, count - 1) * x_row;
-      size_t d = 0;
-      sum[m] = zero;
-      for (; d + 4 <= columns; d += 4) {
-        f32x4 value = f32x4_load(row + d);
-        most = f32x4_max(most, f32x4_abs(value));
-        sum[m] = f32x4_madd(value, value, sum[m]);
-      }
-      for (; d < columns; d++) {
-        float value[4] = {row[d]};
-        most = f32x4_max(most, f32x4_abs(f32x4_load(value)));
-        sum[m] = f32x4_madd(f32x4_load(value), f32x4_load(value), sum[m]);
-      }
+// Sums of squares of four rows, less a mean if there is one, as lanes; and into `most`, if that is asked for, the largest entries.
+RA_INLINE f32x4 squares_of_four(const float *const rows[4], const float *mean, size_t columns, f32x4 most[4]) {
+  f32x4 sum[4];
+  size_t d = 0;
+  RA_UNROLLED
+  for (int m = 0; m < 4; m++) sum[m] = f32x4_splat(0);
+  RA_ROLLED
+  for (; d + 4 <= columns; d += 4) {
+    RA_UNROLLED
+    for (int m = 0; m < 4; m++) {
+      f32x4 value = f32x4_load(rows[m] + d);
+      if (mean) value = f32x4_sub(value, f32x4_load(mean + d));
+      if (most) most[m] = f32x4_max(most[m], f32x4_abs(value));
+      sum[m] = f32x4_madd(value, value, sum[m]);
     }
-    f32x4_transpose(sum, sum + 1, sum + 2, sum + 3);
-    f32x4 all = f32x4_add(f32x4_add(sum[0], sum[1]), f32x4_add(sum[2], sum[3]));
-    nothing = f32x4_madd(f32x4_min(f32x4_splat(FLT_MAX), all), zero, nothing); // infinity is no NaN
-    f32x4_store(lane, all);
-    for (uint32_t m = 0; m < ra_min_u32(4, count - n); m++) squares[n + m] = lane[m];
   }
-  t->most = most, t->nothing = nothing;
+  RA_ROLLED
+  for (; d < columns; d++) {
+    RA_UNROLLED
+    for (int m = 0; m < 4; m++) {
+      float lane[4] = {mean ? rows[m][d] - mean[d] : rows[m][d]};
+      f32x4 value = f32x4_load(lane);
+      if (most) most[m] = f32x4_max(most[m], f32x4_abs(value));
+      sum[m] = f32x4_madd(value, value, sum[m]);
+    }
+  }
+  f32x4_transpose(sum, sum + 1, sum + 2, sum + 3);
+  return f32x4_add(f32x4_add(sum[0], sum[1]), f32x4_add(sum[2], sum[3]));
+}
+
+// Four rows from n on of `count`, the last again where there are fewer.
+RA_INLINE void four_rows(const float *x, size_t x_row, uint32_t n, uint32_t count, const float *rows[4]) {
+  RA_UNROLLED
+  for (uint32_t m = 0; m < 4; m++) rows[m] = x + ra_min_u32(n + m, count - 1) * x_row;
+}
+
+// squares[count] of rows, up to 32.
+RA_KERNEL void measure_rows(const float *x, size_t x_row, uint32_t count, size_t columns, float *squares, extent *t) {
+  f32x4 zero = f32x4_splat(0), nothing = t->nothing, most[4] = {t->most, zero, zero, zero};
+  const float *rows[4];
+  for (uint32_t n = 0; n < count; n += 4) {
+    float lane[4];
+    four_rows(x, x_row, n, count, rows);
+    f32x4 all = squares_of_four(rows, NULL, columns, most);
+    nothing = f32x4_madd(f32x4_min(f32x4_splat(FLT_MAX), all), zero, nothing); // infinity is no NaN
+    if (n + 4 <= count) {
+      f32x4_store(squares + n, all);
+      continue;
+    }
+    f32x4_store(lane, all);
+    for (uint32_t m = 0; m < count - n; m++) squares[n + m] = lane[m];
+  }
+  t->most = f32x4_max(f32x4_max(most[0], most[1]), f32x4_max(most[2], most[3])), t->nothing = nothing;
 }
 
 // Sums of squares of rows `first` .. first + count - 1, up to 32; bit n of `outliers` is row first + n.
 RA_KERNEL void extend(extent *t, const float *squares, uint32_t first, uint32_t count, uint32_t outliers) {
   float sum = 0, most = t->squares; // of so few rows
-  uint32_t at = t->at;
-  for (uint32_t n = 0; n < count; n++) {
+  uint32_t at = t->at, n = 0;
+  for (; outliers == 0 && n + 8 <= count; n += 8) {
+    f32x4 low = f32x4_load(squares + n), high = f32x4_load(squares + n + 4);
+    sum += f32x4_sum(f32x4_add(low, high));
+    if (!f32x4_any_greater(f32x4_max(low, high), f32x4_splat(most))) continue;
+    for (uint32_t m = n; m < n + 8; m++)
+      if (squares[m] > most) most = squares[m], at = first + m;
+  }
+  for (; n < count; n++) {
     float square = squares[n];
     if (outliers >> n & 1) t->far = fmaxf(t->far, square);
     else {
@@ -238,18 +270,19 @@ static void measure_queries(const sample *e, const float *q, size_t kv_head, int
 
 // Ranges and means, as sums of shares so that they stay finite, of 4 `vectors` columns of v [Nk]. `mean` may be NULL.
 RA_INLINE void measure_columns(const float *v, size_t v_row, size_t Nk, const int vectors, ra_bounds *b, float *mean) {
-  f32x4 low[4], high[4], sum[4], nothing = f32x4_splat(0),
-                                 zero = nothing; // nothing: 0, or NaN once a value was not finite
+  f32x4 low[4], high[4], sum[4], zero = f32x4_splat(0),
+                                 nothing = zero; // nothing: 0, or NaN once a value was not finite
   f32x4 share = f32x4_splat(1 / (float)Nk);
   RA_UNROLLED
   for (int n = 0; n < vectors; n++) low[n] = high[n] = f32x4_load(v + 4 * n), sum[n] = zero;
   for (size_t j = 0; j < Nk; j++, v += v_row) RA_UNROLLED
   for (int n = 0; n < vectors; n++) {
     f32x4 value = f32x4_load(v + 4 * n);
-    nothing = f32x4_madd(value, zero, nothing);
     low[n] = f32x4_min(value, low[n]), high[n] = f32x4_max(value, high[n]);
     sum[n] = f32x4_madd(value, share, sum[n]);
   }
+  RA_UNROLLED
+  for (int n = 0; n < vectors; n++) nothing = f32x4_madd(sum[n], zero, nothing);
   for (int n = 0; n < vectors && mean; n++) f32x4_store(mean + 4 * n, sum[n]);
   if (f32x4_sum(nothing) != 0) b->finite = 0;
   for (int n = 0; n < vectors; n++) {
@@ -616,19 +649,6 @@ static void keep_largest_of(uint32_t *where, float *values, uint32_t n, f32x4 so
   keep_largest(where, values, n, fmaxf(fmaxf(lane[0], lane[1]), fmaxf(lane[2], lane[3])));
 }
 
-// |v - mean|^2 of one key's values.
-static float value_squares(const sample *e, const float *v, const float *mean) {
-  f32x4 sum = f32x4_splat(0);
-  size_t d = 0;
-  for (; d + 4 <= e->Dv; d += 4) {
-    f32x4 off = f32x4_sub(f32x4_load(v + d), f32x4_load(mean + d));
-    sum = f32x4_madd(off, off, sum);
-  }
-  float rest = f32x4_sum(sum);
-  for (; d < e->Dv; d++) rest += (v[d] - mean[d]) * (v[d] - mean[d]);
-  return rest;
-}
-
 // Of some keys, but outliers, those by which an output is likely to be off by most: by |k| and what weighs it, |v - mean| (1 for gradients,
 // or where no means are known) times what is left of exp(score) at the end of these keys, `decay` from key to key. Weight 0 where there are fewer.
 RA_KERNEL void find_keys(const sample *e, const ra_arrays *x, uint32_t kv_head, ra_range among, float decay,
@@ -638,10 +658,17 @@ RA_KERNEL void find_keys(const sample *e, const ra_arrays *x, uint32_t kv_head, 
   const float *v = mean ? x->v + ra_head(e->p, kv_head, e->p->kv_heads, e->Nk, e->Dv) : NULL;
   float left = 1, sizes[RA_EXTREMES];
   for (int m = 0; m < RA_EXTREMES; m++) sizes[m] = -1, keys[m] = 0;
-  for (uint32_t j = (uint32_t)among.end; j-- > among.first;) {
-    left *= decay * decay;
-    if (outliers.count > 0 && ra_outlier_bits(outliers, 1, 0, j, 1)) continue;
-    keep_largest(keys, sizes, j, e->k_squares[j] * left * (mean ? value_squares(e, v + j * e->v_row, mean) : 1));
+  for (uint32_t end = (uint32_t)among.end, first; end > among.first; end = first) { // the last four first
+    first = end - ra_min_u32(4, end - (uint32_t)among.first);
+    float size[4];
+    const float *rows[4];
+    if (mean) four_rows(v + first * e->v_row, e->v_row, 0, end - first, rows);
+    f32x4_store(size, mean ? squares_of_four(rows, mean, e->Dv, NULL) : f32x4_splat(1));
+    for (uint32_t j = end; j-- > first;) {
+      left *= decay * decay;
+      if (outliers.count > 0 && ra_outlier_bits(outliers, 1, 0, j, 1)) continue;
+      keep_largest(keys, sizes, j, e->k_squares[j] * left * size[j - first]);
+    }
   }
   for (int m = 0; m < RA_EXTREMES; m++) weights[m] = sizes[m] > 0 ? sqrtf(sizes[m] / e->k_squares[keys[m]]) : 0;
 }
@@ -698,13 +725,17 @@ int ra_sample_extremes(const ra_problem *p, const ra_arrays *x, uint32_t kv_head
         }
         uint32_t row = (uint32_t)(h * e.Nq + i + n);
         f32x4 off[2];
-        RA_ROLLED
+        RA_UNROLLED
         for (int m = 0; m < 2; m++) { // as s^3: errors of a polynomial rise faster than scores
           f32x4 s = f32x4_load(e.s + n * LANES + 4 * m), weight = f32x4_load(live + 4 * m);
           off[m] = f32x4_mul(f32x4_mul(s, s), f32x4_mul(s, f32x4_mul(weight, f32x4_splat(left))));
         }
-        keep_largest_of(aligned, highest, row, f32x4_max(off[0], off[1]));
-        keep_largest_of(opposed, lowest, row, f32x4_sub(f32x4_splat(0), f32x4_min(off[0], off[1])));
+        f32x4 high = f32x4_max(off[0], off[1]), low = f32x4_sub(f32x4_splat(0), f32x4_min(off[0], off[1]));
+        float least = fminf(highest[RA_EXTREMES - 1], lowest[RA_EXTREMES - 1]);
+        if (f32x4_any_greater(f32x4_max(high, low), f32x4_splat(least))) {
+          keep_largest_of(aligned, highest, row, high);
+          keep_largest_of(opposed, lowest, row, low);
+        }
         keep_largest(large, norms, row, e.q_squares[row]);
       }
     }
