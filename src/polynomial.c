@@ -219,16 +219,54 @@ void ra_update_state(const ra_polynomial *e, const float *x_t, const float *rows
   }
 }
 
-// dx_t += J(x)^T (z h_t): through the features that the state was read with; h_t [z_columns][32]
-RA_KERNEL void read_state_backward(const ra_polynomial *e, const float *x_t, const float *h_t) {
+// sum of the terms of x and y, a multiple of 4 of them
+static float inner(const float *x, const float *y, size_t count) {
+  f32x4 sum = f32x4_splat(0);
+  for (size_t n = 0; n < count; n += 4) sum = f32x4_madd(f32x4_load(x + n), f32x4_load(y + n), sum);
+  return f32x4_sum(sum);
+}
+
+// Of some rows, whose features are f, sum_ij dS_ij (j - r) over the keys of Z and the queries of a chunk: phi(x_i).(moment h_i)
+static double moment_of_rows(const ra_polynomial *e, const float *f, uint32_t row0, uint32_t count, const float *h_t,
+                             float *space) {
+  set_rows(e->moment + (size_t)row0 * e->z_row, e->z_row, count, h_t, e->z_columns, space);
+  return inner(f, space, (size_t)count * CHUNK);
+}
+
+// sum of the terms of f, y [count][32] and `distance` [32]
+static float inner_at(const float *f, const float *y, const float *distance, uint32_t count) {
+  f32x4 sum = f32x4_splat(0);
+  for (uint32_t c = 0; c < CHUNK; c += 4) {
+    f32x4 own = f32x4_splat(0);
+    for (size_t n = c; n < (size_t)count * CHUNK; n += CHUNK)
+      own = f32x4_madd(f32x4_load(f + n), f32x4_load(y + n), own);
+    sum = f32x4_madd(f32x4_load(distance + c), own, sum);
+  }
+  return f32x4_sum(sum);
+}
+
+// dx_t += J(x)^T (z h_t): through the features that the state was read with; h_t [z_columns][32]. With slopes, and queries that are
+// `distance` [32] ahead of r (else NULL), returns over the keys of Z and these
+// sum_ij dS_ij (j - i) = sum_ij dS_ij (j - r) - sum_i distance_i phi(x_i).(z h_i).
+RA_KERNEL double read_state_backward(const ra_polynomial *e, const float *x_t, const float *h_t,
+                                     const float *distance) {
   const ra_features *f = &e->f;
+  double sum = 0;
+  if (distance) sum += moment_of_rows(e, e->lower, 0, f->lower, h_t, e->dlower);
   set_rows(e->z, e->z_row, f->lower, h_t, e->z_columns, e->dlower);
+  if (distance) sum -= inner_at(e->lower, e->dlower, distance, f->lower);
   for (uint32_t row0 = f->lower, count; row0 < f->rank; row0 += count) {
     count = ra_min_u32(RA_ROW_BLOCK, f->rank - row0);
+    if (distance) {
+      ra_features_block(f, x_t, e->lower, row0, count, e->block);
+      sum += moment_of_rows(e, e->block, row0, count, h_t, e->dblock);
+    }
     set_rows(e->z + (size_t)row0 * e->z_row, e->z_row, count, h_t, e->z_columns, e->dblock);
+    if (distance) sum -= inner_at(e->block, e->dblock, distance, count);
     ra_features_block_backward(f, x_t, e->lower, row0, count, e->dblock, e->dlower, e->dx_t);
   }
   ra_features_lower_backward(f, x_t, e->lower, e->dlower, e->dx_t);
+  return sum;
 }
 
 // --- Chunks -------------------------------------------------------------------------------------------------------
@@ -258,13 +296,6 @@ void ra_load_queries(const ra_polynomial *e, const float *q, uint32_t i, uint32_
   if (!features) return;
   ra_live_tokens(count, 0, live);
   ra_features_lower(&e->f, e->x_t, live, e->lower);
-}
-
-// sum of the terms of x and y, a multiple of 4 of them
-static float inner(const float *x, const float *y, size_t count) {
-  f32x4 sum = f32x4_splat(0);
-  for (size_t n = 0; n < count; n += 4) sum = f32x4_madd(f32x4_load(x + n), f32x4_load(y + n), sum);
-  return f32x4_sum(sum);
 }
 
 // y_rows less the mean key, u_rows; the rest of 32 tokens zeroed.
@@ -736,24 +767,16 @@ ra_heads ra_heads_of(const ra_polynomial *e, size_t head) {
                     .lse = head * Nq};
 }
 
-// sum_ij dS_ij (j - r) over the keys of Z and the queries of a chunk: phi(x_i).(moment h_i); h_t [z_columns][32]
-RA_KERNEL double read_moment(const ra_polynomial *e, const float *h_t) {
-  double sum = 0;
-  for (uint32_t row0 = 0, count; row0 < e->f.rank; row0 += count) {
-    const float *f = rows_at(e, e->x_t, row0, &count);
-    set_rows(e->moment + (size_t)row0 * e->z_row, e->z_row, count, h_t, e->z_columns, e->dblock);
-    sum += inner(f, e->dblock, (size_t)count * CHUNK);
-  }
-  return sum;
-}
-
-// The same over the keys j .. j + count - 1 at an edge, dS in da.
-static double edge_moment(const ra_polynomial *e, uint32_t j, uint32_t count, uint32_t origin) {
+// sum_ij dS_ij (j - i) over the keys j .. j + count - 1 at an edge and the queries at positions `position` and on, dS in da.
+static double edge_moment(const ra_polynomial *e, uint32_t j, uint32_t count, int64_t position) {
   double sum = 0;
   for (uint32_t n = 0; n < count; n++) {
     f32x4 row = f32x4_splat(0);
-    for (uint32_t c = 0; c < CHUNK; c += 4) row = f32x4_add(row, f32x4_load(e->da + n * CHUNK + c));
-    sum += f32x4_sum(row) * ((double)j + n - origin);
+    for (uint32_t c = 0; c < CHUNK; c += 4) {
+      float first = (float)((int64_t)j + n - position - c), distance[4] = {first, first - 1, first - 2, first - 3};
+      row = f32x4_madd(f32x4_load(e->da + n * CHUNK + c), f32x4_load(distance), row);
+    }
+    sum += f32x4_sum(row);
   }
   return sum;
 }
@@ -795,6 +818,7 @@ RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size
   edges beside = edges_of(p, i, count, state);
   uint32_t outliers = outlier_queries(p, head, i, count);
   int reads = has_plain_keys(p, kv, state);
+  int64_t position = (int64_t)i + p->query_offset;
   load_queries_backward(e, x, head, i, count, reads);
   ra_fill(e->dx_t, (size_t)e->Dp * CHUNK, 0);
   clear_rows(e, x, at, ra_key_limit(p, i + count - 1));
@@ -802,8 +826,9 @@ RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size
   // in the forward pass this was sum = phi(x) Z
   if (reads) {
     const float *h_t = widen_columns(e, e->h_rows, e->h_t);
-    if (e->moment) e->state->dslope += read_moment(e, h_t);
-    read_state_backward(e, e->x_t, h_t);
+    float distance[CHUNK];
+    for (uint32_t n = 0; n < CHUNK; n++) distance[n] = (float)(position + n - (int64_t)e->state->origin);
+    e->state->dslope += read_state_backward(e, e->x_t, h_t, e->moment ? distance : NULL);
   }
   ra_add_outlier_keys_backward(e, x, kv, state, outliers);
   for (int side = 0; side < 2; side++)
@@ -812,7 +837,7 @@ RA_KERNEL void backward_queries(const ra_polynomial *e, const ra_arrays *x, size
       const ra_seen *seen = seen_keys(e, head, i, count, outliers, j, keys);
       ra_load_keys(e, x, kv, j, keys, 0);
       ra_add_block_backward(e, e->y_rows, e->u_rows, keys, seen, NULL, j, x->dk + at.k, x->dv + at.v);
-      if (e->moment) e->state->dslope += edge_moment(e, j, keys, reads ? e->state->origin : beside.side[0].first);
+      if (e->moment) e->state->dslope += edge_moment(e, j, keys, position);
       if (e->near_lags) add_near_lags(e, i, count, j, keys);
     }
   if (e->near_lags && reads) add_last_keys(e, x, head, i, count, state);
@@ -909,7 +934,7 @@ RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t st
     ra_add_rows(e->d_rows, e->Dvp, count, e->Dv, x->dv + at.v, e->v_row, NULL, j);
     add_mean_query(e);
     ra_transpose(e->u_rows, e->row, CHUNK, e->columns, e->h_t, CHUNK);
-    read_state_backward(e, e->y_t, widen_columns(e, e->u_rows, e->h_t));
+    read_state_backward(e, e->y_t, widen_columns(e, e->u_rows, e->h_t), NULL);
     ra_transpose(e->dx_t, CHUNK, e->Dp, CHUNK, e->d_rows, e->Dp);
     ra_add_rows(e->d_rows, e->Dp, count, e->D, x->dk + at.k, e->k_row, NULL, j);
     e->state->edge = j;

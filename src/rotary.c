@@ -150,7 +150,9 @@ static uint32_t next_run(ra_rotary *r, uint32_t row, uint32_t count, int first, 
   double position = r->positions ? r->positions[row] : (double)(r->first + row), ahead = position - r->anchor;
   if (first || !(ahead >= 0 && ahead < RA_ROTARY_BLOCK && ahead == floor(ahead))) seek(r, position), ahead = 0;
   *m = (size_t)ahead;
-  return r->positions ? 1 : ra_min_u32(count, RA_ROTARY_BLOCK - (uint32_t)ahead);
+  uint32_t most = ra_min_u32(count, RA_ROTARY_BLOCK - (uint32_t)ahead), run = 1;
+  while (r->positions && run < most && r->positions[row + run] == position + run) run++;
+  return r->positions ? run : most;
 }
 
 void ra_rotary_rows(ra_rotary *r, const float *x, size_t x_row, float *y, size_t y_row, uint32_t rows, uint32_t row,
@@ -165,7 +167,8 @@ void ra_rotary_rows(ra_rotary *r, const float *x, size_t x_row, float *y, size_t
       run = 1; // and c2, s2 are 1, 0
     } else {
       size_t m;
-      run = next_run(r, row + n, rows - n, n % RA_ROTARY_BLOCK == 0, &m);
+      uint32_t block = n % RA_ROTARY_BLOCK;
+      run = next_run(r, row + n, ra_min_u32(rows - n, RA_ROTARY_BLOCK - block), block == 0, &m);
       c2 += 2 * half * m;
     }
     turn_rows(x + n * x_row, x_row, y + n * y_row, y_row, run, half, r->interleaved, c1, s1, c2, sign, factor);

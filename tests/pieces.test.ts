@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: MIT
 //
-// Relative positions that are straight lines in pieces: found as such, and attention by their pieces against the same map as a whole, by
-// the exact engine, which relative.test.ts compares with float64.
+// Calls that fall into pieces: relative positions that are straight lines, found as such, and slopes to both sides; against the same
+// call as a whole, by the exact engine, which relative.test.ts and exact.test.ts compare with float64.
 
 import { describe, expect, test } from '@jest/globals';
 
 import type { Report, RopeAttention } from '../dist/index.js';
 import { createAttention } from '../dist/attention.js';
 import { linesOf } from '../dist/pieces.js';
+import { KINDS, instance } from './promise/instances.mjs';
+import { exactOf, promised } from './promise/promise.mjs';
 import { describeSetting, draw, eachBinary, forwardArgs, lazy, maxAbs, maxDifference, positionsBy, problem, random, relativeFrobenius } from './support.js';
 import type { Random, Setting } from './support.js';
 
@@ -152,10 +154,100 @@ eachBinary((attention: () => RopeAttention) => {
   });
 });
 
+const bothSides = ({ reason }: Report) => /^alibi falls to both sides: /.test(reason);
+const angles = (rows: number, of: (x: number) => number) => Float32Array.from({ length: 8 * rows }, (_, n) => of(Math.floor(n / 8) * 50 ** (-(n % 8) / 8)));
+const longer = { ...long, queryLength: 8000 };
+const longerGroups = { ...groups, queryLength: 6500, keyLength: 6800 };
+const sides: Setting[] = [
+  { shape: longer, alibi: Float32Array.of(0.001) },
+  { shape: longerGroups, alibi: Float32Array.of(0.002, 0.0005), layout: 'bnhd', queryOffset: 200, window: [5300, 4900], rotary: { base: 500 } },
+  {
+    shape: { ...longerGroups, batch: 2, kvHeads: 2, keyLength: 6500 },
+    alibi: Float32Array.of(0.002, 0),
+    queryOffset: -100,
+    rotary: { interleaved: true, dim: 8, queryPositions: Float64Array.from({ length: 13000 }, (_, n) => (n % 6500) + (n < 6500 ? 3 : 17)) },
+  },
+  { shape: longer, alibi: Float32Array.of(0.003), scale: -0.2, rotary: { tables: { cos: angles(8000, Math.cos), sin: angles(8000, Math.sin) } } },
+  { shape: longer, alibi: Float32Array.of(0.001), window: [7500, 0] },
+  { shape: longer, alibi: Float32Array.of(0.001), queryOffset: 8000, rotary: false }, // all keys are up to each query
+  { shape: longer, alibi: Float32Array.of(0.001), queryOffset: -8000 }, // and behind each
+];
+
+describe('slopes to both sides', () => {
+  eachBinary((attention: () => RopeAttention) => {
+    describe.each(sides.map((setting, n) => ({ setting, n, name: describeSetting(setting) })))('$name', ({ setting, n }) => {
+      const args = lazy(() => problem(setting, 740 + n, uniform));
+      const exact = lazy(() => {
+        const whole = { ...args(), method: 'exact' as const };
+        const saved = attention().forward(forwardArgs(whole));
+        return { saved, output: saved.output, lse: saved.lse, ...attention().backward({ ...whole, saved }) };
+      });
+
+      test('within the tolerance', () => {
+        const call = { ...args(), tolerance: TOLERANCE };
+        const { output, lse, report } = attention().forward(forwardArgs(call));
+        expect(bothSides(report) && report.method).toBe('polynomial');
+        expect(maxDifference(output, exact().output)).toBeLessThan(TOLERANCE * maxAbs(call.v));
+        const seen = (x: Float32Array) => x.filter((_, r) => exact().lse[r] > -Infinity);
+        expect(lse.map((x) => Number(x === -Infinity))).toEqual(exact().lse.map((x) => Number(x === -Infinity)));
+        expect(maxDifference(seen(lse), seen(exact().lse))).toBeLessThan(TOLERANCE);
+        for (const saved of [undefined, exact().saved]) {
+          const gradients = attention().backward({ ...call, ...(saved && { saved }) });
+          expect(bothSides(gradients.report) && gradients.report.method).toBe('polynomial');
+          for (const name of GRADIENTS) expect(relativeFrobenius(gradients[name], exact()[name])).toBeLessThan(TOLERANCE);
+          expect(relativeFrobenius(gradients.dAlibi!, exact().dAlibi!)).toBeLessThan(TOLERANCE / 2); // not promised; measured at most 2e-3
+        }
+      });
+
+      // What no polynomial keeps both sides do exactly. Without the distance that the mirrored one lacks dAlibi is off by 8e-4 and more.
+      test('all gradients to rounding, where that is asked for', () => {
+        const { report, ...got } = attention().backward({ ...args(), tolerance: 2e-6, saved: exact().saved });
+        expect(report.method).toBe('exact');
+        for (const name of [...GRADIENTS, 'dAlibi'] as const) expect(relativeFrobenius(got[name]!, exact()[name]!)).toBeLessThan(2e-5);
+      });
+    });
+
+    test.each(Object.keys(KINDS))('inputs of every kind keep the tolerance: %s', (kind) => {
+      const made = instance({ kind, bound: 0.5, seed: 5, shape: { heads: 1, queryLength: 8192, headDim: 8 } });
+      const args = { ...made, alibi: Float32Array.of(0.002) };
+      const expected = exactOf(attention(), args);
+      let kept = 0;
+      for (const how of ['forward', 'backward', 'training'] as const) {
+        for (const { ratio, degree } of promised(attention(), args, how, [0.1, 1e-2, 1e-3], expected, { method: 'auto' })) {
+          expect(ratio).toBeLessThanOrEqual(1);
+          if (degree !== null) kept++;
+        }
+      }
+      expect(kept).toBeGreaterThan(0);
+    });
+
+    test('are what plan says', () => {
+      const args = { ...problem(sides[0], 740, uniform), tolerance: TOLERANCE };
+      const plan = attention().plan(forwardArgs(args));
+      const { report } = attention().forward(forwardArgs(args));
+      expect(plan.reason).toBe(report.reason.split(';')[0]);
+      expect([plan.method, plan.degree, plan.flops]).toEqual([report.method, report.degree, report.flops]);
+      expect(bothSides(attention().plan(args))).toBe(true);
+    });
+
+    test.each([
+      ['a forced method', { method: 'exact' as const }],
+      ['proofs', { guarantee: 'certified' as const }],
+      ['slopes that leave few keys', { alibi: Float32Array.of(1) }],
+      ['sinks', { sinks: new Float32Array(1) }],
+      ['a bias', { bias: new Float32Array(2 * 8000 - 1) }],
+      ['segments', { segments: [0, 2000] }],
+    ])('are not for %s', (_, more) => {
+      const args = { ...forwardArgs(problem(sides[0], 740, uniform)), tolerance: TOLERANCE, ...more };
+      expect(bothSides(attention().forward(args).report)).toBe(false);
+    });
+  });
+});
+
 test('progress rises to 1, which is its end', async () => {
   const attention = await createAttention({});
-  const args = { ...problem(settings[0], 730, uniform), tolerance: TOLERANCE };
-  for (const steps of [attention.forwardSteps(forwardArgs(args)), attention.backwardSteps(args)]) {
+  const calls = [settings[0], sides[0]].map((setting) => ({ ...problem(setting, 730, uniform), tolerance: TOLERANCE }));
+  for (const steps of calls.flatMap((args) => [attention.forwardSteps(forwardArgs(args)), attention.backwardSteps(args)])) {
     const seen: number[] = [];
     for (let step = steps.next(); !step.done; step = steps.next()) seen.push(step.value);
     expect(seen.at(-1)).toBe(1);

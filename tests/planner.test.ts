@@ -310,7 +310,7 @@ describe('the choice', () => {
       'exact: relative.weights hold NaN or Infinity, which no Fourier transform stands',
     ],
     [{ mask: new Uint8Array(2048).fill(1), maskShape: [1, 1, 1, 2048] as const }, 'exact: no polynomial has mask'],
-    [{ alibi: new Float32Array(2), causal: false }, 'exact: no polynomial has alibi without causal'],
+    [{ alibi: new Float32Array(2), causal: false }, 'exact: no polynomial has alibi without causal, and none is cheaper for the keys on either side of the queries'],
     [{ sinks: new Float32Array(2), softcap: 1 }, 'exact: no polynomial has softcap or sinks'],
     [{ window: [100, -1] as const, method: 'exact' as const }, 'exact: as asked'],
   ])('%p', (options, reason) => {

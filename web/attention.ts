@@ -16,7 +16,7 @@ import { MAX_DECAYS } from './decays.js';
 import { Kernel, type Bounds, type Session } from './kernel.js';
 import { LagSampler } from './lags.js';
 import { loadModule } from './load.js';
-import { backwardByPieces, forwardByPieces, piecesOf, planOfPieces, rising, shared, type Engines } from './pieces.js';
+import { backwardByPieces, forwardByPieces, planByPieces, rising, type Engines } from './pieces.js';
 import {
   choose,
   costOf,
@@ -161,13 +161,8 @@ export class Attention implements RopeAttention {
   }
 
   *planSteps(args: PlanArgs): Generator<number, Report> {
-    const { problem, inputs } = readCall('plan', args, this.#fits);
-    const pass: Pass = inputs.dOutput ? 'backward' : 'forward';
-    const pieces = piecesOf(problem, pass === 'backward' ? ['forward', 'backward'] : ['forward']);
-    if (!pieces) return yield* this.#planWhole({ problem, inputs });
-    const reports: Report[] = [];
-    for (const piece of shared(problem, pieces, pass)) reports.push(yield* this.#planWhole({ problem: piece, inputs }));
-    return planOfPieces(problem, pieces, reports, pass);
+    const call = readCall('plan', args, this.#fits);
+    return (yield* planByPieces(call, this.#engines('plan'))) ?? (yield* this.#planWhole(call));
   }
 
   *#planWhole({ problem, inputs }: Call): Generator<number, Report> {

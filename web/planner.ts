@@ -31,7 +31,7 @@ import type { Bounds, Session } from './kernel.js';
 import { choicesOf, rank, splitOff, type Choice, type Ranking, type Split } from './outliers.js';
 import { MAX_DEGREE, minimax, tangent } from './polynomial.js';
 import { Sampler, survey } from './sampling.js';
-import { featuresOf, foreignTo, type Features } from './scores.js';
+import { featuresOf, foreignTo, hasSides, type Features } from './scores.js';
 import { worse, type Measured } from './tally.js';
 import type { Problem } from './validate.js';
 
@@ -206,7 +206,8 @@ export function* choose(session: Session, task: Task): Generator<number, Plan> {
   const foreign = foreignTo(featuresFor(problem), problem);
   if (foreign.length > 0) {
     const map = problem.relative || problem.relativePositions ? ', whose scores do not factorise' : '';
-    return exactly(`no polynomial has ${foreign.join(' or ')}${map}`);
+    const sides = hasSides(problem) ? ', and none is cheaper for the keys on either side of the queries' : '';
+    return exactly(`no polynomial has ${foreign.join(' or ')}${map}${sides}`);
   }
   if (!bounds.every((one) => one.finite === 1)) {
     if (problem.method !== 'auto')
