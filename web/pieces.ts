@@ -23,7 +23,7 @@
 // Press, Smith, Lewis. Train short, test long (ALiBi). 2022 (2108.12409)
 // Su. Rectified Rotary Position Embeddings (ReRoPE). 2023 (github.com/bojone/rerope)
 
-import { allowedPairs, pairwiseCost, samplingCost, type Pass } from './cost.js';
+import { allowedPairs, LEAST_REFUSAL, pairwiseCost, samplingCost, type Pass } from './cost.js';
 import type { Kernel, Session } from './kernel.js';
 import { mergeStates } from './merge.js';
 import { costOf, missing, roomOf } from './planner.js';
@@ -68,7 +68,7 @@ const FORWARD = 0.3;
 const GRADIENTS = ['dq', 'dk', 'dv'] as const;
 
 /** One of the calls that a call falls into. */
-export interface Piece {
+interface Piece {
   problem: Problem;
   /** Of queries and keys in reverse order, with distances less one: the keys behind each query. */
   mirrored: boolean;
@@ -114,7 +114,7 @@ export function linesOf(positions: Float32Array, first: number): Line[] | null {
 }
 
 /** The pieces of a call; null where it has none, where an option is in use that pieces do not share, or where they would not be cheaper. */
-export function piecesOf(problem: Problem, passes: readonly Pass[]): Piece[] | null {
+function piecesOf(problem: Problem, passes: readonly Pass[]): Piece[] | null {
   return hasSides(problem) ? sidesOf(problem, passes) : byLines(problem, passes);
 }
 
@@ -147,22 +147,28 @@ function valuesOf({ batch, heads, kvHeads, queryLength, keyLength, headDim, valu
 /** The keys up to each query, and those behind it. */
 function sidesOf(problem: Problem, passes: readonly Pass[]): Piece[] | null {
   const { window, queryLength, keyLength, queryOffset, degree } = problem;
+  const least = 2 * LOOKS[passes[passes.length - 1]] * LEAST_REFUSAL;
+  if (least + mirroringCost(problem, passes) > WORTH * costOf(problem, passes, null)) return null; // short calls have no time for more
   const [past, future] = window;
   const causal = { ...problem, causal: true };
-  const mirror = { ...causal, ...mirroredPositions(problem), queryOffset: keyLength - queryLength - queryOffset - 1 };
-  const sides = [{ problem: { ...causal, window: [past, -1] as const }, mirrored: false }];
-  if (future !== 0) sides.push({ problem: { ...mirror, window: [future < 0 ? -1 : future - 1, -1] as const }, mirrored: true });
+  const mirror = { ...causal, queryOffset: keyLength - queryLength - queryOffset - 1 };
+  const sides: Piece[] = [{ problem: { ...causal, window: [past, -1] }, mirrored: false }];
+  if (future !== 0) sides.push({ problem: { ...mirror, window: [future < 0 ? -1 : future - 1, -1] }, mirrored: true });
   const pieces = sides.filter((side) => allowedPairs(side.problem) > 0);
-  if (pieces.length === 0) return null;
-  return areWorthIt(problem, pieces, passes, degree ?? 0) ? pieces : null;
+  if (pieces.length === 0 || !areWorthIt(problem, pieces, passes, degree ?? 0)) return null;
+  for (const piece of pieces) if (piece.mirrored) piece.problem = { ...piece.problem, ...mirroredPositions(problem) };
+  return pieces;
+}
+
+function mirroringCost(problem: Problem, passes: readonly Pass[]): number {
+  return passes.length * MIRRORING * valuesOf(problem);
 }
 
 /** Whether sides with polynomials of a degree, and all that is beside these, are cheaper than exact. */
 function areWorthIt(problem: Problem, pieces: readonly Piece[], passes: readonly Pass[], degree: number): boolean {
   const pass = passes[passes.length - 1];
-  const beside = passes.length * MIRRORING * valuesOf(problem);
   const looks = (piece: Problem) => LOOKS[pass] * samplingCost(piece, pass, 1).all;
-  const cost = pieces.reduce((sum, piece) => sum + costOf(piece.problem, passes, degree) + looks(piece.problem), beside);
+  const cost = pieces.reduce((sum, piece) => sum + costOf(piece.problem, passes, degree) + looks(piece.problem), mirroringCost(problem, passes));
   return cost < WORTH * costOf(problem, passes, null);
 }
 

@@ -117,7 +117,7 @@ export type Layout = 'bhnd' | 'bnhd';
 
 /**
  * All compute the same function at different cost and error. `exact`: O(N^2 D). `polynomial`: O(N rank Dv), for scores of rotated
- * queries and keys alone, and when causal `alibi`, or a `bias` that is a sum of a few decays far away. `toeplitz`: the same features
+ * queries and keys alone, and when causal `alibi` (under 'auto' also to both sides), or a `bias` that is a sum of a few decays far away. `toeplitz`: the same features
  * and Fourier transforms, O(N rank Dv log N), with any `bias`, any `window` and any relative map.
  */
 export type Method = 'auto' | 'exact' | 'polynomial' | 'toeplitz';
