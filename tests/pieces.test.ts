@@ -169,6 +169,7 @@ const sides: Setting[] = [
   },
   { shape: longer, alibi: Float32Array.of(0.003), scale: -0.2, rotary: { tables: { cos: angles(8000, Math.cos), sin: angles(8000, Math.sin) } } },
   { shape: longer, alibi: Float32Array.of(0.001), window: [7500, 0] },
+  { shape: { ...long, queryLength: 14000 }, alibi: Float32Array.of(0.001), window: [0, 13000] },
   { shape: longer, alibi: Float32Array.of(0.001), queryOffset: 8000, rotary: false }, // all keys are up to each query
   { shape: longer, alibi: Float32Array.of(0.001), queryOffset: -8000 }, // and behind each
 ];

@@ -154,7 +154,8 @@ function sidesOf(problem: Problem, passes: readonly Pass[]): Piece[] | null {
   const mirror = { ...causal, queryOffset: keyLength - queryLength - queryOffset - 1 };
   const sides: Piece[] = [{ problem: { ...causal, window: [past, -1] }, mirrored: false }];
   if (future !== 0) sides.push({ problem: { ...mirror, window: [future < 0 ? -1 : future - 1, -1] }, mirrored: true });
-  const pieces = sides.filter((side) => allowedPairs(side.problem) > 0);
+  const pairs = (side: Piece) => allowedPairs(side.problem);
+  const pieces = sides.filter((side) => pairs(side) > 0).sort((a, b) => pairs(b) - pairs(a)); // the first one is planned first
   if (pieces.length === 0 || !areWorthIt(problem, pieces, passes, degree ?? 0)) return null;
   for (const piece of pieces) if (piece.mirrored) piece.problem = { ...piece.problem, ...mirroredPositions(problem) };
   return pieces;
