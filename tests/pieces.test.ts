@@ -231,6 +231,16 @@ describe('slopes to both sides', () => {
       expect(bothSides(attention().plan(args))).toBe(true);
     });
 
+    test('one array for all of q, k and v, of which heads make different rows', () => {
+      const shape = { heads: 2, kvHeads: 1, queryLength: 5000, keyLength: 10000, headDim: 16 };
+      const r = random(750);
+      const q = draw(160000, () => uniform(r));
+      const args = { q, k: q, v: q, shape, queryOffset: 2500, alibi: Float32Array.of(0.001, 0.003), tolerance: TOLERANCE };
+      const { output, report } = attention().forward(args);
+      expect(bothSides(report)).toBe(true);
+      expect(maxDifference(output, attention().forward({ ...args, method: 'exact' }).output)).toBeLessThan(TOLERANCE * maxAbs(q));
+    });
+
     test.each([
       ['a forced method', { method: 'exact' as const }],
       ['proofs', { guarantee: 'certified' as const }],

@@ -210,7 +210,7 @@ function pieceOf(problem: Problem, { first, last, slope, offset }: Line, nearest
 /** Arrays of a call with rows in reverse order, those of q, k, v and dOutput made once. */
 class Mirror {
   readonly #problem: Problem;
-  readonly #known = new Map<Float32Array, Float32Array>();
+  readonly #known = new Map<'q' | 'k' | 'v' | 'dOutput', Float32Array>();
 
   constructor(problem: Problem) {
     this.#problem = problem;
@@ -219,19 +219,19 @@ class Mirror {
   /** What computes a piece of a call with these inputs. */
   call({ problem, mirrored }: Piece, inputs: Inputs): Call {
     if (!mirrored) return { problem, inputs };
-    const once = (x: Float32Array, flipped: (x: Float32Array) => Float32Array) => {
-      const known = this.#known.get(x) ?? flipped(x);
-      this.#known.set(x, known);
+    const once = (name: 'q' | 'k' | 'v' | 'dOutput', flipped: () => Float32Array) => {
+      const known = this.#known.get(name) ?? flipped();
+      this.#known.set(name, known);
       return known;
     };
     const { q, k, v, dOutput, output, lse } = inputs;
     return {
       problem,
       inputs: {
-        q: once(q, (x) => this.#queries(x, problem.headDim)),
-        k: once(k, (x) => this.#keys(x, problem.headDim)),
-        v: v && once(v, (x) => this.#keys(x, problem.valueDim)),
-        dOutput: dOutput && once(dOutput, (x) => this.#queries(x, problem.valueDim)),
+        q: once('q', () => this.#queries(q, problem.headDim)),
+        k: once('k', () => this.#keys(k, problem.headDim)),
+        v: v && once('v', () => this.#keys(v, problem.valueDim)),
+        dOutput: dOutput && once('dOutput', () => this.#queries(dOutput, problem.valueDim)),
         output: output && this.#queries(output, problem.valueDim),
         lse: lse && this.#lse(lse, 1),
       },
