@@ -213,8 +213,8 @@ describe('slopes to both sides', () => {
       const args = { ...made, alibi: Float32Array.of(0.002) };
       const expected = exactOf(attention(), args);
       let kept = 0;
-      for (const how of ['forward', 'backward', 'training'] as const) {
-        for (const { ratio, degree } of promised(attention(), args, how, [0.1, 1e-2, 1e-3], expected, { method: 'auto' })) {
+      for (const how of ['forward', 'training'] as const) {
+        for (const { ratio, degree } of promised(attention(), args, how, [3e-2, 1e-3], expected, { method: 'auto' })) {
           expect(ratio).toBeLessThanOrEqual(1);
           if (degree !== null) kept++;
         }
