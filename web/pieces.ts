@@ -285,9 +285,15 @@ function inReverse(x: Float32Array, groups: number, length: number, width: numbe
 /**
  * Plans of pieces from which it is seen that they are worth it, null where they are not: none for lines, which always are; for sides that of the first one.
  */
-function* plansOf(pieces: readonly Piece[], { problem, inputs }: Call, passes: readonly Pass[], { plan }: Engines): Generator<number, Report[] | null> {
+function* plansOf(
+  pieces: readonly Piece[],
+  { problem, inputs }: Call,
+  passes: readonly Pass[],
+  mirror: Mirror,
+  { plan }: Engines,
+): Generator<number, Report[] | null> {
   if (!hasSides(problem)) return [];
-  const first = yield* within(plan(new Mirror(problem).call(pieces[0], inputs)), 0, 0);
+  const first = yield* within(plan(mirror.call(pieces[0], inputs)), 0, 0);
   return first.degree !== null && areWorthIt(problem, pieces, passes, first.degree) ? [first] : null;
 }
 
@@ -302,9 +308,10 @@ export function* forwardByPieces(
   const { problem, inputs } = call;
   const pieces = piecesOf(problem, ['forward']);
   if (!pieces) return null;
+  const mirror = new Mirror(problem);
   const mine = shared(problem, pieces, 'forward', notes);
-  if (notes.length === 0 && !(yield* plansOf(mine, call, ['forward'], engines))) return null;
-  const { state, reports } = yield* stateOf(problem, mine, inputs, new Mirror(problem), engines);
+  if (notes.length === 0 && !(yield* plansOf(mine, call, ['forward'], mirror, engines))) return null;
+  const { state, reports } = yield* stateOf(problem, mine, inputs, mirror, engines);
   const measured = yield* checkWhole(name, { problem, inputs: { ...inputs, ...state } }, engines.kernel, reports, null);
   const miss = missOf(problem, measured, 'forward');
   if (miss !== null) return yield* forwardByPieces(name, call, engines, [...notes, miss]);
@@ -328,7 +335,7 @@ export function* backwardByPieces(
   if (!pieces) return null;
   const mirror = new Mirror(problem);
   const mine = shared(problem, pieces, 'backward', notes);
-  const plans = notes.length === 0 ? yield* plansOf(mine, call, passes, engines) : [];
+  const plans = notes.length === 0 ? yield* plansOf(mine, call, passes, mirror, engines) : [];
   if (!plans) return null;
   const given = yield* givenState(name, call, engines.kernel);
   const planned = given ? mine : yield* withDegrees(mine, plans, mirror, inputs, engines);
@@ -425,7 +432,7 @@ export function* planByPieces(call: Call, engines: Engines): Generator<number, R
   if (!pieces) return null;
   const mirror = new Mirror(problem);
   const mine = shared(problem, pieces, pass);
-  const reports = yield* plansOf(mine, call, passes, engines);
+  const reports = yield* plansOf(mine, call, passes, mirror, engines);
   if (!reports) return null;
   for (const piece of mine.slice(reports.length)) reports.push(yield* engines.plan(mirror.call(piece, inputs)));
   return planOfPieces(problem, pieces, reports, pass);
