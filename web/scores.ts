@@ -103,9 +103,9 @@ export function foreignTo(features: Features, options: Scores & Relative & { cau
 
 /** Whether slopes fall to both sides and nothing else is in the way of polynomials: keys on one side of the queries have these. */
 export function hasSides(options: Scores & Relative & { causal: boolean; method: string; guarantee: string }): boolean {
-  const { alibi, bias, causal, segments, method, guarantee, relativePositions, relative } = options;
-  if (!alibi || causal || method !== 'auto' || guarantee === 'certified' || bias || segments.length > 1) return false;
-  return !relativePositions && !relative && unsampledOnly(options).length === 0;
+  const { alibi, causal, segments, method, guarantee } = options;
+  if (!alibi || causal || method !== 'auto' || guarantee === 'certified' || segments.length > 1) return false;
+  return foreignTo('polynomial', options).length === 1; // the slopes
 }
 
 /** Names of those that sampled rows do not know. */
