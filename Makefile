@@ -50,7 +50,7 @@ WARNINGS := -Wall -Wextra -Wpedantic -Werror
 # Loops are unrolled where the source says so: the compiler's own unrolling costs a third of the size
 CFLAGS := -std=c11 -O3 $(WARNINGS) -fno-fast-math -fno-math-errno -ffp-contract=off -fno-unroll-loops
 # What is no kernel, and a fifth smaller so; kernels of relative maps, which lose a twentieth, and of polynomials, next to nothing
-SMALL := attention sample pairs rotary stream workspace dense toeplitz terms near convolution relative relative_rows polynomial lags
+SMALL := attention sample sample_bounds sample_extremes sample_spread sample_rows sample_columns sample_lags pairs rotary stream workspace dense toeplitz terms near convolution relative relative_rows polynomial lags
 # C sources of KissFFT, which src/fft.c includes; src/kissfft has the vector type that they ask for
 KISSFFT := node_modules/kissfft-js/src
 KISSFFT_FLAGS := -Isrc/kissfft -isystem $(KISSFFT)

@@ -219,8 +219,8 @@ void ra_convolution_kernel(ra_convolution *c, const float *lags) {
   if (c->change) ra_fill(c->change, (size_t)(last - first + 1) * block_floats(c), 0);
 }
 
-// What block d gives to the derivative, from its conjugate halves in the lanes `lane` (real) of even and odd; `im`: from imaginary
-// parts.
+// What block d gives to the derivative, from its conjugate halves in the lanes `lane` (real) of even and odd; `im`:
+// from imaginary parts.
 RA_KERNEL void add_change(const ra_convolution *c, int64_t d, size_t lane, int im, float *dlags) {
   const float *even = c->even + lane, *odd = c->odd + lane;
   float scale = (im ? -0.5f : 0.5f) / (float)c->S;
@@ -273,8 +273,8 @@ void ra_convolution_change(const ra_convolution *c, float *dlags) {
 
 // --- Products in the frequency domain -----------------------------------------------------------------------------
 
-// Which blocks of a kernel are read: that of row r and input n is d + step (r - n) blocks behind the first one that is not zero, of `span`
-// and one more; modulo 2^32, so that what is before the first is far behind the last.
+// Which blocks of a kernel are read: that of row r and input n is d + step (r - n) blocks behind the first one that is
+// not zero, of `span` and one more; modulo 2^32, so that what is before the first is far behind the last.
 typedef struct live {
   uint32_t d, step, span;
 } live;
@@ -366,8 +366,8 @@ void ra_convolution_multiply(const ra_convolution *c, int adjoint, float *spectr
   }
 }
 
-// Four frequencies, sums over `count` pairs of blocks of conj(x) y. Own: dre [4][8] grows by those of every lane; else dre, dim [4]
-// by what they add up to.
+// Four frequencies, sums over `count` pairs of blocks of conj(x) y. Own: dre [4][8] grows by those of every lane; else
+// dre, dim [4] by what they add up to.
 RA_INLINE void correlate_four(const int own, const float *x, const float *y, uint32_t count, float *dre, float *dim) {
   f32x4 re[4], im[4], zero = f32x4_splat(0);
   RA_UNROLLED

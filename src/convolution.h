@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: MIT
 //
-// Products with a Toeplitz matrix T, y_i = sum_j T_{i-j} x_j, with its adjoint, and the derivative of both by T, for four complex
-// columns at a time, or eight real ones in pairs, by fast Fourier transforms of blocks. The four have one real T, or each its own
-// complex one.
+// Products with a Toeplitz matrix T, y_i = sum_j T_{i-j} x_j, with its adjoint, and the derivative of both by T, for
+// four complex columns at a time, or eight real ones in pairs, by fast Fourier transforms of blocks. The four have one
+// real T, or each its own complex one.
 //
 //   rows and columns are cut into blocks of S; blocks of rows and columns whose numbers differ by d meet in a Toeplitz matrix
 //   of lags (d-1) S + 1 .. (d+1) S - 1; embedded in a circulant one of size 2S, it is a product of numbers in the frequency
 //   domain. Spectra of input blocks are made once, the sums over blocks are taken in the frequency domain.
 //
-// Two real columns are one complex sequence where T is real; four sequences are transformed in lockstep. A block that is filled up with
-// zeros to 2S has a spectrum of two halves, each a transform of S numbers: that of x_n, and that of x_n e^(-i pi n/S) for the
-// odd frequencies; the inverse likewise. O(N log S + N^2/S) for each column. Blocks keep rounding errors near where they
-// arise: an error is about 2^-24 sqrt(S) of the largest sums of its block, not of the whole sequence's.
+// Two real columns are one complex sequence where T is real; four sequences are transformed in lockstep. A block that
+// is filled up with zeros to 2S has a spectrum of two halves, each a transform of S numbers: that of x_n, and that of
+// x_n e^(-i pi n/S) for the odd frequencies; the inverse likewise. O(N log S + N^2/S) for each column. Blocks keep
+// rounding errors near where they arise: an error is about 2^-24 sqrt(S) of the largest sums of its block, not of the
+// whole sequence's.
 //
 // This work is based on:
 //   Alman, Song. Fast RoPE Attention: Combining the Polynomial Method and Fast Fourier Transform. 2025 (2505.11892)
@@ -54,7 +55,8 @@ void ra_convolution_layout(ra_convolution *c, uint32_t Nq, uint32_t Nk, uint32_t
 // Floats of the spectra of a batch of x, or of y: room for either.
 size_t ra_convolution_floats(const ra_convolution *c);
 
-// Plan and tables. O(S): 2 microseconds at 64 tokens, 0.1 ms at 16,384, at most 0.25 % of a pass where D = 16 (of one with a single term
+// Plan and tables. O(S): 2 microseconds at 64 tokens, 0.1 ms at 16,384, at most 0.25 % of a pass where D = 16 (of one
+// with a single term
 // 1.2 %), so that they live as long as the workspace and no longer.
 void ra_convolution_init(ra_convolution *c);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// See elementary.h. Arguments are reduced to a small interval, where a power series is as good as a minimax polynomial but for two or
-// three terms, and has coefficients that are known.
+// See elementary.h. Arguments are reduced to a small interval, where a power series is as good as a minimax polynomial
+// but for two or three terms, and has coefficients that are known.
 //
 // This work is based on:
 //   Cody, Waite. Software Manual for the Elementary Functions. 1980
@@ -11,9 +11,9 @@
 #include <float.h>
 #include <math.h>
 
-// a = 1/2! + y/4! + y^2/6! + .., b = 1/3! + y/5! + .., from which cos, sin, cosh and sinh of r follow, y = -r^2 or r^2. With 4 terms
-// what is left out of these is below (pi/4)^18 / 18! = 2e-18, with 3, for |r| < 0.35, below 0.35^14 / 14! = 5e-18. Each term of the four
-// sums in y^2 is a pair of a and a pair of b: they wait for one another half as long.
+// a = 1/2! + y/4! + y^2/6! + .., b = 1/3! + y/5! + .., from which cos, sin, cosh and sinh of r follow, y = -r^2 or r^2.
+// With 4 terms what is left out of these is below (pi/4)^18 / 18! = 2e-18, with 3, for |r| < 0.35, below 0.35^14 / 14!
+// = 5e-18. Each term of the four sums in y^2 is a pair of a and a pair of b: they wait for one another half as long.
 static void factorial_series(double y, int terms, double *a, double *b) {
   static const double c[4][4] = {
       {1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120},
@@ -30,9 +30,9 @@ static void factorial_series(double y, int terms, double *a, double *b) {
   *a = a0 + y * a1, *b = b0 + y * b1;
 }
 
-// angle = n pi/2 + r. pi/2 is in three parts, of which the first two have 21 bits: their products with |n| < 2^32 are exact, and
-// so are the differences. What remains is the last product's error, 2^-53 2^-43 n, and the rounding of r. Larger angles
-// leave a larger r, by rounding of the products: that is taken once more.
+// angle = n pi/2 + r. pi/2 is in three parts, of which the first two have 21 bits: their products with |n| < 2^32 are
+// exact, and so are the differences. What remains is the last product's error, 2^-53 2^-43 n, and the rounding of r.
+// Larger angles leave a larger r, by rounding of the products: that is taken once more.
 void ra_cos_sin_f64(double angle, double *cosine, double *sine) {
   double quarters = 0;
   do {

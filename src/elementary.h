@@ -10,7 +10,8 @@
 #include <string.h>
 
 // cos and sin of one angle: errors below 2e-16 while |angle| < 2^32, and below 2e-16 + 2^-53 |angle|, which is what rounding of
-// the angle itself may be, beyond. NaN for an infinite angle. Rotation at scattered positions takes a fifth less than with libm's two.
+// the angle itself may be, beyond. NaN for an infinite angle. Rotation at scattered positions takes a fifth less than
+// with libm's two.
 void ra_cos_sin_f64(double angle, double *cosine, double *sine);
 
 // e^x and the logarithm of x, errors below 2e-16 of what they are; infinities, NaN and zeros as libm's.

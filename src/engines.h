@@ -70,15 +70,15 @@ uint32_t ra_chunk_start(const ra_problem *p, uint32_t i);
 uint32_t ra_chunk_end(const ra_problem *p, uint32_t i);
 
 // Keys that the polynomial engine takes through its state for the chunk that begins at query i; both ends rise with i. They are
-// keys that all its queries see: those of its segment; when causal, ra_state_from() or more before the chunk; in a window, from that
-// of the last query to that of the first, a multiple of 32 of them, so that keys leave the state by the batches in which they
-// joined. The chunk's other keys are done exactly.
+// keys that all its queries see: those of its segment; when causal, ra_state_from() or more before the chunk; in a
+// window, from that of the last query to that of the first, a multiple of 32 of them, so that keys leave the state by
+// the batches in which they joined. The chunk's other keys are done exactly.
 ra_range ra_state_keys(const ra_problem *p, uint32_t i);
 
 enum { RA_TURNOVER = 4 };
 
-// Tokens leave a sum by subtraction, which leaves the rounding of what it held. So it is made anew once RA_TURNOVER times as many
-// have left as stay, and where that costs no more than to subtract.
+// Tokens leave a sum by subtraction, which leaves the rounding of what it held. So it is made anew once RA_TURNOVER
+// times as many have left as stay, and where that costs no more than to subtract.
 static inline int ra_is_worn(uint32_t gone, uint32_t leaving, uint32_t staying) {
   return leaving >= staying || gone + (uint64_t)leaving > RA_TURNOVER * (uint64_t)staying;
 }
@@ -95,7 +95,8 @@ ra_outliers ra_outlier_queries(const ra_problem *p, size_t kv_head);
 // Those of them with numbers first .. end-1.
 ra_outliers ra_outliers_within(ra_outliers all, uint64_t first, uint64_t end);
 
-// Bit n: token first + n is one of them, n < count <= 32. Of queries of the h-th head of `group`, of keys with group = 1, h = 0.
+// Bit n: token first + n is one of them, n < count <= 32. Of queries of the h-th head of `group`, of keys with group =
+// 1, h = 0.
 uint32_t ra_outlier_bits(ra_outliers all, uint32_t group, uint32_t h, uint32_t first, uint32_t count);
 
 // Where rows are: floats from one token to the next, and to the first token of a head (flat: batch * heads + head).

@@ -45,9 +45,10 @@ enum {
 
 _Static_assert(KEY_TILE_MASK *LANES <= KEY_BLOCK * QUERY_CHUNK, "a mask of either pass fits");
 
-// Where no score is further from 0 than this many powers of two (the problem's score_bound says so), the reference stays at 0, or with
-// slopes at what these take off the nearest key, and nothing asks for maxima: weights in 2^-24 .. 2^24 cost no precision, and with values that are neither huge nor tiny
-// (the caller looks at that) sums stay far from the ends of float32. Bounded entries again: D = 64 and entries up to 1.4.
+// Where no score is further from 0 than this many powers of two (the problem's score_bound says so), the reference
+// stays at 0, or with slopes at what these take off the nearest key, and nothing asks for maxima: weights in 2^-24 ..
+// 2^24 cost no precision, and with values that are neither huge nor tiny (the caller looks at that) sums stay far from
+// the ends of float32. Bounded entries again: D = 64 and entries up to 1.4.
 #define NARROW 24.0
 
 typedef struct exact_state {
@@ -209,8 +210,9 @@ static float largest_slope(const exact *e, uint32_t i, uint32_t first, uint32_t 
   return keys.first < keys.end ? e->bias[diagonal(e, i, nearest_key(e, i, keys))] : -INFINITY;
 }
 
-// With slopes, whether these keys are so far from the queries i .. last that all their weights are 0, `bounds` bounds of scores beside that
-// of the nearest key that each of them sees. Between such queries, where only an end cuts the keys that they see, nothing is nearer.
+// With slopes, whether these keys are so far from the queries i .. last that all their weights are 0, `bounds` bounds
+// of scores beside that of the nearest key that each of them sees. Between such queries, where only an end cuts the
+// keys that they see, nothing is nearer.
 static int is_out_of_sight(const exact *e, uint32_t i, uint32_t last, uint32_t first, uint32_t end, float bounds) {
   const ra_problem *p = e->p;
   if (!e->sloped || p->window_left >= 0 || p->window_right >= 0 || p->segments) return 0;
@@ -370,8 +372,8 @@ RA_KERNEL void cap_near_block(const exact *e, uint32_t i, uint32_t key0, uint32_
   modify_chunk(e, CAPPED_NEAR, i, key0, keys, reference, s);
 }
 
-// The strips, queries from i on, whose products with keys from key0 on are the scores: of a relative map that is one matrix here
-// the mapped ones. *pairwise: there are none, as every pair meets a matrix of its own.
+// The strips, queries from i on, whose products with keys from key0 on are the scores: of a relative map that is one
+// matrix here the mapped ones. *pairwise: there are none, as every pair meets a matrix of its own.
 static const float *factors(const exact *e, const float *q_strip, uint32_t strips, uint32_t i, uint32_t key0,
                             uint32_t keys, int *pairwise) {
   *pairwise = e->relative && !ra_relative_is_constant(e->relative, i, strips * LANES, key0, keys);
@@ -498,8 +500,8 @@ RA_KERNEL void weigh_tile(float *s, uint32_t keys, float *sum) { weights_of_tile
 
 RA_KERNEL void weigh_narrow_tile(float *s, uint32_t keys, float *sum) { weights_of_tile(s, keys, 1, sum); }
 
-// Softcap of narrow scores that it bends by little: cap tanh(s / cap) = s q(s / cap). A pass of its own: 17 % of the plain kernel at
-// D = 16, where one with that of the weights takes 30.
+// Softcap of narrow scores that it bends by little: cap tanh(s / cap) = s q(s / cap). A pass of its own: 17 % of the
+// plain kernel at D = 16, where one with that of the weights takes 30.
 RA_KERNEL void bend_tile(float *s, uint32_t keys, float inverse_cap) {
   const ra_tanh_constants *constants = ra_tanh_load();
   f32x4 inverse = f32x4_splat(inverse_cap);
@@ -734,8 +736,8 @@ RA_KERNEL void mask_block(const exact *e, float *s, uint32_t keys, uint32_t quer
     }
 }
 
-// C[n][columns] += sum_i a[n][i] * b[i][columns] over the 32 queries of a chunk, for the keys of `panels`: dv (a = P, b = dout),
-// dk (a = dS, b = queries).
+// C[n][columns] += sum_i a[n][i] * b[i][columns] over the 32 queries of a chunk, for the keys of `panels`: dv (a = P, b
+// = dout), dk (a = dS, b = queries).
 RA_KERNEL void accumulate_rows(const float *a, uint32_t panels, const float *b, size_t columns, float *c) {
   f32x4 zero = f32x4_splat(0);
   RA_ROLLED

@@ -4,9 +4,9 @@
 //
 //   dbias_t = E_t sum_{i-j=t} p(x_i.y_j) h_i.u_j = E_t sum over r and columns c of corr(phi_r(y) u_c, w_r phi_r(x) h_c)_t
 //
-// the Toeplitz engine's way to it without the rest of that engine: forward transforms only, and of few features. Unlike dq and dk
-// this has a term of degree 0, and the other degrees matter as the scores do: p is here a polynomial of its own, of degree 0 to 2.
-// O(N C(D + g, g) (Dv + 1) log S) time, O(N (D + Dv)) workspace.
+// the Toeplitz engine's way to it without the rest of that engine: forward transforms only, and of few features. Unlike
+// dq and dk this has a term of degree 0, and the other degrees matter as the scores do: p is here a polynomial of its
+// own, of degree 0 to 2. O(N C(D + g, g) (Dv + 1) log S) time, O(N (D + Dv)) workspace.
 //
 // This work is based on:
 //   Cao, Huo, Liang, Shi, Song. RoPE Attention Can Be Trained in Almost Linear Time. 2024 (2412.17316v3)

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
 //
-// Near pairs of the Toeplitz engine: keys less than RA_NEAR behind a query, and as far ahead of it as they may be, with exp itself.
-// The first rows of a causal product are sums of few terms, and rounding errors of a transform are as large there as in rows
-// whose sums are large. O(RA_NEAR (D + Dv)) for each query, with a relative map O(RA_NEAR (|S| + Dv)).
+// Near pairs of the Toeplitz engine: keys less than RA_NEAR behind a query, and as far ahead of it as they may be, with
+// exp itself. The first rows of a causal product are sums of few terms, and rounding errors of a transform are as large
+// there as in rows whose sums are large. O(RA_NEAR (D + Dv)) for each query, with a relative map O(RA_NEAR (|S| + Dv)).
 //
-// Where rotations factorise, scores are products of matrices, strip by strip of 32 queries. With a relative map every distance has
-// its own; there the strip goes through the distances one by one, queries and keys side by side in the lanes.
+// Where rotations factorise, scores are products of matrices, strip by strip of 32 queries. With a relative map every
+// distance has its own; there the strip goes through the distances one by one, queries and keys side by side in the
+// lanes.
 
 #include "pack.h"
 #include "products.h"
@@ -122,8 +123,8 @@ static void load_map(const ra_toeplitz *e, size_t lag) {
   for (uint32_t n = 4 * half; n < entries; n++) e->map[n] = e->complex ? 1 : e->p->weights[n * e->lags + lag];
 }
 
-// Distances that are near, as entries first .. end - 1 of lags, and the key of query i at the last of them, which is where the window
-// begins: it goes on to query i + 31 at the first.
+// Distances that are near, as entries first .. end - 1 of lags, and the key of query i at the last of them, which is
+// where the window begins: it goes on to query i + 31 at the first.
 typedef struct reach {
   size_t first, end;
   int64_t key;

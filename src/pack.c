@@ -74,3 +74,12 @@ void ra_sum_rows(const float *x, size_t x_row, uint32_t count, size_t columns, u
     sum[d] += some;
   }
 }
+
+float ra_dot(const float *x, const float *y, size_t count) {
+  f32x4 four = f32x4_splat(0);
+  size_t d = 0;
+  for (; d + 4 <= count; d += 4) four = f32x4_madd(f32x4_load(x + d), f32x4_load(y + d), four);
+  float sum = f32x4_sum(four);
+  for (; d < count; d++) sum += x[d] * y[d];
+  return sum;
+}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Turning rows into lanes and back; filling, adding and summing rows.
+// Turning rows into lanes and back; filling, adding, summing and multiplying rows.
 
 #ifndef RA_PACK_H
 #define RA_PACK_H
@@ -24,5 +24,8 @@ static inline void ra_add(const float *x, size_t count, float *y) {
 
 // sum[d] += the sum of x[n][d], n < count <= 32, but those whose bit n is set in `skipped`: of these rows as floats.
 void ra_sum_rows(const float *x, size_t x_row, uint32_t count, size_t columns, uint32_t skipped, double *sum);
+
+// The sum of x[i] y[i], i < count.
+float ra_dot(const float *x, const float *y, size_t count);
 
 #endif

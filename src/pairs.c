@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Pairs that the polynomial engine does exactly, with exp itself: the keys beside a chunk's state, and all pairs of outliers, the
-// few keys and queries whose scores would be too large for the polynomial. A block is up to 32 keys against the 32 queries of a
-// chunk; O(D + Dv) a pair.
+// Pairs that the polynomial engine does exactly, with exp itself: the keys beside a chunk's state, and all pairs of
+// outliers, the few keys and queries whose scores would be too large for the polynomial. A block is up to 32 keys
+// against the 32 queries of a chunk; O(D + Dv) a pair.
 //
 //   outlier keys      are taken beside the state by every chunk that they are in the state of, from rows that a head keeps;
 //   outlier queries   are gathered, 32 to a chunk, and take all their keys.
@@ -78,8 +78,8 @@ static void add_strips(const ra_strips *t, const float *rows, size_t row, uint32
                    t->keys[s].end - t->keys[s].first, sum_t + s * STRIP, CHUNK);
 }
 
-// c[key][column] = sum_query a[key][query] rows[query][column] over the queries that may see the key, four keys at a time: a has 32 rows, of
-// zeros past the last key unless these are whole strips. columns: a multiple of 8
+// c[key][column] = sum_query a[key][query] rows[query][column] over the queries that may see the key, four keys at a
+// time: a has 32 rows, of zeros past the last key unless these are whole strips. columns: a multiple of 8
 RA_KERNEL void set_strip_products(const ra_strips *t, const float *a, uint32_t keys, const float *rows, size_t row,
                                   uint32_t columns, float *c) {
   f32x4 zero = f32x4_splat(0);

@@ -13,7 +13,8 @@
 //
 // Causal, or in a window: queries go in chunks of 32. Keys that all queries of a chunk see come through Z, which keys leave as
 // they joined it; the others, at the edges of what the queries see, are done exactly, with exp. Backward is the derivative of
-// exactly this function, c_m held fixed. With h_i = [dout_i, -dout_i.out_i] / denominator_i the gradient by A_ij is h_i.u_j, and so
+// exactly this function, c_m held fixed. With h_i = [dout_i, -dout_i.out_i] / denominator_i the gradient by A_ij is
+// h_i.u_j, and so
 //
 //   dphi(x_i) = Z h_i                       a sweep forwards, with the same Z
 //   Y = W sum_i phi(x_i) h_i^T,   dphi(y_j) = Y u_j,   du_j = Y^T phi(y_j)      a sweep backwards
@@ -21,16 +22,16 @@
 // and the Jacobian of phi takes dphi to dx, dy. Nothing of size N x rank is ever stored. So dx and dy go by p', and du may too.
 //
 // ALiBi, causal: exp(-m (i - j)) = exp(-m (i - r)) exp(-m (r - j)), so Z decays by exp(-m (r' - r)) as its origin r goes on,
-// and tokens join it, or read it, with such a factor. For dm = sum_ij dS_ij (j - i) there is a second state, of keys times j - r.
-// Rows of dS add up to 0, so that any r may stand for i.
+// and tokens join it, or read it, with such a factor. For dm = sum_ij dS_ij (j - i) there is a second state, of keys
+// times j - r. Rows of dS add up to 0, so that any r may stand for i.
 //
-// Any bias b(i - j) whose exponential is, from some distance on, a sum of a few decays, exp(b(t)) ~ sum_e c_e exp(-lambda_e t): as
-// many such states side by side, of the same features. u and h become wider, each once for every rate, times its factor; what
-// the states give adds up. Nearer pairs are done exactly, with the bias itself. Its gradient is sums of their dS, and for the
-// distances beyond them and a chunk correlations (lags.h).
+// Any bias b(i - j) whose exponential is, from some distance on, a sum of a few decays, exp(b(t)) ~ sum_e c_e
+// exp(-lambda_e t): as many such states side by side, of the same features. u and h become wider, each once for every
+// rate, times its factor; what the states give adds up. Nearer pairs are done exactly, with the bias itself. Its
+// gradient is sums of their dS, and for the distances beyond them and a chunk correlations (lags.h).
 //
-// Queries whose mean m says much are centred: exp(x.y) = exp((x - m).y) exp(m.y), the second factor a number of the key, which goes
-// with u. Like the coefficients m is held fixed.
+// Queries whose mean m says much are centred: exp(x.y) = exp((x - m).y) exp(m.y), the second factor a number of the
+// key, which goes with u. Like the coefficients m is held fixed.
 //
 // Outliers, rows whose scores are too large for p, are left out of the states and of the mean and done exactly (pairs.c).
 //
@@ -245,8 +246,8 @@ static float inner_at(const float *f, const float *y, const float *distance, uin
   return f32x4_sum(sum);
 }
 
-// dx_t += J(x)^T (z h_t): through the features that the state was read with; h_t [z_columns][32]. With slopes, and queries that are
-// `distance` [32] ahead of r (else NULL), returns over the keys of Z and these
+// dx_t += J(x)^T (z h_t): through the features that the state was read with; h_t [z_columns][32]. With slopes, and
+// queries that are `distance` [32] ahead of r (else NULL), returns over the keys of Z and these
 // sum_ij dS_ij (j - i) = sum_ij dS_ij (j - r) - sum_i distance_i phi(x_i).(z h_i).
 RA_KERNEL double read_state_backward(const ra_polynomial *e, const float *x_t, const float *h_t,
                                      const float *distance) {
@@ -363,8 +364,8 @@ static float decay(const ra_decays *d, uint32_t n, double distance) {
                                                     : (float)ra_exp_f64(-d->rate[n] * distance);
 }
 
-// Positions by which all keys of query i are farther than `from`; what that takes off all its scores, by the smallest rate, is in
-// no weight, so that these do not vanish.
+// Positions by which all keys of query i are farther than `from`; what that takes off all its scores, by the smallest
+// rate, is in no weight, so that these do not vanish.
 static double excess(const ra_polynomial *e, uint32_t i) {
   int64_t distance = (int64_t)i + e->p->query_offset - ((int64_t)ra_key_limit(e->p, i) - 1) - e->state->decays.from;
   return e->decaying && distance > 0 ? (double)distance : 0;
@@ -524,8 +525,8 @@ static void add_biases(const ra_polynomial *e, size_t head, uint32_t i, uint32_t
   for (uint32_t n = 0; n < CHUNK; n++) seen->row[n] = n < count ? (float)(beyond(e, i + n) - first) : 0;
 }
 
-// Which of the keys j .. j + keys - 1 the queries i .. i + count - 1 of a head may see; `outliers`, done elsewhere, none. Until the next
-// one is asked for.
+// Which of the keys j .. j + keys - 1 the queries i .. i + count - 1 of a head may see; `outliers`, done elsewhere,
+// none. Until the next one is asked for.
 static const ra_seen *seen_keys(const ra_polynomial *e, size_t head, uint32_t i, uint32_t count, uint32_t outliers,
                                 uint32_t j, uint32_t keys) {
   ra_polynomial_state *s = e->state;
@@ -690,8 +691,8 @@ RA_KERNEL void forward_chunk(const ra_polynomial *e, const ra_arrays *x, size_t 
 
 // --- Backward -----------------------------------------------------------------------------------------------------
 
-// What weights of queries are divided by, from lse [32], as references, powers of two, and inverse[32], what is left: 1/2 .. 1, or 0
-// of queries whose lse is -infinity, which count for nothing. live[32] as ra_load_gradients.
+// What weights of queries are divided by, from lse [32], as references, powers of two, and inverse[32], what is left:
+// 1/2 .. 1, or 0 of queries whose lse is -infinity, which count for nothing. live[32] as ra_load_gradients.
 RA_KERNEL void take_denominators(const ra_polynomial *e, const float *lse, float *inverse, float *live) {
   const ra_exp2_constants *constants = ra_exp2_load();
   f32x4 zero = f32x4_splat(0), least = f32x4_splat(-FLT_MAX), weightless = f32x4_splat(-RA_MASKED);
@@ -887,7 +888,8 @@ static uint32_t drop_queries(const ra_polynomial *e, const ra_arrays *x, size_t 
   return top > staying.first ? first : s->edge;
 }
 
-// sum_t += what the states give to dv for a chunk of keys. By the derivative: w_r for p' is (m + 1) c_{m+1} / c_m times that for p.
+// sum_t += what the states give to dv for a chunk of keys. By the derivative: w_r for p' is (m + 1) c_{m+1} / c_m times
+// that for p.
 RA_KERNEL void read_values_backward(const ra_polynomial *e, uint32_t kv, uint32_t count) {
   ra_polynomial below = *e;
   const ra_features *f = &e->f;
@@ -941,8 +943,8 @@ RA_KERNEL void retire_keys(const ra_polynomial *e, const ra_arrays *x, size_t st
   }
 }
 
-// dk is so far the gradient by y = R k - mean: take out its sum over those that the mean is of (the path through the mean), rotate
-// back.
+// dk is so far the gradient by y = R k - mean: take out its sum over those that the mean is of (the path through the
+// mean), rotate back.
 RA_KERNEL void finish_keys(const ra_polynomial *e, size_t kv, float *dk) {
   uint32_t Nk = e->p->key_length, plain = Nk - e->p->outlier_key_count, D = e->D;
   double sum[RA_MAX_HEAD_DIM] = {0};
@@ -1038,9 +1040,10 @@ static void finish_state(const ra_polynomial *e, const ra_arrays *x, uint32_t he
 // --- Units --------------------------------------------------------------------------------------------------------
 //
 // Per state: a key/value head, or a query head where heads have slopes of their own. Forward: blocks of 256 keys of the first
-// chunk's state (all keys when there is no mask), then blocks of 256 queries of all heads of the group, each bringing its own. Backward: the same, then the query blocks again from the last
-// to the first, then the key blocks from the last to the first. Both passes end with chunks of 32 outlier queries; what the blocks before wrote to
-// their rows is overwritten. A backward pass with decays, which has none of these, ends with the units of the gradient of the bias.
+// chunk's state (all keys when there is no mask), then blocks of 256 queries of all heads of the group, each bringing
+// its own. Backward: the same, then the query blocks again from the last to the first, then the key blocks from the
+// last to the first. Both passes end with chunks of 32 outlier queries; what the blocks before wrote to their rows is
+// overwritten. A backward pass with decays, which has none of these, ends with the units of the gradient of the bias.
 
 typedef struct plan {
   uint32_t key_blocks, query_blocks, outliers, lags, per_head; // outliers, lags: where they begin

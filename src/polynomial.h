@@ -2,8 +2,8 @@
 //
 // The parts of the polynomial engine that work on one chunk of 32 tokens, for the files that put them together: whole
 // sequences (polynomial.c) and streaming states (stream.c). Tokens are the columns of everything that ends in _t and of
-// features; x_i = scale R q_i, y_j = R k_j - mean, u_j = [v_j - mean, 1]. Where queries are centred, x_i less their mean m stands for
-// x_i and exp(m.y_j) u_j for u_j.
+// features; x_i = scale R q_i, y_j = R k_j - mean, u_j = [v_j - mean, 1]. Where queries are centred, x_i less their
+// mean m stands for x_i and exp(m.y_j) u_j for u_j.
 
 #ifndef RA_POLYNOMIAL_H
 #define RA_POLYNOMIAL_H
@@ -32,8 +32,8 @@ typedef struct ra_loaded {
 
 enum { RA_STRIP_QUERIES = 8, RA_STRIPS = RA_CHUNK / RA_STRIP_QUERIES };
 
-// What is done of a block of keys, which is half of it on a diagonal: the keys that each strip of 8 queries sees, and the queries
-// from .. to - 1 of the strips that see some of each 8 keys; `whole`: these see all of them.
+// What is done of a block of keys, which is half of it on a diagonal: the keys that each strip of 8 queries sees, and
+// the queries from .. to - 1 of the strips that see some of each 8 keys; `whole`: these see all of them.
 typedef struct ra_strips {
   ra_range keys[RA_STRIPS], all[RA_STRIPS]; // all: those that each of its queries sees
   uint32_t from[RA_STRIPS], to[RA_STRIPS];
@@ -46,8 +46,8 @@ typedef struct ra_seen {
   ra_strips strips;
 } ra_seen;
 
-// Blocks of `keys` keys from j on are seen alike by `count` queries from i on, i - j being `ahead`, where nothing else decides; of none
-// when count is 0.
+// Blocks of `keys` keys from j on are seen alike by `count` queries from i on, i - j being `ahead`, where nothing else
+// decides; of none when count is 0.
 typedef struct ra_pattern {
   int64_t ahead;
   uint32_t count, keys;
@@ -159,8 +159,8 @@ void ra_update_state(const ra_polynomial *e, const float *x_t, const float *rows
 void ra_load_gradients(const ra_polynomial *e, const float *out, const float *dout, size_t row, const float *lse,
                        uint32_t count, uint32_t outliers, float *live);
 
-// sum_t becomes columns of the output, lse [32] its logarithms. Returns those of the first `count` queries, bit n, whose weights
-// do not add up to a positive finite number: zeros, -infinity.
+// sum_t becomes columns of the output, lse [32] its logarithms. Returns those of the first `count` queries, bit n,
+// whose weights do not add up to a positive finite number: zeros, -infinity.
 uint32_t ra_normalise(const ra_polynomial *e, uint32_t count, float *lse);
 
 // sum_t of queries i .. i + count - 1 becomes their rows of out and lse; returns what ra_normalise does.
@@ -184,7 +184,8 @@ void ra_see_strips(ra_seen *seen);
 // The references at the beginning, for sum_t as it is; `empty`: nothing is in it.
 void ra_begin_references(const ra_polynomial *e, int empty);
 
-// sum_t += A u for a block of keys y_rows [keys][Dp], u_rows [keys][row]. Where scores exceed a reference by far it rises first.
+// sum_t += A u for a block of keys y_rows [keys][Dp], u_rows [keys][row]. Where scores exceed a reference by far it
+// rises first.
 void ra_add_block(const ra_polynomial *e, const float *y_rows, const float *u_rows, const ra_seen *seen);
 
 // After ra_load_gradients: a, and da, the gradient by scores.
@@ -206,7 +207,8 @@ void ra_add_rows(const float *x, size_t x_row, uint32_t count, uint32_t columns,
 // far_y, far_u of a head. O(outlier keys (D + Dv)).
 void ra_load_outlier_keys(const ra_polynomial *e, const ra_arrays *x, size_t kv);
 
-// The outliers among the keys of the state of a chunk, without the chunk's own `outliers` (bit n: query n): forward, and backward.
+// The outliers among the keys of the state of a chunk, without the chunk's own `outliers` (bit n: query n): forward,
+// and backward.
 void ra_add_outlier_keys(const ra_polynomial *e, size_t kv, ra_range state, uint32_t outliers);
 void ra_add_outlier_keys_backward(const ra_polynomial *e, const ra_arrays *x, size_t kv, ra_range state,
                                   uint32_t outliers);

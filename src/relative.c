@@ -80,9 +80,9 @@ static void fill_rotation(ra_relative *r, const ra_problem *p, float *table) {
   if (p->rotary_dim < p->head_dim) ra_fill(table, length, 1);
 }
 
-// Entries in groups that share a (side 0) or b (side 1): for each group that dimension times own_step and the number of entries,
-// then for each entry the other dimension times other_step and where its row begins in the window. Returns the number of groups.
-// `start` [D] is scratch.
+// Entries in groups that share a (side 0) or b (side 1): for each group that dimension times own_step and the number of
+// entries, then for each entry the other dimension times other_step and where its row begins in the window. Returns the
+// number of groups. `start` [D] is scratch.
 static uint32_t group_entries(const ra_relative *r, uint32_t D, int side, uint32_t own_step, uint32_t other_step,
                               uint32_t *start, uint32_t *list) {
   uint32_t groups = 0, at = 0;
@@ -154,8 +154,8 @@ int ra_relative_is_constant(const ra_relative *r, uint32_t i, uint32_t queries, 
   return first >= last || r->same[first] >= last;
 }
 
-// y[own][8] += sum of x[other][8] W over the entries of each group, for 8 queries and one key. `own` and `other` are what the list
-// says times LANES over the steps that it was made with.
+// y[own][8] += sum of x[other][8] W over the entries of each group, for 8 queries and one key. `own` and `other` are
+// what the list says times LANES over the steps that it was made with.
 static void map_strip(const uint32_t *list, uint32_t groups, uint32_t own_step, uint32_t other_step,
                       const float *window, const float *x, float *y) {
   for (uint32_t g = 0; g < groups; g++) {
@@ -220,8 +220,8 @@ RA_KERNEL void scores(const uint32_t *list, uint32_t groups, const float *k, con
     f32x4_store(s + (uint32_t)n * row, sum[n][0]), f32x4_store(s + (uint32_t)n * row + 4, sum[n][1]);
 }
 
-// The same for a rotation and four queries, pair by pair: (q1 k1 + q2 k2) cos + (q1 k2 - q2 k1) sin. As many products, but half as
-// many loads, which are what the general form waits for.
+// The same for a rotation and four queries, pair by pair: (q1 k1 + q2 k2) cos + (q1 k2 - q2 k1) sin. As many products,
+// but half as many loads, which are what the general form waits for.
 RA_KERNEL void turned_scores(const ra_relative *r, const float *k, const float *q, const float *window, uint32_t row,
                              float *s) {
   f32x4 sum[PANEL];
@@ -290,8 +290,8 @@ RA_KERNEL void query_gradient(const ra_relative *r, const uint32_t *group, const
   f32x4_store(dq + 4, f32x4_add(f32x4_load(dq + 4), sum[0][1]));
 }
 
-// The two dimensions of a pair that turns, for four queries: dq1 += ds (k1 cos + k2 sin), dq2 += ds (k2 cos - k1 sin). Keys take
-// turns with two sums each, so that none waits for the one before.
+// The two dimensions of a pair that turns, for four queries: dq1 += ds (k1 cos + k2 sin), dq2 += ds (k2 cos - k1 sin).
+// Keys take turns with two sums each, so that none waits for the one before.
 RA_KERNEL void turned_query_gradient(const ra_relative *r, uint32_t first, const float *k, const float *window,
                                      const float *ds, uint32_t row, uint32_t panels, float *dq) {
   uint32_t second = first + r->gap;
@@ -405,10 +405,10 @@ void ra_relative_keys(const ra_relative *r, const float *q_strip, size_t strip_s
 
 // --- Gradient by the weights --------------------------------------------------------------------------------------------
 //
-// x_ij = ds_ij q_ia is to be summed along its diagonals i - j = t, times k_jb. A vector holds the queries 4 c .. 4 c + 3, and keys
-// are taken in four classes j = 4 m + r: within a class the same vector of diagonals, 4 (c - m) - r .. + 3, comes again and again
-// for c - m fixed, so that sums stay in registers. Four arrays of sums, one for each r, are added up at the end, each shifted
-// by its r.
+// x_ij = ds_ij q_ia is to be summed along its diagonals i - j = t, times k_jb. A vector holds the queries 4 c .. 4 c +
+// 3, and keys are taken in four classes j = 4 m + r: within a class the same vector of diagonals, 4 (c - m) - r .. + 3,
+// comes again and again for c - m fixed, so that sums stay in registers. Four arrays of sums, one for each r, are added
+// up at the end, each shifted by its r.
 
 // x [keys][32], zeros up to the next multiple of four keys.
 RA_KERNEL void multiply_queries(const float *q, size_t strip_size, const float *ds, uint32_t keys, float *x) {

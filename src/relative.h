@@ -65,7 +65,8 @@ void ra_relative_scores(const ra_relative *r, const float *k_panel, const float 
 void ra_relative_queries(const ra_relative *r, const float *k_panel, const float *ds, uint32_t row, uint32_t i,
                          uint32_t key0, uint32_t panels, float *dq);
 
-// dk[n][b] += sum_i ds[n][i] sum_a W_ab q_ia for four strips, `strip_size` apart; rows of ds are 32 queries, of dk dk_row apart.
+// dk[n][b] += sum_i ds[n][i] sum_a W_ab q_ia for four strips, `strip_size` apart; rows of ds are 32 queries, of dk
+// dk_row apart.
 void ra_relative_keys(const ra_relative *r, const float *q_strip, size_t strip_size, const float *ds, uint32_t i,
                       uint32_t key0, uint32_t panels, float *dk, size_t dk_row);
 

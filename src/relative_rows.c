@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Scores of one row of a relative map and their gradient; see relative.h. The tokens on the other side are the lanes, so that an
-// entry of W for four of them is one load from its row over t, which falls along keys and rises along queries.
+// Scores of one row of a relative map and their gradient; see relative.h. The tokens on the other side are the lanes,
+// so that an entry of W for four of them is one load from its row over t, which falls along keys and rises along
+// queries.
 //
 // This work is based on:
 //   Alman, Song. Fast RoPE Attention: Combining the Polynomial Method and Fast Fourier Transform. 2025 (2505.11892)

@@ -26,11 +26,12 @@
 //
 // A row with no allowed key gives out = 0, lse = -infinity and no gradient. Scores below -3.4e29 count as not allowed.
 //
-// Scores may have ALiBi's -m |i + query_offset - j| added, of the head's slope m, or a bias_{i-j}: any one in the exact and the Toeplitz engine,
-// one that decays stand for, causal, in the polynomial one. The exact engine alone takes s_ij = softcap tanh(scale q.k / softcap) + bias_{i-j} +
-// mask_ij, and attention sinks: one more key for each head, of score `sink` and value 0. In place of a rotation by the difference of positions it and the Toeplitz engine
-// take one by any number f(i - j), or any matrix W_{i - j} with few entries, s_ij = scale q_i W_{i-j} k_j^T (2505.11892, the
-// general form).
+// Scores may have ALiBi's -m |i + query_offset - j| added, of the head's slope m, or a bias_{i-j}: any one in the exact
+// and the Toeplitz engine, one that decays stand for, causal, in the polynomial one. The exact engine alone takes s_ij
+// = softcap tanh(scale q.k / softcap) + bias_{i-j} + mask_ij, and attention sinks: one more key for each head, of score
+// `sink` and value 0. In place of a rotation by the difference of positions it and the Toeplitz engine take one by any
+// number f(i - j), or any matrix W_{i - j} with few entries, s_ij = scale q_i W_{i-j} k_j^T (2505.11892, the general
+// form).
 //
 // Size letters, everywhere in this folder: B batch, H heads, N length (Nq queries, Nk keys), D head size, Dv value size.
 //
@@ -124,8 +125,8 @@ typedef struct ra_problem {
                             // not toeplitz
   uint32_t segment_count;
 
-  // What is done to scores. All engines, but polynomial only one of alibi and bias, and that only when causal, bias with decays;
-  // toeplitz only bias.
+  // What is done to scores. All engines, but polynomial only one of alibi and bias, and that only when causal, bias
+  // with decays; toeplitz only bias.
   const float *alibi;                     // [H] slopes m from 0 to 1e19: adds -m |i + query_offset - j|; or NULL
   float softcap;                          // 0: none
   const float *bias;                      // [bias_heads][Nq + Nk - 1], entry i - j + Nk - 1, or NULL
@@ -135,23 +136,24 @@ typedef struct ra_problem {
   size_t mask_batch, mask_head, mask_row; // strides in elements, 0 where all have the same; keys are contiguous
   const float *sinks;                     // [H], or NULL
 
-  // What the caller knows: no |scale q.k|, or |scale q W k|, exceeds it; 0: nothing. Small ones spare the exact engine the search for maxima, and
-  // most of softcap; then |v| must be 0 or its largest entry from 1e-28 to 1e30 / Nk.
+  // What the caller knows: no |scale q.k|, or |scale q W k|, exceeds it; 0: nothing. Small ones spare the exact engine
+  // the search for maxima, and most of softcap; then |v| must be 0 or its largest entry from 1e-28 to 1e30 / Nk.
   float score_bound;
 
   // Relative maps: one of the two, or neither. Not the polynomial engine; toeplitz up to 1,024 entries of support.
   // Positions differ by relative_positions[i - j + Nk - 1] in the rotation, not in the mask; [Nq + Nk - 1] finite numbers, with
   // frequencies and without query_positions and key_positions.
   const float *relative_positions;
-  // s_ij = scale sum_n q_i[support[n][0]] weights[n][i - j + Nk - 1] k_j[support[n][1]]: W_t has few entries, in the same places
-  // for all t. support [support_count][2], each below D; a place that is named twice adds up. rotary_dim is 0.
+  // s_ij = scale sum_n q_i[support[n][0]] weights[n][i - j + Nk - 1] k_j[support[n][1]]: W_t has few entries, in the
+  // same places for all t. support [support_count][2], each below D; a place that is named twice adds up. rotary_dim is
+  // 0.
   const uint32_t *support;
   uint32_t support_count; // 0: none
   const float *weights;   // [support_count][Nq + Nk - 1]
 
-  // Polynomial, without alibi: rows whose scores are too large for p are done exactly, all scores of theirs, at O(key_length D) for a query and
-  // O(query_length D) for a key: as many in each key/value head, ascending, or NULL. Query i of the h-th query head of a group is
-  // number i * heads / kv_heads + h.
+  // Polynomial, without alibi: rows whose scores are too large for p are done exactly, all scores of theirs, at
+  // O(key_length D) for a query and O(query_length D) for a key: as many in each key/value head, ascending, or NULL.
+  // Query i of the h-th query head of a group is number i * heads / kv_heads + h.
   const uint32_t *outlier_queries,
       *outlier_keys; // [B * kv_heads][outlier_query_count], [B * kv_heads][outlier_key_count]
   uint32_t outlier_query_count, outlier_key_count;
@@ -167,9 +169,9 @@ typedef struct ra_problem {
   const float *lag_coefficients;
   uint32_t lag_degree; // 0 .. 2
 
-  // Polynomial, backward, g >= 1: 1 takes dv by p' in the place of p, as dq and dk are, which is near exp as well: of a degree less, so
-  // that a fifth of the products is saved. Gradients are no longer the derivative of this forward pass then, but no farther
-  // from exact ones. c_0 .. c_{g-1} are not 0.
+  // Polynomial, backward, g >= 1: 1 takes dv by p' in the place of p, as dq and dk are, which is near exp as well: of a
+  // degree less, so that a fifth of the products is saved. Gradients are no longer the derivative of this forward pass
+  // then, but no farther from exact ones. c_0 .. c_{g-1} are not 0.
   uint32_t dv_by_derivative;
 } ra_problem;
 
@@ -188,9 +190,9 @@ typedef struct ra_arrays {
   float *dalibi;     // [H], summed over batches; or NULL
   float *dsinks;     // [H], summed over batches; or NULL
   float *dweights;   // [support_count][Nq + Nk - 1], summed over batches and heads; or NULL
-  // [B][kv_heads][D + Dv + D] mean rotated keys without outliers, mean values, and the mean rotated query where queries are to be
-  // centred, else 0: ra_sample_prepare leaves them there, the polynomial engine goes by them. Or NULL: it finds the first two, and
-  // queries are not centred.
+  // [B][kv_heads][D + Dv + D] mean rotated keys without outliers, mean values, and the mean rotated query where queries
+  // are to be centred, else 0: ra_sample_prepare leaves them there, the polynomial engine goes by them. Or NULL: it
+  // finds the first two, and queries are not centred.
   float *means;
 } ra_arrays;
 
@@ -247,8 +249,8 @@ int RA_API(ra_rotate)(const ra_problem *p, float *x, uint32_t inverse, void *wor
 
 // --- Looking at the data: what a planner needs ----------------------------------------------------------------------
 //
-// With a relative map keys are neither rotated nor centred, and a row costs O(Nk (|S| + Dv)), |S| = D + rotary_dim for positions.
-// Softcap, masks that are arrays, and sinks are left out.
+// With a relative map keys are neither rotated nor centred, and a row costs O(Nk (|S| + Dv)), |S| = D + rotary_dim for
+// positions. Softcap, masks that are arrays, and sinks are left out.
 
 // Bounds over one key/value head and its group of query heads. |s_ij| <= scale * q_norm * k_norm, and, of the rows that are no
 // outliers and after a shift by a constant of the row (which softmax does not see), |s_ij| <= scale * q_plain_norm *
@@ -266,45 +268,47 @@ typedef struct ra_bounds {
   uint32_t q_argmax;      // flat row (head in group * Nq + i) of the largest query that is no outlier
   uint32_t k_argmax;      // row of the largest centred key that is none
   uint32_t finite;        // 1 when q, k (and v unless NULL) have no NaN and no infinity
-  float
-      q_mean_norm; // of the mean rotated query where queries are centred: q_plain_norm, q_squares and q_argmax are of rotated
-                   // queries less that then; else 0
+  float q_mean_norm; // of the mean rotated query where queries are centred: q_plain_norm, q_squares and q_argmax are
+                     // of rotated queries less that then; else 0
 } ra_bounds;
 
 // From which share of the squares of queries on, those of their mean, they are centred.
 #define RA_WORTH_CENTRING 0.2f
 
-// Prepares one key/value head (0 .. B*kv_heads-1) for the calls below, O((group Nq + Nk) D): rotated centred keys are kept in the
-// workspace, and, with x->means, what the mean query says of them where queries are worth centring. Fills *bounds. `again`: only outliers have changed since *bounds was filled for the same head, so that what does
-// not depend on them is kept.
+// Prepares one key/value head (0 .. B*kv_heads-1) for the calls below, O((group Nq + Nk) D): rotated centred keys are
+// kept in the workspace, and, with x->means, what the mean query says of them where queries are worth centring. Fills
+// *bounds. `again`: only outliers have changed since *bounds was filled for the same head, so that what does not depend
+// on them is kept.
 size_t RA_API(ra_sample_workspace)(const ra_problem *p);
 int RA_API(ra_sample_prepare)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t again,
                               ra_bounds *bounds, void *workspace);
 
 // Candidates for outliers: the `count` rows, at most as many as there are, of the largest queries (queries = 1, numbered as
-// ra_problem.outlier_queries) or of the largest centred keys (queries = 0), in no order, and their norms. Outliers that are named
-// already are looked at like all others. O(N D). Needs ra_sample_prepare.
+// ra_problem.outlier_queries) or of the largest centred keys (queries = 0), in no order, and their norms. Outliers that
+// are named already are looked at like all others. O(N D). Needs ra_sample_prepare.
 int RA_API(ra_sample_largest)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t queries,
                               uint32_t count, uint32_t *rows, float *norms, void *workspace);
 
-// Of scores s = scale q.k through the polynomial engine's state, centred as above: for each query that is no outlier let n be the keys in the
-// state of its chunk, without outliers. scores: the largest (sum s^2 / n) exp(-sum s / n); gain: the largest exp(-sum s / n); keys: the largest
-// sum |k|^2 / n. 0 where states are empty. rows: queries and keys that were looked at to find that.
+// Of scores s = scale q.k through the polynomial engine's state, centred as above: for each query that is no outlier
+// let n be the keys in the state of its chunk, without outliers. scores: the largest (sum s^2 / n) exp(-sum s / n);
+// gain: the largest exp(-sum s / n); keys: the largest sum |k|^2 / n. 0 where states are empty. rows: queries and keys
+// that were looked at to find that.
 typedef struct ra_spread {
   float scores, keys, gain;
   uint32_t rows;
 } ra_spread;
 
-// O((group Nq + Nk) D^2); left as soon as scores exceed `limit`. Not with slopes, biases, decays, a relative map or centred queries: RA_ERROR_PROBLEM.
-// Needs ra_sample_prepare.
+// O((group Nq + Nk) D^2); left as soon as scores exceed `limit`. Not with slopes, biases, decays, a relative map or
+// centred queries: RA_ERROR_PROBLEM. Needs ra_sample_prepare.
 int RA_API(ra_sample_spread)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, float limit, ra_spread *spread,
                              void *workspace);
 
-// Rows where an approximation is likely to fail first, but outliers: flat rows of the largest queries; those with the largest positive
-// and with the largest negative scores s, by s^3 |v - mean|, against the keys of the largest |k| |v - mean|, k centred, that the
-// polynomial engine would take through its state; and these keys, falling. RA_EXTREMES of each, 0 where there are fewer. |v - mean| by x->means
-// of ra_sample_prepare; 1 without these, and where x->dout says that gradients are in question. When causal with slopes, or decays, of more than 1/128
-// the keys of such rows are those of the last chunk of the state, weighed by what these leave of them. O(N (D + Dv)). Needs ra_sample_prepare.
+// Rows where an approximation is likely to fail first, but outliers: flat rows of the largest queries; those with the
+// largest positive and with the largest negative scores s, by s^3 |v - mean|, against the keys of the largest |k| |v -
+// mean|, k centred, that the polynomial engine would take through its state; and these keys, falling. RA_EXTREMES of
+// each, 0 where there are fewer. |v - mean| by x->means of ra_sample_prepare; 1 without these, and where x->dout says
+// that gradients are in question. When causal with slopes, or decays, of more than 1/128 the keys of such rows are
+// those of the last chunk of the state, weighed by what these leave of them. O(N (D + Dv)). Needs ra_sample_prepare.
 enum { RA_EXTREMES = 8 };
 int RA_API(ra_sample_extremes)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t *large,
                                uint32_t *aligned, uint32_t *opposed, uint32_t *keys, void *workspace);
@@ -315,9 +319,9 @@ int RA_API(ra_sample_extremes)(const ra_problem *p, const ra_arrays *x, uint32_t
 uint32_t RA_API(ra_sample_scores)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
                                   uint32_t count, uint32_t stride, float *scores, void *workspace);
 
-// How far rows are from x->out and x->lse: the largest differences, infinite where one is NaN, and the largest entries of these rows.
-// Rows with the same lse do not count in the latter two. With dq also how far that is from dq by x->out and x->lse, Frobenius
-// norms before rotation and scale, likewise; else 0.
+// How far rows are from x->out and x->lse: the largest differences, infinite where one is NaN, and the largest entries
+// of these rows. Rows with the same lse do not count in the latter two. With dq also how far that is from dq by x->out
+// and x->lse, Frobenius norms before rotation and scale, likewise; else 0.
 typedef struct ra_distance {
   float out, out_entry, lse, lse_entry, dq, dq_size;
 } ra_distance;
@@ -326,17 +330,17 @@ typedef struct ra_distance {
 // coefficients[degree + 1] as the polynomial engine would use it (exact at the edges of causal masks and windows, and for
 // outliers), times exp(bias), directly from the scores: O(count Nk (D + Dv)). out [count][Dv], lse [count], dq [count][D]; and
 // *distance unless that is NULL. The gradient itself reads x->dout only.
-// RA_NOT_POSITIVE when a row's weights do not add up to a positive finite number. `beside`: the same rows with exp as well, for what that
-// takes beyond the scores; out, lse and dq are twice as long then, and these come second.
+// RA_NOT_POSITIVE when a row's weights do not add up to a positive finite number. `beside`: the same rows with exp as
+// well, for what that takes beyond the scores; out, lse and dq are twice as long then, and these come second.
 int RA_API(ra_sample_rows)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *rows,
                            uint32_t count, const float *coefficients, uint32_t degree, uint32_t beside, float *out,
                            float *lse, float *dq, ra_distance *distance, void *workspace);
 
 enum { RA_SAMPLE_KEYS = 32 };
 
-// Up to RA_SAMPLE_KEYS rows of dk and dv (keys[count], ascending), with exp (coefficients NULL) or with the polynomial as for rows,
-// with lse and out taken from x->lse and x->out: O(count heads/kv_heads Nq (D + Dv)). dk [count][D], dv [count][Dv], twice as long where these are wanted
-// with exp as well (`beside`), which come second. With a
+// Up to RA_SAMPLE_KEYS rows of dk and dv (keys[count], ascending), with exp (coefficients NULL) or with the polynomial
+// as for rows, with lse and out taken from x->lse and x->out: O(count heads/kv_heads Nq (D + Dv)). dk [count][D], dv
+// [count][Dv], twice as long where these are wanted with exp as well (`beside`), which come second. With a
 // polynomial dk lacks what the engine has through the mean key, R_j^T x with the same x for every key: of the size of the
 // polynomial's error.
 int RA_API(ra_sample_columns)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, const uint32_t *keys,
@@ -349,21 +353,21 @@ int RA_API(ra_sample_changes)(const ra_problem *p, const ra_arrays *x, uint32_t 
                               uint32_t count, const float *lse, const float *out, const float *shares,
                               const uint32_t *keys, uint32_t key_count, float *dk, float *dv, void *workspace);
 
-// The gradient of the bias of a query head (flat, of a key/value head that was prepared) at some entries, of this head alone, with
-// lse and out taken from x->lse and x->out: with exp, and with three polynomials of degree 2, coefficients [3][3]. entries [count],
-// at most RA_SAMPLE_LAGS; sums [count][4]. O(count Nq (D + Dv)).
+// The gradient of the bias of a query head (flat, of a key/value head that was prepared) at some entries, of this head
+// alone, with lse and out taken from x->lse and x->out: with exp, and with three polynomials of degree 2, coefficients
+// [3][3]. entries [count], at most RA_SAMPLE_LAGS; sums [count][4]. O(count Nq (D + Dv)).
 enum { RA_SAMPLE_LAGS = 256 };
 int RA_API(ra_sample_lags)(const ra_problem *p, const ra_arrays *x, uint32_t head, const uint32_t *entries,
                            uint32_t count, const float *coefficients, float *sums, void *workspace);
 
-// What such sums, with exp, gain when the lse and out of one row (flat, as above), which sees some keys, are not x->lse and x->out but
-// lse and out [Dv]: changes [count]. O(count (D + Dv)).
+// What such sums, with exp, gain when the lse and out of one row (flat, as above), which sees some keys, are not x->lse
+// and x->out but lse and out [Dv]: changes [count]. O(count (D + Dv)).
 int RA_API(ra_sample_lag_changes)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head, uint32_t row, float lse,
                                   const float *out, const uint32_t *entries, uint32_t count, float *changes,
                                   void *workspace);
 
-// How far entries of x->out are outside of what their columns of x->v span, the most of all rows of one key/value head that see a key: attention
-// is a mean of values, so that this much of an error is certain. O(Nq Dv + Nk Dv).
+// How far entries of x->out are outside of what their columns of x->v span, the most of all rows of one key/value head
+// that see a key: attention is a mean of values, so that this much of an error is certain. O(Nq Dv + Nk Dv).
 float RA_API(ra_sample_outside)(const ra_problem *p, const ra_arrays *x, uint32_t kv_head);
 
 // --- Dense products ---------------------------------------------------------------------------------------------------
@@ -389,11 +393,13 @@ uint32_t RA_API(ra_relaxed)(void);
 void RA_API(ra_warm_up)(uint32_t calls);
 
 // Multiply-adds at the rate that benchmarks divide by. kind 0: in registers, iterations * 96 floating-point operations;
-// kind 1: the matrix micro-kernel in L1, 64 operations an iteration, rounded up to a multiple of 288 iterations (192 where tiles have four rows).
+// kind 1: the matrix micro-kernel in L1, 64 operations an iteration, rounded up to a multiple of 288 iterations (192
+// where tiles have four rows).
 float RA_API(ra_peak)(uint32_t kind, uint32_t iterations);
 
-// The same for the Toeplitz engine: so many transforms of four sequences of a length that it uses, 20 length log2 length operations each,
-// into so many blocks in turn. The workspace has 68 + 32 blocks bytes for each number, and 1 KB.
+// The same for the Toeplitz engine: so many transforms of four sequences of a length that it uses, 20 length log2
+// length operations each, into so many blocks in turn. The workspace has 68 + 32 blocks bytes for each number, and 1
+// KB.
 void RA_API(ra_fft_peak)(uint32_t length, uint32_t blocks, uint32_t calls, void *workspace);
 
 #ifdef __cplusplus

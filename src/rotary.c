@@ -101,8 +101,8 @@ static size_t table_row(const ra_rotary *r, uint32_t row) {
   return position >= r->table_rows ? r->table_rows - 1 : position > 0 ? (size_t)position : 0;
 }
 
-// Four pairs of `rows` rows, x1 and x2 at x + first and x + second: turned by (c1, s1) + (c2, s2), by the angle-addition theorem;
-// c2 [4], s2 [4] go on by `fine` floats a row.
+// Four pairs of `rows` rows, x1 and x2 at x + first and x + second: turned by (c1, s1) + (c2, s2), by the
+// angle-addition theorem; c2 [4], s2 [4] go on by `fine` floats a row.
 RA_INLINE void turn_four(const float *x, size_t x_row, float *y, size_t y_row, uint32_t rows, size_t first,
                          size_t second, const int interleaved, f32x4 c1, f32x4 s1, const float *c2, const float *s2,
                          size_t fine, f32x4 sign) {

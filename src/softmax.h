@@ -67,9 +67,9 @@ RA_INLINE f32x4 ra_exp2(f32x4 x, const ra_exp2_constants *k) {
   return ra_exp2_near(f32x4_max(f32x4_load(k->low), x), k);
 }
 
-// log of m in [1, 2), and 2^whole times as much, for a whole number: an absolute error of 1e-7, of results above 1 a relative one.
-// t = m - 1, or m / 2 - 1 from sqrt 2 on: log(1 + t) = t - t^2 / 2 + t^3 q(t), q of degree 7: relative error 5.8e-9 before rounding
-// (weighted least squares, weights by Lawson, coefficients rounded one after another).
+// log of m in [1, 2), and 2^whole times as much, for a whole number: an absolute error of 1e-7, of results above 1 a
+// relative one. t = m - 1, or m / 2 - 1 from sqrt 2 on: log(1 + t) = t - t^2 / 2 + t^3 q(t), q of degree 7: relative
+// error 5.8e-9 before rounding (weighted least squares, weights by Lawson, coefficients rounded one after another).
 RA_INLINE f32x4 ra_log(f32x4 m, f32x4 whole) {
   static const float c[8] = {0x1.555554p-2f, -0x1.000226p-2f, 0x1.99a01ep-3f, -0x1.54728cp-3f,
                              0x1.22d8fap-3f, -0x1.0d81f4p-3f, 0x1.05600cp-3f, -0x1.38cea0p-4f};
@@ -126,8 +126,8 @@ RA_INLINE f32x4 ra_tanh_near(f32x4 x, const ra_tanh_constants *k) {
   return f32x4_madd(q, u, f32x4_load(k->one));
 }
 
-// tanh x = x P(x^2) / Q(x^2), both of degree 4: minimax on |x| <= 9, relative error 2.1e-8 before rounding (weighted least squares,
-// weights by Lawson). What is beyond stays at tanh 9, which is 1 to 3e-8; NaN for NaN.
+// tanh x = x P(x^2) / Q(x^2), both of degree 4: minimax on |x| <= 9, relative error 2.1e-8 before rounding (weighted
+// least squares, weights by Lawson). What is beyond stays at tanh 9, which is 1 to 3e-8; NaN for NaN.
 RA_INLINE f32x4 ra_tanh(f32x4 x, const ra_tanh_constants *k) {
   x = f32x4_max(f32x4_load(k->low), f32x4_min(f32x4_load(k->high), x));
   f32x4 u = f32x4_mul(x, x), one = f32x4_load(k->one);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// The terms of the Toeplitz engine. p(s) is expanded over the variables that a score is the sum of; a term is a monomial in them,
-// and each variable is a number of the query times one of the key times one of the distance t = i - j, so that terms are too:
+// The terms of the Toeplitz engine. p(s) is expanded over the variables that a score is the sum of; a term is a
+// monomial in them, and each variable is a number of the query times one of the key times one of the distance t = i -
+// j, so that terms are too:
 //
 //   plain rotation, done before    s = sum_d x_d y_d                      D variables; nothing depends on t but the bias
 //   W_t with support S             s = sum_n x_a W_n(t) y_b               |S| variables; kernels W_n(t) W_m(t) ..
@@ -9,8 +10,8 @@
 //
 // where x_p is half of the query's pair of dimensions, read as a complex number, y_p the key's. The last is complex, in D
 // variables instead of the 2 D real ones of the same map as W_t; a term and its conjugate add up to twice the real part of
-// either, so that only one of them is computed: about C(D + g, g) / 2 terms. Those that are their own conjugates are real, features and
-// matrices, and take two columns of values at a time as all terms of the other two kinds do.
+// either, so that only one of them is computed: about C(D + g, g) / 2 terms. Those that are their own conjugates are
+// real, features and matrices, and take two columns of values at a time as all terms of the other two kinds do.
 //
 // With phi a product of x_p (of z_p), their conjugates (of conj(z_p)) and real numbers, A_ij = sum_r w_r Re(conj(phi_r(x_i))
 // T_r(i - j) phi_r(y_j)): queries and keys have the same features.
@@ -126,7 +127,8 @@ static factor factor_of(const ra_toeplitz *e, const ra_side *z, uint32_t v) {
   return (factor){re * z->length, im * z->length, v < half ? 1 : -1};
 }
 
-// y [2][32] = weight times the product of the factors, without the one numbered `but`, for tokens n .. n + 31. y[1] only if complex.
+// y [2][32] = weight times the product of the factors, without the one numbered `but`, for tokens n .. n + 31. y[1]
+// only if complex.
 RA_KERNEL void multiply_factors(const float *z_t, const factor *factors, uint32_t count, uint32_t but, float weight,
                                 int complex, size_t n, float *y) {
   ra_fill(y, RA_STRIP, weight);
@@ -227,7 +229,8 @@ RA_KERNEL void multiply_lags(const ra_toeplitz *e, uint32_t v, float *y, float *
   }
 }
 
-// y = E, or 0 for a term that there is none of, times the map of each of its variables but one. Of real terms y_i is rounding: 0.
+// y = E, or 0 for a term that there is none of, times the map of each of its variables but one. Of real terms y_i is
+// rounding: 0.
 static void fill_lags(const ra_toeplitz *e, uint32_t term, uint32_t but, float *y, float *y_i) {
   uint32_t row = e->monomial[term], count = row != UINT32_MAX ? degree_of(e, row) : 0;
   for (size_t n = 0; n < e->lags; n++) y[n] = row != UINT32_MAX ? e->far[RA_EDGE + n] : 0;

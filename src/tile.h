@@ -26,8 +26,8 @@
 #define RA_TILE_ROWS 6
 #endif
 
-// How many rows go next when `left` are left: as many as may be, so that no single rows remain (17 are 6 + 6 + 5, 9 are 5 + 4); a
-// single row costs two thirds of six, as it waits for itself.
+// How many rows go next when `left` are left: as many as may be, so that no single rows remain (17 are 6 + 6 + 5, 9 are
+// 5 + 4); a single row costs two thirds of six, as it waits for itself.
 RA_INLINE uint32_t ra_tile_rows(uint32_t left) {
   if (left < 4) return 1;
   if (RA_TILE_ROWS == 4) return left == 5 ? 5 : 4;

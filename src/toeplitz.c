@@ -5,11 +5,12 @@
 //
 //   A_ij = E_{i-j} p(s_ij) = sum_r w_r Re(conj(phi_r(x_i)) T_r(i-j) phi_r(y_j)),   E_t = exp(b_t),   T_r(t) = E_t times maps of t
 //
-// so that A u = sum_r Re(diag(w_r conj(phi_r(x))) T_r diag(phi_r(y)) u), T_r Toeplitz matrices. What the terms r are, and how many, is
-// said in terms.c. Where rotations factorise all have one T = E: x_i = scale R q_i, y_j = R k_j - mean, and the engine is exact
-// in the bias whatever it looks like, which no state of constant size can be. With a relative map, scores q_i W_{i-j} k_j or rotations
-// by any f(i-j), each term has its own. u_j = [1, v_j - mean], 1 times a power of two that values are of. O(N terms (Dv + 1) (log S + N/S)) time with blocks of S up to
-// 2^14 (convolution.h); O(N (D + Dv)) workspace.
+// so that A u = sum_r Re(diag(w_r conj(phi_r(x))) T_r diag(phi_r(y)) u), T_r Toeplitz matrices. What the terms r are,
+// and how many, is said in terms.c. Where rotations factorise all have one T = E: x_i = scale R q_i, y_j = R k_j -
+// mean, and the engine is exact in the bias whatever it looks like, which no state of constant size can be. With a
+// relative map, scores q_i W_{i-j} k_j or rotations by any f(i-j), each term has its own. u_j = [1, v_j - mean], 1
+// times a power of two that values are of. O(N terms (Dv + 1) (log S + N/S)) time with blocks of S up to 2^14
+// (convolution.h); O(N (D + Dv)) workspace.
 //
 // Backward is the derivative of exactly this function. With h_i = [-delta_i, dout_i] / denominator_i, X_r = w_r phi_r(x):
 //
@@ -19,7 +20,8 @@
 //
 // which are the products of the forward pass, as many with the adjoint, and correlations of the same spectra.
 //
-// Where few keys are in sight of the first queries (causal, or a narrow right side), pairs nearer than 64 are done exactly (near.c).
+// Where few keys are in sight of the first queries (causal, or a narrow right side), pairs nearer than 64 are done
+// exactly (near.c).
 //
 // This work is based on:
 //   Alman, Song. Fast RoPE Attention: Combining the Polynomial Method and Fast Fourier Transform. 2025 (2505.11892)
@@ -36,8 +38,8 @@
 
 enum { STRIP = RA_STRIP, NEAR = RA_NEAR, EDGE = RA_EDGE };
 
-// The least sum of weights of a row, over the largest E of all: below it weights, which are floats, have nothing left to lose, nor have
-// gradients, which go by the inverse.
+// The least sum of weights of a row, over the largest E of all: below it weights, which are floats, have nothing left
+// to lose, nor have gradients, which go by the inverse.
 static const float LEAST_SUM = 0x1p-80f;
 
 static uint32_t heads_together(const ra_problem *p) { return p->bias && p->bias_heads > 1 ? 1 : ra_group(p); }
@@ -145,8 +147,8 @@ static ra_side queries_of(const ra_toeplitz *e, uint32_t h) {
 
 // --- Batches ------------------------------------------------------------------------------------------------------
 //
-// A batch is a group of four terms, one in each lane, times one column of u, or of h: complex terms have a complex product with it.
-// Real terms take two columns, one as the real part and one as the imaginary part.
+// A batch is a group of four terms, one in each lane, times one column of u, or of h: complex terms have a complex
+// product with it. Real terms take two columns, one as the real part and one as the imaginary part.
 
 typedef struct batch {
   uint32_t group, step, steps; // step of so many
@@ -164,8 +166,9 @@ static batch batch_at(const ra_toeplitz *e, uint32_t n) {
   return (batch){(complex ? e->real_groups : 0) + at / steps, at % steps, steps, complex};
 }
 
-// Row n of a batch, 0 .. 7, is row `part_of` of phi times this column; one that there is not for the second of a last pair. Nor for
-// the first term, a constant, with the first column, of ones: what that gives are sums of E (settle_queries, settle_lags).
+// Row n of a batch, 0 .. 7, is row `part_of` of phi times this column; one that there is not for the second of a last
+// pair. Nor for the first term, a constant, with the first column, of ones: what that gives are sums of E
+// (settle_queries, settle_lags).
 static uint32_t part_of(batch b, uint32_t n) { return b.complex ? n : n % RA_LANES; }
 
 static uint32_t column_of(batch b, uint32_t n) {
@@ -305,7 +308,8 @@ RA_KERNEL float centre(float *column, size_t count) {
   return mean;
 }
 
-// With a relative map, y are keys as they are, x queries times this: `scale`, and the factors of both and half of a pair (terms.c).
+// With a relative map, y are keys as they are, x queries times this: `scale`, and the factors of both and half of a
+// pair (terms.c).
 static float scale_of(const ra_toeplitz *e, uint32_t d) {
   float factor = e->p->rotary_factor;
   return e->p->scale * (e->complex && d < e->p->rotary_dim ? factor * factor / 2 : 1);
@@ -460,8 +464,9 @@ static size_t count_seen(const ra_toeplitz *e, const float *bias, size_t first, 
   return seen;
 }
 
-// y[n - first] += factor times the sum of the last `width` of x[0] .. x[n], for n = first .. end - 1; x[length] and beyond are 0. A window is what
-// is in it before a multiple of its width and what is in it behind: nothing large is added that would have to be subtracted again.
+// y[n - first] += factor times the sum of the last `width` of x[0] .. x[n], for n = first .. end - 1; x[length] and
+// beyond are 0. A window is what is in it before a multiple of its width and what is in it behind: nothing large is
+// added that would have to be subtracted again.
 RA_KERNEL void add_windows(const float *x, size_t length, size_t width, float factor, size_t first, size_t end,
                            float *y) {
   double sum = 0;
@@ -539,8 +544,8 @@ RA_KERNEL void finish_gradients(const ra_toeplitz *e, const ra_side *x, float *d
   }
 }
 
-// dk, dv grow by what this job gave to them; at the last one dk, so far the gradient by y = R k - mean, loses its mean (the path
-// through the mean) and is rotated back. With a relative map it is that by k from the first.
+// dk, dv grow by what this job gave to them; at the last one dk, so far the gradient by y = R k - mean, loses its mean
+// (the path through the mean) and is rotated back. With a relative map it is that by k from the first.
 RA_KERNEL void finish_keys(const ra_toeplitz *e, float *dk, float *dv, int ends) {
   const ra_side *y = &e->keys;
   for (size_t j = 0; j < e->Nk; j++)

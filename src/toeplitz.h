@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// What the files of the Toeplitz engine share: toeplitz.c (the engine), terms.c (the terms of the expansion: features, kernels and
-// their derivatives), near.c (pairs that are done exactly).
+// What the files of the Toeplitz engine share: toeplitz.c (the engine), terms.c (the terms of the expansion: features,
+// kernels and their derivatives), near.c (pairs that are done exactly).
 
 #ifndef RA_TOEPLITZ_H
 #define RA_TOEPLITZ_H
