@@ -33,9 +33,34 @@ typedef struct columns {
 typedef struct queries {
   size_t head;
   uint32_t i0, count;
+  int64_t position; // of the first one
   // [count] x.mean key - lse; dout.out; exp of the first
   float offset[RA_SAMPLE_TILE], delta[RA_SAMPLE_TILE], factor[RA_SAMPLE_TILE];
+  // [count] keys that they see, first .. end - 1, and take through the state, from .. to - 1, less that position: exact
+  // up to 2^24 (from there on an edge may be off by one)
+  int ranged; // they are there
+  float first[RA_SAMPLE_TILE], end[RA_SAMPLE_TILE], from[RA_SAMPLE_TILE], to[RA_SAMPLE_TILE];
 } queries;
+
+static queries queries_of(const ra_problem *p, size_t head, uint32_t i0, uint32_t count) {
+  return (queries){.head = head, .i0 = i0, .count = count, .position = (int64_t)i0 + p->query_offset};
+}
+
+static void find_ranges(const ra_sample *e, queries *t) {
+  const ra_problem *p = e->p;
+  uint32_t h = (uint32_t)(t->head % e->group), chunk_end = 0, bits = 0;
+  ra_range state = {0, 0};
+  for (uint32_t n = 0; n < t->count; n++, bits >>= 1) {
+    uint32_t i = t->i0 + n;
+    ra_range keys = ra_keys_of(p, i);
+    if (n % 32 == 0) bits = ra_sample_query_outliers(e, t->head / e->group, h, i);
+    if (i >= chunk_end) state = ra_state_keys(p, ra_chunk_start(p, i)), chunk_end = ra_chunk_end(p, i);
+    t->first[n] = (float)(keys.first - t->position), t->end[n] = (float)(keys.end - t->position);
+    t->from[n] = (float)(state.first - t->position),
+    t->to[n] = bits & 1 ? t->from[n] : (float)(state.end - t->position);
+  }
+  t->ranged = 1;
+}
 
 // How each of these queries weighs the eight keys, alike for all queries: live[8] and through[8] (through the state)
 // are 1 or 0 then.
@@ -87,36 +112,52 @@ RA_KERNEL void weigh_alike(const ra_sample *e, const queries *t, const columns *
   }
 }
 
-// The same for one of them, which weighs in its own way.
-static void weigh_apart(const ra_sample *e, const queries *t, const columns *c, uint32_t n) {
+// 1 where first <= key < end, else 0.
+RA_INLINE f32x4 between(f32x4 key, const float *first, const float *end, f32x4 one) {
+  f32x4 zero = f32x4_splat(0);
+  return f32x4_where_less(key, f32x4_load_splat(first), zero, f32x4_where_less(key, f32x4_load_splat(end), one, zero));
+}
+
+// The same where each of them weighs in its own way, as ranges, bias and slopes have it.
+RA_KERNEL void weigh_apart(const ra_sample *e, const queries *t, const columns *c) {
+  const ra_problem *p = e->p;
   const ra_exp2_constants *constants = ra_exp2_load();
-  uint32_t i = t->i0 + n, h = (uint32_t)(t->head % e->group);
-  ra_range range = ra_keys_of(e->p, i), state = ra_state_keys(e->p, ra_chunk_start(e->p, i));
-  int outlier = ra_outlier_bits(ra_outlier_queries(e->p, t->head / e->group), (uint32_t)e->group, h, i, 1) != 0;
-  const float *own = ra_sample_bias(e->p, t->head, i);
-  float live[RA_LANES], polynomial[RA_LANES], bias[RA_LANES] = {0};
-  for (int m = 0; m < RA_LANES; m++) {
-    uint32_t j = c->keys[m];
-    live[m] = range.first <= j && j < range.end ? 1.0f : 0.0f;
-    int through = c->w->polynomial && !outlier && !c->outlier[m] && state.first <= j && j < state.end;
-    polynomial[m] = through ? 1.0f : 0.0f;
-    if (own) bias[m] = *(own - j);
-    if (e->p->alibi) bias[m] -= (float)ra_alibi(e->p, t->head, (size_t)i + e->p->key_length - 1 - j);
-  }
-  f32x4 zero = f32x4_splat(0), to_log2 = f32x4_splat((float)RA_LOG2_E);
-  for (int m = 0; m < RA_LANES; m += 4) {
-    float *weight = e->weight + n * RA_LANES + m, *ds = e->ds + n * RA_LANES + m;
-    f32x4 s = f32x4_load(e->s + n * RA_LANES + m), by_state = f32x4_load(polynomial + m);
-    f32x4 offset = f32x4_add(f32x4_splat(t->offset[n]), f32x4_load(bias + m));
-    f32x4 value = ra_exp2(f32x4_mul(f32x4_add(s, offset), to_log2), constants), slope = value;
-    if (c->w->polynomial) {
-      f32x4 divided = ra_exp2(f32x4_mul(offset, to_log2), constants);
-      value = f32x4_where_less(zero, by_state, f32x4_mul(ra_weigher_polynomial(c->w, 0, s), divided), value);
-      slope = f32x4_where_less(zero, by_state, f32x4_mul(ra_weigher_polynomial(c->w, 1, s), divided), slope);
+  f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0), one = f32x4_splat(1);
+  f32x4 fall = f32x4_splat(p->alibi ? p->alibi[t->head % p->heads] : 0);
+  for (int h = 0; h < RA_LANES; h += 4) {
+    float place[4], plain[4];
+    for (int m = 0; m < 4; m++) {
+      place[m] = (float)(c->keys[h + m] - t->position);
+      plain[m] = c->w->polynomial && !c->outlier[h + m] ? 1.0f : 0.0f;
     }
-    f32x4_store(weight, f32x4_where_less(zero, f32x4_load(live + m), value, zero));
-    slope = f32x4_where_less(zero, f32x4_load(live + m), slope, zero);
-    f32x4_store(ds, f32x4_mul(slope, f32x4_sub(f32x4_load(e->dp + n * RA_LANES + m), f32x4_splat(t->delta[n]))));
+    for (uint32_t n = 0; n < t->count; n++) {
+      float *weight = e->weight + n * RA_LANES + h, *ds = e->ds + n * RA_LANES + h;
+      f32x4 key = f32x4_load(place), offset = f32x4_load_splat(t->offset + n);
+      f32x4 seen = between(key, t->first + n, t->end + n, one);
+      f32x4 by_state = between(key, t->from + n, t->to + n, f32x4_load(plain));
+      f32x4 s = f32x4_load(e->s + n * RA_LANES + h), value = zero, slope = zero;
+      if (p->alibi) { // differences of positions that are no longer exact weigh nothing
+        f32x4 distance = f32x4_abs(f32x4_sub(key, f32x4_splat((float)n)));
+        offset = f32x4_sub(offset, f32x4_mul(fall, distance));
+      }
+      if (p->bias) {
+        const float *own = ra_sample_bias(p, t->head, t->i0 + n);
+        float bias[4];
+        for (int m = 0; m < 4; m++) bias[m] = *(own - c->keys[h + m]);
+        offset = f32x4_add(offset, f32x4_load(bias));
+      }
+      if (f32x4_any_greater(seen, by_state))
+        value = slope = ra_exp2(f32x4_mul(f32x4_add(s, offset), to_log2), constants);
+      if (f32x4_any_greater(by_state, zero)) {
+        f32x4 factor = ra_exp2(f32x4_mul(offset, to_log2), constants);
+        value = f32x4_where_less(zero, by_state, f32x4_mul(ra_weigher_polynomial(c->w, 0, s), factor), value);
+        slope = f32x4_where_less(zero, by_state, f32x4_mul(ra_weigher_polynomial(c->w, 1, s), factor), slope);
+      }
+      slope = f32x4_where_less(zero, seen, slope, zero);
+      f32x4_store(weight, f32x4_where_less(zero, seen, value, zero));
+      f32x4_store(ds,
+                  f32x4_mul(slope, f32x4_sub(f32x4_load(e->dp + n * RA_LANES + h), f32x4_load_splat(t->delta + n))));
+    }
   }
 }
 
@@ -177,8 +218,10 @@ static void add_weighed(const groups *g, const ra_arrays *x, queries *t, const f
       const ra_sample *own = g->own[way] + m;
       float live[RA_LANES], through[RA_LANES];
       if (weighs_alike(e, t, c, live, through)) weigh_alike(e, t, c, live, through);
-      else
-        for (uint32_t n = 0; n < count; n++) weigh_apart(e, t, c, n);
+      else {
+        if (!t->ranged) find_ranges(e, t);
+        weigh_apart(e, t, c);
+      }
       if (e->state->centred) weigh_centred(own, t, c);
       ra_add_columns(dout, e->out_row, (uint32_t)e->Dv, e->weight, RA_LANES, count, own->sum_t, RA_LANES);
       add_key_gradients(own, i0, count, c->keys, e->ds);
@@ -191,7 +234,7 @@ static void add_queries(const ra_sample *e, const ra_arrays *x, size_t head, uin
                         const groups *g) {
   size_t row = ra_head(e->p, head, e->p->heads, e->Nq, e->Dv) + i0 * e->out_row;
   const float *dout = x->dout + row, *out = x->out + row;
-  queries t = {.head = head, .i0 = i0, .count = count};
+  queries t = queries_of(e->p, head, i0, count);
   for (uint32_t n = 0; n < count; n++) t.delta[n] = ra_dot(dout + n * e->out_row, out + n * e->out_row, e->Dv);
   add_weighed(g, x, &t, dout);
 }
@@ -205,7 +248,7 @@ static void add_change(const ra_sample *e, const ra_arrays *x, size_t head, uint
   const float *dout = x->dout + row;
   double ratio = ra_exp_f64((double)x->lse[head * e->Nq + i] - lse);
   if (lse == -INFINITY) return; // it sees nothing
-  queries t = {.head = head, .i0 = i, .count = 1};
+  queries t = queries_of(e->p, head, i, 1);
   t.delta[0] = (float)(share * (ratio * ra_dot(dout, out, e->Dv) - ra_dot(dout, x->out + row, e->Dv)));
   for (size_t d = 0; d < e->Dv; d++) e->scaled[d] = (float)(share * (ratio - 1) * dout[d]);
   add_weighed(g, x, &t, e->scaled);

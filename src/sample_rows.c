@@ -149,8 +149,7 @@ RA_INLINE f32x4 added_to(const added *a, int h, uint32_t n) {
   f32x4 sum = f32x4_splat(0);
   if (l->sloped) {
     f32x4 ahead = f32x4_sub(f32x4_load(a->position + h), f32x4_splat((float)n));
-    f32x4 distance = f32x4_max(ahead, f32x4_sub(f32x4_splat(0), ahead));
-    sum = f32x4_mul(f32x4_load(l->slope + h), f32x4_sub(f32x4_load(l->near + h), distance));
+    sum = f32x4_mul(f32x4_load(l->slope + h), f32x4_sub(f32x4_load(l->near + h), f32x4_abs(ahead)));
   }
   if (!l->bias[0]) return sum;
   float bias[4];
@@ -165,10 +164,10 @@ typedef struct spans {
   float first[RA_LANES], end[RA_LANES], from[RA_LANES], to[RA_LANES];
 } spans;
 
-// Those of keys j0 .. j0 + count - 1, and how these, but outliers, are weighed by all lanes that see any: by exp, by
-// the polynomial, or as it comes.
+// Those of keys j0 .. j0 + count - 1, and how these, but outliers, are weighed by all lanes that see any: by exp, by the
+// polynomial, or as it comes.
 static int weighed_how(const lanes *l, const ra_weigher *w, uint32_t j0, uint32_t count, spans *t) {
-  int by_exp = 0, by_polynomial = 0, mixed = l->bias[0] || l->sloped;
+  int by_exp = 0, by_polynomial = 0, mixed = 0;
   for (int i = 0; i < RA_LANES; i++) {
     t->first[i] = (float)ra_place(l->keys[i].first, j0, count), t->end[i] = (float)ra_place(l->keys[i].end, j0, count);
     ra_range state = w->polynomial ? l->state[i] : (ra_range){0, 0};
@@ -186,67 +185,83 @@ RA_INLINE f32x4 where_seen(f32x4 n, const float *first, const float *end, f32x4 
   return f32x4_where_less(n, f32x4_load(first), y, f32x4_where_less(n, f32x4_load(end), x, y));
 }
 
-// Of keys first .. end - 1.
-RA_KERNEL void weigh_by_exp(const lanes *l, const ra_weigher *w, const spans *t, const float *s, uint32_t first,
-                            uint32_t end, float *weight) {
-  const ra_exp2_constants *constants = ra_exp2_load();
-  f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0), most = f32x4_splat(128);
+// exp(s + b - reference), from 2^128 on infinity.
+RA_INLINE f32x4 exp_of(const ra_weigher *w, int h, f32x4 s, f32x4 b) {
+  f32x4 x = f32x4_sub(f32x4_add(s, b), f32x4_load(w->reference + h));
+  x = f32x4_mul(x, f32x4_splat((float)RA_LOG2_E));
+  return ra_exp2(f32x4_min(f32x4_splat(128), x), ra_exp2_load());
+}
+
+// exp(b - reference), at most 1, for what the polynomial gives.
+RA_INLINE f32x4 factor_of(const ra_weigher *w, int h, f32x4 b) {
+  f32x4 x = f32x4_min(f32x4_splat(0), f32x4_sub(b, f32x4_load(w->reference + h)));
+  return ra_exp2(f32x4_mul(x, f32x4_splat((float)RA_LOG2_E)), ra_exp2_load());
+}
+
+// Of keys first .. end - 1, with something added to their scores, or not.
+RA_INLINE void by_exp(const lanes *l, const ra_weigher *w, const spans *t, const float *s, const added *a,
+                      uint32_t first, uint32_t end, float *weight) {
+  f32x4 zero = f32x4_splat(0);
   for (int h = 0; h < (int)l->count; h += 4) {
-    f32x4 reference = f32x4_load(w->reference + h), key = f32x4_splat((float)first);
+    f32x4 key = f32x4_splat((float)first);
     RA_ROLLED
     for (uint32_t n = first; n < end; n++, key = f32x4_add(key, f32x4_splat(1))) {
-      f32x4 x = f32x4_mul(f32x4_sub(f32x4_load(s + n * RA_LANES + h), reference), to_log2);
-      x = ra_exp2(f32x4_min(most, x), constants); // from 2^128 on: infinity
+      f32x4 x = exp_of(w, h, f32x4_load(s + n * RA_LANES + h), a ? added_to(a, h, n) : zero);
       f32x4_store(weight + n * RA_LANES + h, where_seen(key, t->first + h, t->end + h, x, zero));
     }
   }
 }
 
-// divided: exp(-reference).
-RA_KERNEL void weigh_by_polynomial(const lanes *l, const ra_weigher *w, const spans *t, const f32x4 *divided,
-                                   const float *s, uint32_t count, int derivative, float *weight) {
+RA_KERNEL void weigh_by_exp(const lanes *l, const ra_weigher *w, const spans *t, const float *s, const added *a,
+                            uint32_t first, uint32_t end, float *weight) {
+  if (a) by_exp(l, w, t, s, a, first, end, weight);
+  else by_exp(l, w, t, s, NULL, first, end, weight);
+}
+
+// Likewise of all keys.
+RA_INLINE void by_polynomial(const lanes *l, const ra_weigher *w, const spans *t, const float *s, const added *a,
+                             uint32_t count, int derivative, float *weight) {
   f32x4 zero = f32x4_splat(0);
   for (int h = 0; h < (int)l->count; h += 4) {
-    f32x4 key = zero;
+    f32x4 key = zero, factor = factor_of(w, h, zero);
     for (uint32_t n = 0; n < count; n++, key = f32x4_add(key, f32x4_splat(1))) {
-      f32x4 x = f32x4_mul(ra_weigher_polynomial(w, derivative, f32x4_load(s + n * RA_LANES + h)), divided[h / 4]);
+      if (a) factor = factor_of(w, h, added_to(a, h, n));
+      f32x4 x = f32x4_mul(ra_weigher_polynomial(w, derivative, f32x4_load(s + n * RA_LANES + h)), factor);
       f32x4_store(weight + n * RA_LANES + h, where_seen(key, t->first + h, t->end + h, x, zero));
     }
   }
+}
+
+RA_KERNEL void weigh_by_polynomial(const lanes *l, const ra_weigher *w, const spans *t, const float *s, const added *a,
+                                   uint32_t count, int derivative, float *weight) {
+  if (a) by_polynomial(l, w, t, s, a, count, derivative, weight);
+  else by_polynomial(l, w, t, s, NULL, count, derivative, weight);
 }
 
 // weight[n][8] of keys j0 .. j0 + count - 1 (derivative: of the weight by the score), of the different lanes at least;
 // 0 where not allowed. May be s.
 static void weigh(const lanes *l, const ra_weigher *w, const float *s, uint32_t j0, uint32_t count, int derivative,
                   float *weight) {
-  const ra_exp2_constants *constants = ra_exp2_load();
-  f32x4 to_log2 = f32x4_splat((float)RA_LOG2_E), zero = f32x4_splat(0);
+  f32x4 zero = f32x4_splat(0);
   spans t;
-  f32x4 divided[RA_LANES / 4]; // exp(-reference)
-  for (int h = 0; w->polynomial && h < RA_LANES; h += 4)
-    divided[h / 4] = ra_exp2(f32x4_mul(f32x4_sub(zero, f32x4_load(w->reference + h)), to_log2), constants);
   int how = weighed_how(l, w, j0, count, &t);
-  if (how == BY_EXP) weigh_by_exp(l, w, &t, s, 0, count, weight);
+  added extra = added_from(l, j0);
+  const added *a = l->bias[0] || l->sloped ? &extra : NULL;
+  if (how == BY_EXP) weigh_by_exp(l, w, &t, s, a, 0, count, weight);
   if (how == BY_POLYNOMIAL) {
-    weigh_by_polynomial(l, w, &t, divided, s, count, derivative, weight);
+    weigh_by_polynomial(l, w, &t, s, a, count, derivative, weight);
     ra_outliers exact = ra_outliers_within(w->outliers, j0, j0 + count);
     for (uint32_t m = 0; m < exact.count; m++)
-      weigh_by_exp(l, w, &t, s, exact.rows[m] - j0, exact.rows[m] - j0 + 1, weight);
+      weigh_by_exp(l, w, &t, s, a, exact.rows[m] - j0, exact.rows[m] - j0 + 1, weight);
   }
   if (how != MIXED) return;
-  added extra = added_from(l, j0);
   for (uint32_t n = 0, outliers = 0; n < count; n++, outliers >>= 1) {
     if (n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, ra_min_u32(32, count - n));
     for (int h = 0; h < (int)l->count; h += 4) {
       f32x4 key = f32x4_splat((float)n), s_n = f32x4_load(s + n * RA_LANES + h);
-      f32x4 b = added_to(&extra, h, n), reference = f32x4_load(w->reference + h);
-      f32x4 exponent = f32x4_mul(f32x4_sub(f32x4_add(s_n, b), reference), to_log2);
-      f32x4 value = ra_exp2(f32x4_min(f32x4_splat(128), exponent), constants);
-      if (w->polynomial && !(outliers & 1)) {
-        f32x4 factor = divided[h / 4];
-        if (l->bias[0] || l->sloped)
-          factor = ra_exp2(f32x4_mul(f32x4_min(zero, f32x4_sub(b, reference)), to_log2), constants);
-        f32x4 polynomial = f32x4_mul(ra_weigher_polynomial(w, derivative, s_n), factor);
+      f32x4 b = added_to(&extra, h, n), value = exp_of(w, h, s_n, b);
+      if (!(outliers & 1)) {
+        f32x4 polynomial = f32x4_mul(ra_weigher_polynomial(w, derivative, s_n), factor_of(w, h, b));
         value = where_seen(key, t.from + h, t.to + h, polynomial, value);
       }
       f32x4_store(weight + n * RA_LANES + h, where_seen(key, t.first + h, t.end + h, value, zero));
@@ -270,7 +285,7 @@ static void look_at_scores(const lanes *l, const ra_weigher *w, const float *s, 
   f32x4 none = f32x4_splat(-FLT_MAX);
   int how = weighed_how(l, w, j0, count, &t), plain = !l->bias[0] && !l->sloped;
   added extra = added_from(l, j0);
-  for (int h = 0; how != BY_POLYNOMIAL && h < (int)l->count; h += 4) {
+  for (int h = 0; !(plain && how == BY_POLYNOMIAL) && h < (int)l->count; h += 4) {
     f32x4 x = f32x4_load(most + h), y = f32x4_load(top + h);
     for (uint32_t n = 0, outliers = 0; n < count; n++, outliers >>= 1) {
       if (!plain && n % 32 == 0) outliers = ra_outlier_bits(w->outliers, 1, 0, j0 + n, ra_min_u32(32, count - n));
@@ -281,7 +296,7 @@ static void look_at_scores(const lanes *l, const ra_weigher *w, const float *s, 
         s_n = f32x4_add(s_n, b);
         y = f32x4_max(where_seen(key, t.first + h, t.end + h, in_state, none), y);
       }
-      if (how == MIXED && !(outliers & 1)) s_n = where_seen(key, t.from + h, t.to + h, none, s_n);
+      if (how != BY_EXP && !(outliers & 1)) s_n = where_seen(key, t.from + h, t.to + h, none, s_n);
       x = f32x4_max(where_seen(key, t.first + h, t.end + h, s_n, none), x);
     }
     f32x4_store(most + h, x), f32x4_store(top + h, y);
@@ -296,9 +311,10 @@ static void look_at_scores(const lanes *l, const ra_weigher *w, const float *s, 
   }
 }
 
-// Whether scores are small enough, in all lanes and whatever the key, to be measured by 0.
+// Whether scores are small enough, in all lanes and whatever the key, to be measured by 0; slopes take nothing off the
+// nearest key.
 static int are_small(const ra_sample *e, const lanes *l) {
-  if (l->bias[0] || l->sloped || ra_is_relative(e->p)) return 0;
+  if (l->bias[0] || ra_is_relative(e->p)) return 0;
   float most[RA_LANES];
   for (int h = 0; h < RA_LANES; h += 4) {
     f32x4 squares = f32x4_splat(0);
