@@ -24,7 +24,7 @@ export const DRAWN_ROWS = 32;
 export const LOOKED_SEGMENTS = 4;
 /** Scores that a head's polynomial is fitted to, about. */
 export const SAMPLE_SCORES = 1024;
-/** Keys that are weighed together there (TILE of sample.c). */
+/** Keys that are weighed together there (RA_SAMPLE_TILE). */
 const SAMPLE_TILE = 128;
 
 /** Outliers of a key/value head: of `rows` queries or keys at most these are done exactly beside a polynomial. */
@@ -96,6 +96,9 @@ const ALIKE = 512;
 const PAIR = {
   rows: { forward: { each: 30, entry: 2.4 }, backward: { each: 30, entry: 5.1 } },
   columns: { each: 90, entry: 6.2 },
+  /** More where scores have something added. */
+  slopes: { rows: 45, columns: 90 },
+  bias: { rows: 115, columns: 190 },
 } as const;
 /** Rows of gradients with how far they are from others take so many times as long. */
 export const DISTANCE_OF_GRADIENTS = 1.5;
@@ -388,7 +391,7 @@ export function columnsCost(g: Geometry, keys: ArrayLike<number>): number {
     const unseen = g.causal ? Math.max(0, Math.min(keys[n] - g.queryOffset, g.queryLength)) : 0;
     pairs += SAMPLE_ROWS * ((g.queryLength - unseen) / g.queryLength) * queriesOfHead(g);
   }
-  return PORTION + pairs * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, 'backward'));
+  return PORTION + pairs * (each + entry * (g.headDim + g.valueDim) + moreOfPair(g, 'columns', 'backward'));
 }
 
 /** Of eight at most, from number n on, how many others below `limit` they meet, tiles being seen as a whole: from a place of each so far. */
@@ -407,13 +410,13 @@ function between(all: ArrayLike<number>, n: number, place: (one: number) => numb
 /** What so many known rows change in a portion of columns. */
 export function changesCost(g: Geometry, rows: number): number {
   const { each, entry } = PAIR.columns;
-  return PORTION + SAMPLE_ROWS * rows * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, 'backward'));
+  return PORTION + SAMPLE_ROWS * rows * (each + entry * (g.headDim + g.valueDim) + moreOfPair(g, 'columns', 'backward'));
 }
 
 /** The same for a portion of rows that see so many keys, by default as many as one may; of so many times SAMPLE_ROWS. */
 export function portionCost(g: Geometry, pass: Pass, keys = keysOfPortion(g), times = 1): number {
   const { each, entry } = PAIR.rows[pass];
-  return PORTION + times * SAMPLE_ROWS * keys * (each + entry * (g.headDim + g.valueDim) + mapOfPair(g, pass));
+  return PORTION + times * SAMPLE_ROWS * keys * (each + entry * (g.headDim + g.valueDim) + moreOfPair(g, 'rows', pass));
 }
 
 /** Every refusal takes this, at least. */
@@ -465,8 +468,9 @@ function flopsOfPair(g: Geometry, pass: Pass): number {
   return products({ method: 'exact', pass, heads: 1, queryLength: 1, headDim: g.headDim, valueDim: g.valueDim });
 }
 
-/** What a relative map adds to each pair that is sampled. */
-function mapOfPair(g: Geometry, pass: Pass): number {
+/** What slopes, a bias and a relative map add to each pair that is sampled. */
+function moreOfPair(g: Geometry, of: 'rows' | 'columns', pass: Pass): number {
   const map = productsOfPair(g);
-  return map ? (pass === 'forward' ? 4 : 8) * MAP_SAMPLING * map.score : 0;
+  const mapped = map ? (pass === 'forward' ? 4 : 8) * MAP_SAMPLING * map.score : 0;
+  return mapped + (g.bias ? PAIR.bias[of] : g.alibi ? PAIR.slopes[of] : 0);
 }
