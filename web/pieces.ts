@@ -45,8 +45,8 @@ const [MERGING, LOOKING] = [800, 2e8];
 /** The same for each value of sides that is mirrored, merged or added. */
 const MIRRORING = 300;
 
-/** How many times as much as counted for a call is looked at with slopes, plans and the check of the whole included. */
-const LOOKS: Readonly<Record<Pass, number>> = { forward: 2, backward: 6 };
+/** How many times as much as counted for a side is looked at, plans and the check of the whole included. */
+const LOOKS: Readonly<Record<Pass, number>> = { forward: 1.5, backward: 2 };
 
 /** Sides are worth it below this share of exact, as they may yet miss. */
 const WORTH = 0.5;
@@ -312,7 +312,7 @@ export function* forwardByPieces(
   const mine = shared(problem, pieces, 'forward', notes);
   if (notes.length === 0 && !(yield* plansOf(mine, call, ['forward'], mirror, engines))) return null;
   const { state, reports } = yield* stateOf(problem, mine, inputs, mirror, engines);
-  const measured = yield* checkWhole(name, { problem, inputs: { ...inputs, ...state } }, engines.kernel, reports, null);
+  const measured = areExact(reports) ? null : yield* checkWhole(name, { problem, inputs: { ...inputs, ...state } }, engines.kernel, null);
   const miss = missOf(problem, measured, 'forward');
   if (miss !== null) return yield* forwardByPieces(name, call, engines, [...notes, miss]);
   const report = reportOf(problem, pieces, reports, 'forward', measured, notes);
@@ -337,7 +337,7 @@ export function* backwardByPieces(
   const mine = shared(problem, pieces, 'backward', notes);
   const plans = notes.length === 0 ? yield* plansOf(mine, call, passes, mirror, engines) : [];
   if (!plans) return null;
-  const given = yield* givenState(name, call, engines.kernel);
+  const given = notes.length === 0 ? yield* givenState(name, call, engines.kernel) : null; // after a miss they may be to blame
   const planned = given ? mine : yield* withDegrees(mine, plans, mirror, inputs, engines);
   const own = given ? null : yield* within(stateOf(problem, planned, inputs, mirror, engines), 0, FORWARD);
   const { output, lse } = given ?? own!.state;
@@ -356,10 +356,11 @@ export function* backwardByPieces(
     if (sum) for (const array of [...GRADIENTS, 'dAlibi'] as const) add(sum[array], part[array]);
     else sum = part;
   }
-  const all = own ? [...reports, ...own.reports] : reports;
-  const measured = yield* checkWhole(name, whole, engines.kernel, all, sum);
+  const exact = own !== null && areExact([...reports, ...own.reports]);
+  const measured = exact ? null : yield* checkWhole(name, whole, engines.kernel, sum);
   const miss = missOf(problem, measured, 'backward');
-  if (miss !== null) return yield* backwardByPieces(name, call, engines, [...notes, miss]);
+  const again = given ? ', by the given output and lse, which were computed again' : '';
+  if (miss !== null) return yield* backwardByPieces(name, call, engines, [...notes, miss + again]);
   const report = reportOf(problem, pieces, reports, 'backward', measured, notes);
   for (const { flops, bytes } of own?.reports ?? []) {
     report.flops += flops;
@@ -462,15 +463,10 @@ function* givenState(name: string, call: Call, kernel: Kernel): Generator<number
   return relative <= OF_STATE * call.problem.tolerance ? { output, lse } : null;
 }
 
-/** Compares what pieces gave, output and lse or gradients, with exact rows of the map; null when all of them are exact. */
-function* checkWhole(
-  name: string,
-  call: Call,
-  kernel: Kernel,
-  reports: readonly Report[],
-  gradients: BackwardResult | null,
-): Generator<number, Measured | null> {
-  if (reports.every(({ method }) => method === 'exact')) return null;
+const areExact = (reports: readonly Report[]) => reports.every(({ method }) => method === 'exact');
+
+/** Compares what pieces gave, output and lse or gradients, with exact rows of the map. */
+function* checkWhole(name: string, call: Call, kernel: Kernel, gradients: BackwardResult | null): Generator<number, Measured> {
   const pass = gradients ? 'backward' : 'forward';
   return yield* sampled(name, call, kernel, pass, (sampler, session) => {
     if (gradients) for (const array of GRADIENTS) session.place(array, gradients[array]);
