@@ -8,7 +8,8 @@
 import { CHUNK } from './cost.js';
 import { random } from './draws.js';
 import { MAX_LAG_DEGREE, SAMPLE_LAGS, type Bounds, type Session } from './kernel.js';
-import { LAGS, type Sampler } from './sampling.js';
+import type { Sampler } from './sampling.js';
+import { LAGS } from './selection.js';
 import type { Measured } from './tally.js';
 import type { Problem } from './validate.js';
 
