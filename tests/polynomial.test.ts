@@ -5,7 +5,7 @@
 
 import { describe, expect, test } from '@jest/globals';
 
-import { MAX_DEGREE, ScoreFits, evaluate, fitToScores, minimax, relativeError, tangent } from '../dist/polynomial.js';
+import { MAX_DEGREE, ScoreFits, evaluate, fitToScores, minimax, relativeError, relativeRange, tangent, unbiased } from '../dist/polynomial.js';
 import { maxAbs, random } from './support.js';
 
 const degrees = Array.from({ length: MAX_DEGREE + 1 }, (_, degree) => degree);
@@ -48,6 +48,51 @@ describe('relativeError', () => {
   test('a single point, and values past the range of float64', () => {
     expect(relativeError([1, 1], 0, 0)).toBeLessThan(1e-13);
     expect(relativeError([1, 1], -800, 0)).toBe(Infinity);
+  });
+});
+
+test('relativeRange covers a dense grid from both sides, and says nothing of what it cannot tell', () => {
+  for (const [c, low, high] of [[[1, 1, 0.5], -1, 1], [[0.9, 1.1, 0.4, 0.2], -2.5, 2], [[2], -1, 4]] as const) {
+    const { least, most } = relativeRange(c, low, high);
+    const ratios = grid(low, high, 20000).map((s) => 1 + signedError(c, s));
+    expect(least).toBeLessThanOrEqual(Math.min(...ratios));
+    expect(most).toBeGreaterThanOrEqual(Math.max(...ratios));
+    expect(least).toBeGreaterThan(Math.min(...ratios) - 1e-6);
+    expect(most).toBeLessThan(Math.max(...ratios) + 1e-6);
+  }
+  expect(relativeRange([1, NaN], -1, 1)).toEqual({ least: -Infinity, most: Infinity });
+});
+
+describe('unbiased', () => {
+  /** Of normal scores, by the trapezoidal rule. */
+  const mean = (c: ArrayLike<number>, variance: number) => {
+    const sum = (of: (s: number) => number) => grid(-8, 8, 4000).reduce((total, x) => total + Math.exp(-x * x / 2) * of(x * Math.sqrt(variance)), 0);
+    return sum((s) => evaluate(c, s)) / sum(() => 1);
+  };
+
+  test.each([[1, 0.4, 0.01], [2, 1, 0.04], [3, 2, 0.3], [4, 2, 0.3], [6, 3, 0.5]])(
+    'degree %d, radius %d, variance %d: the mean of exp, and ratios to exp as far apart as before',
+    (degree, radius, variance) => {
+      const { coefficients } = minimax(degree, radius);
+      const got = unbiased(coefficients, radius, variance);
+      expect(Math.abs(mean(got, variance) / Math.exp(variance / 2) - 1)).toBeLessThan(1e-6);
+      expect(Math.abs(mean(coefficients, variance) / Math.exp(variance / 2) - 1)).toBeGreaterThan(1e-5);
+      const [before, after] = [coefficients, got].map((c) => relativeRange(c, -radius, radius));
+      expect(after.most / after.least).toBeCloseTo(before.most / before.least, 5);
+      expect(after.least).toBeLessThanOrEqual(1 + 1e-6);
+      expect(after.most).toBeGreaterThanOrEqual(1 - 1e-6);
+    },
+  );
+
+  test('no farther than where the ratio is 1 somewhere; what is not positive stays', () => {
+    const { coefficients } = minimax(2, 1);
+    for (const variance of [1e-9, 30]) {
+      const { least, most } = relativeRange(unbiased(coefficients, 1, variance), -1, 1);
+      expect(least).toBeLessThanOrEqual(1 + 1e-6);
+      expect(most).toBeGreaterThanOrEqual(1 - 1e-6);
+    }
+    expect(unbiased(Float32Array.of(0.1, 1), 1, 0.1)).toEqual(Float32Array.of(0.1, 1));
+    expect(unbiased(Float32Array.of(NaN, 1), 1, 0.1)).toEqual(Float32Array.of(NaN, 1));
   });
 });
 

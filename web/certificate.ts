@@ -5,7 +5,8 @@
 // By Cauchy-Schwarz every score of a key/value head, centred, lies in [-R, R], R = |scale| max|q_i| max|Rk_j - mean Rk|, with |Rq_i - mean Rq|
 // for |q_i| where queries are centred as well. If
 // |p(s) exp(-s) - 1| <= t < 1 there, the engine's weights are w_j (1 + e_j), |e_j| <= t, w the true ones, and the output
-// moves by at most `certifiedBound(t)` of theory.ts, 2 (1 - sqrt(1 - t^2)) / t, about t: a sharp bound, derived there.
+// moves by at most `certifiedBound(t)` of theory.ts, 2 (1 - sqrt(1 - t^2)) / t, about t: a sharp bound, derived there. What all weights have in
+// common does not matter: where p(s) exp(-s) is within [low, high], 1 included, t = (high - low) / (high + low).
 // Where most scores are much smaller, what counts is their mean square (`certifySpread`): with |p(s) - exp(s)| <= E s^2 the changes of the weights of
 // a row add up to E times sum s^2 over the sum of weights, which is n exp(mean s) at least.
 // float32 adds the term of `roundingWithin`, or of transforms.ts. Not counted is what no float32 result can avoid: the rounding of v and of the
@@ -13,7 +14,7 @@
 
 import { NO_OUTLIERS, type OutlierCounts } from './cost.js';
 import type { Bounds, Spread } from './kernel.js';
-import { relativeError, TURNOVER } from './polynomial.js';
+import { relativeRange, TURNOVER } from './polynomial.js';
 import { entriesGain } from './relative.js';
 import type { Features } from './scores.js';
 import { worse } from './tally.js';
@@ -209,8 +210,11 @@ export function certifyHead(
   const radius = scoreRadius(g, bounds);
   // Decays that stand for a bias are off by a factor of their own.
   const fit = g.decays ? (g.decays.floored ? Infinity : g.decays.error) : 0;
-  const t = (1 + relativeError(coefficients, -radius, radius)) * (1 + fit) - 1;
-  return t < 1 ? certifiedBound(t) + rounding(g, coefficients, bounds, t, outliers, features) : Infinity;
+  const { least, most } = relativeRange(coefficients, -radius, radius);
+  const [low, high] = [Math.min(least * (1 - fit), 1), Math.max(most * (1 + fit), 1)]; // exact pairs beside it have 1
+  const t = ((high - low) / (high + low)) * (1 + 1e-9);
+  const off = Math.max(high - 1, 1 - low);
+  return low > 0 && off < 1 ? certifiedBound(t) + rounding(g, coefficients, bounds, off, outliers, features) : Infinity;
 }
 
 /**

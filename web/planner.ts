@@ -29,7 +29,7 @@ import {
 } from './cost.js';
 import type { Bounds, Session } from './kernel.js';
 import { choicesOf, rank, splitOff, type Choice, type Ranking, type Split } from './outliers.js';
-import { MAX_DEGREE, minimax, tangent } from './polynomial.js';
+import { MAX_DEGREE, minimax, tangent, unbiased } from './polynomial.js';
 import { Sampler, survey } from './sampling.js';
 import { featuresOf, foreignTo, hasSides, type Features } from './scores.js';
 import { worse, type Measured } from './tally.js';
@@ -687,7 +687,7 @@ function* certified(session: Session, task: Task, split: Split, degree: number):
   let bound = 0;
   for (const [head, one] of split.bounds.entries()) {
     const radius = Math.min(scoreRadius(problem, one), Number.MAX_VALUE);
-    let best = minimax(degree, radius).coefficients;
+    let best = unbiased(minimax(degree, radius).coefficients, radius, usualSpread(session, one));
     let least = certifyHead(problem, best, one, split.outliers?.counts, features);
     const other = features === 'polynomial' && least > problem.tolerance ? tangent(degree, radius) : null;
     if (other && other.error < Infinity && 2 * other.error * leastSpread(problem, one) < least) {
@@ -701,6 +701,12 @@ function* certified(session: Session, task: Task, split: Split, degree: number):
     yield 0;
   }
   return attempt(task, degree, split, { coefficients, bound: Number.isFinite(bound) ? bound : null });
+}
+
+/** The mean square of scores of a head that its norms make likely. */
+function usualSpread({ geometry, rowsOfHead }: Session, bounds: Bounds): number {
+  const gain = (geometry.scale * queryGain(geometry, bounds)) ** 2 / geometry.headDim;
+  return gain * (bounds.q_squares / rowsOfHead) * (bounds.k_squares / geometry.keyLength);
 }
 
 /** What the mean square of the scores of the largest query is at least, about: that of one like all others in its directions. */

@@ -32,23 +32,50 @@ export function evaluate(coefficients: ArrayLike<number>, s: number): number {
 }
 
 /**
- * max |p(s) exp(-s) - 1| for s in [low, high], rounded up a little; Infinity where it cannot be told.
+ * The least and the largest p(s) exp(-s) for s in [low, high], rounded outwards; -Infinity and Infinity where they cannot be told.
  *
- * Not a search on a grid: the derivative of p exp(-s) is (p' - p) exp(-s), so the maximum is at an end or at a root of the
- * polynomial p' - p, and all its roots are found. What is added covers the rounding of this evaluation.
+ * Not a search on a grid: the derivative of p exp(-s) is (p' - p) exp(-s), so both are at an end or at a root of the polynomial
+ * p' - p, and all its roots are found. What is added covers the rounding of this evaluation.
  */
-export function relativeError(coefficients: ArrayLike<number>, low: number, high: number): number {
+export function relativeRange(coefficients: ArrayLike<number>, low: number, high: number): { least: number; most: number } {
   const p = Array.from(coefficients);
   const magnitude = p.map(Math.abs);
   const slope = p.map((c, m) => (m + 1 < p.length ? (m + 1) * p[m + 1] : 0) - c);
-  let largest = 0;
+  let [least, most] = [Infinity, -Infinity];
   for (const s of [low, high, ...signChanges(slope, low, high)]) {
     const decay = Math.exp(-s);
     const rounding = 8 * p.length * Number.EPSILON * (1 + Math.abs(s)) * evaluate(magnitude, Math.abs(s)) * decay;
-    const error = Math.abs(evaluate(p, s) * decay - 1) + rounding;
-    if (!(error <= largest)) largest = Number.isNaN(error) ? Infinity : error;
+    const ratio = evaluate(p, s) * decay;
+    if (Number.isNaN(ratio + rounding)) return { least: -Infinity, most: Infinity };
+    least = Math.min(least, ratio - rounding);
+    most = Math.max(most, ratio + rounding);
   }
-  return largest * (1 + 1e-9);
+  return { least, most };
+}
+
+/** max |p(s) exp(-s) - 1| for s in [low, high], rounded up a little; Infinity where it cannot be told. */
+export function relativeError(coefficients: ArrayLike<number>, low: number, high: number): number {
+  const { least, most } = relativeRange(coefficients, low, high);
+  return Math.max(most - 1, 1 - least) * (1 + 1e-9);
+}
+
+/**
+ * p times a number that makes its mean over scores that of exp, as far as p(s) exp(-s) is still 1 somewhere on [-radius, radius]. Ratios of weights, and so
+ * what is proved of outputs, stay as they are, but lse is right on average, and so are gradients that go by it: `minimax`, which has
+ * its largest errors at 0 too, where most scores are, is off by up to its error there.
+ *
+ * @param coefficients c_0 .. c_g of s^m; returned as they are where p or that mean is not positive.
+ * @param variance of the scores, whose mean is 0; normal, about.
+ */
+export function unbiased(coefficients: Float32Array, radius: number, variance: number): Float32Array {
+  const { least, most } = relativeRange(coefficients, -radius, radius);
+  let [mean, moment] = [0, 1]; // of s^m: that of s^(m + 2) is (m + 1) variance times as much
+  for (let m = 0; m < coefficients.length; m += 2) {
+    mean += coefficients[m] * moment;
+    moment *= (m + 1) * variance;
+  }
+  const factor = Math.min(Math.max(Math.exp(variance / 2) / mean, 1 / most), 1 / least);
+  return least > 0 && mean > 0 ? coefficients.map((c) => factor * c) : coefficients;
 }
 
 /**

@@ -667,10 +667,17 @@ export class Sampler {
       const rows = this.#selection.first(head).flatMap(({ rows }) => rows);
       const all = rows.length > 0 ? this.#session.scores(head, rows, stride) : new Float32Array(0);
       const few = condense(all);
+      if (few && this.#meansAreZero()) few.scores.set(centred(few.scores, few.weights));
       scores = few && new ScoreFits(few.scores, few.weights);
       this.#scores.set(head, scores);
     }
     return scores;
+  }
+
+  /** Whether the scores of a row have the mean 0, whatever a few of them have: those of all keys, from which their mean is subtracted. */
+  #meansAreZero(): boolean {
+    const { causal, window, segments, relative, relativePositions } = this.#session.geometry;
+    return !causal && window.every((side) => side < 0) && segments.length === 1 && !relative && !relativePositions;
   }
 
   /**
@@ -725,6 +732,16 @@ interface Within {
 function hiddenFactor({ geometry: { alibi, queryLength }, heads }: Session, looked: number): number {
   const chunks = Math.ceil(queryLength / CHUNK);
   return alibi && chunks > looked ? Math.sqrt(Math.log(chunks * heads) / Math.log(looked * heads)) : 1;
+}
+
+/** Less their mean. */
+function centred(scores: Float64Array, weights: Float64Array): Float64Array {
+  let [sum, total] = [0, 0];
+  for (let n = 0; n < scores.length; n++) {
+    sum += weights[n] * scores[n];
+    total += weights[n];
+  }
+  return scores.map((s) => s - sum / total);
 }
 
 /** sum_j |p(s_j) / sum p - exp(s_j) / sum exp|: what the output can move by for values in [-1, 1]. */
