@@ -96,9 +96,8 @@ const ALIKE = 512;
 const PAIR = {
   rows: { forward: { each: 30, entry: 2.4 }, backward: { each: 30, entry: 5.1 } },
   columns: { each: 90, entry: 6.2 },
-  /** More where scores have something added. */
+  /** More with slopes. */
   slopes: { rows: 45, columns: 90 },
-  bias: { rows: 115, columns: 190 },
 } as const;
 /** Rows of gradients with how far they are from others take so many times as long. */
 export const DISTANCE_OF_GRADIENTS = 1.5;
@@ -468,9 +467,9 @@ function flopsOfPair(g: Geometry, pass: Pass): number {
   return products({ method: 'exact', pass, heads: 1, queryLength: 1, headDim: g.headDim, valueDim: g.valueDim });
 }
 
-/** What slopes, a bias and a relative map add to each pair that is sampled. */
+/** What slopes and a relative map add to each pair that is sampled. */
 function moreOfPair(g: Geometry, of: 'rows' | 'columns', pass: Pass): number {
   const map = productsOfPair(g);
   const mapped = map ? (pass === 'forward' ? 4 : 8) * MAP_SAMPLING * map.score : 0;
-  return mapped + (g.bias ? PAIR.bias[of] : g.alibi ? PAIR.slopes[of] : 0);
+  return mapped + (g.alibi ? PAIR.slopes[of] : 0);
 }
