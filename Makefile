@@ -187,7 +187,7 @@ profile: build build/relaxed/named.wasm ## where the time of calls goes, by func
 	@$(NODE) scripts/bench.mjs tests/profile/profile.mjs -- $(ARGS)
 
 .PHONY: bench-auto crossover sweep
-bench-auto: build ## what choosing costs: time of auto over exact, an hour (ARGS=... for less)
+bench-auto: build ## what choosing costs: time of auto over exact, two hours (ARGS=... for less)
 	@$(NODE) scripts/bench.mjs tests/promise/auto.mjs -- $(ARGS)
 
 crossover: build ## from which length on auto takes a polynomial, and how time grows with length, an hour (ARGS=... for less)

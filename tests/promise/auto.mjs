@@ -5,8 +5,10 @@
 // arguments by ARGS="...":
 //
 //   --dims 16,32,64   --lengths 256,512,1024,2048,4096,8192,16384   --bounds 0.25,0.5,1,2   --masks full,causal (and slope0.05, causal with slopes like that)
-//   --tolerances 1e-1,1e-2,1e-3,1e-4   --passes forward,backward   --kinds uniform,... (all)   --binary relaxed-simd, simd128
+//   --tolerances 1e-1,1e-2,1e-3,1e-4   --passes forward,backward,both   --kinds uniform,... (all)   --binary relaxed-simd, simd128
 //   --seconds 0.25 (of calls for each figure)   --json build/bench-auto.json
+//
+// A backward call is given what an exact forward call has saved; both are a forward call and a backward call with its own result.
 //
 // Exact, auto and exact once more take turns, in changing order; a figure is the median of ratios within such rounds, and the second exact
 // one over the first says what of it is the machine's. What comes out above 1.08 is measured again, twice, `AGAIN` times as long, and the
@@ -26,7 +28,7 @@ const { values: given } = parseArgs({
     bounds: { type: 'string', default: '0.25,0.5,1,2' },
     masks: { type: 'string', default: 'full,causal' },
     tolerances: { type: 'string', default: '1e-1,1e-2,1e-3,1e-4' },
-    passes: { type: 'string', default: 'forward,backward' },
+    passes: { type: 'string', default: 'forward,backward,both' },
     kinds: { type: 'string', default: Object.keys(KINDS).join(',') },
     binary: { type: 'string', default: 'auto' },
     seconds: { type: 'string', default: '0.25' },
@@ -45,13 +47,20 @@ const timed = (call) => {
   return { milliseconds: performance.now() - start, report };
 };
 
+/** A call, or both, the backward one with the result of the other; returns its report. */
+function run(args, pass) {
+  if (pass !== 'both') return attention[pass](args);
+  const { dOutput: _, ...forward } = args;
+  return attention.backward({ ...args, saved: attention.forward(forward) });
+}
+
 /** Figures above this are measured again, so many times as long. */
 const [DOUBTFUL, AGAIN] = [1.08, 4];
 
 /** Median ratios of auto's time, and of another exact call's, to exact's. */
 function compare(args, pass) {
-  const exact = () => attention[pass]({ ...args, method: 'exact' });
-  const auto = () => attention[pass](args);
+  const exact = () => run({ ...args, method: 'exact' }, pass);
+  const auto = () => run(args, pass);
   timed(exact);
   const { report } = timed(auto);
   const figures = [measure(exact, auto, 1)];
@@ -99,7 +108,7 @@ for (const headDim of numbers(given.dims)) {
             const { dOutput, ...args } = instance({ kind, bound, seed: 1, ...setting });
             const saved = pass === 'backward' ? attention.forward({ ...args, method: 'exact' }) : undefined;
             for (const tolerance of numbers(given.tolerances)) {
-              const call = { ...args, tolerance, ...(pass === 'backward' && { dOutput, saved }) };
+              const call = { ...args, tolerance, ...(pass !== 'forward' && { dOutput }), ...(saved && { saved }) };
               cases.push({ headDim, mask, pass, length, kind, bound, tolerance, ...compare(call, pass) });
             }
           }
