@@ -220,18 +220,11 @@ void ra_update_state(const ra_polynomial *e, const float *x_t, const float *rows
   }
 }
 
-// sum of the terms of x and y, a multiple of 4 of them
-static float inner(const float *x, const float *y, size_t count) {
-  f32x4 sum = f32x4_splat(0);
-  for (size_t n = 0; n < count; n += 4) sum = f32x4_madd(f32x4_load(x + n), f32x4_load(y + n), sum);
-  return f32x4_sum(sum);
-}
-
 // Of some rows, whose features are f, sum_ij dS_ij (j - r) over the keys of Z and the queries of a chunk: phi(x_i).(moment h_i)
 static double moment_of_rows(const ra_polynomial *e, const float *f, uint32_t row0, uint32_t count, const float *h_t,
                              float *space) {
   set_rows(e->moment + (size_t)row0 * e->z_row, e->z_row, count, h_t, e->z_columns, space);
-  return inner(f, space, (size_t)count * CHUNK);
+  return ra_dot(f, space, (size_t)count * CHUNK);
 }
 
 // sum of the terms of f, y [count][32] and `distance` [32]
@@ -314,7 +307,7 @@ RA_KERNEL void centre_keys(const ra_polynomial *e, const float *v, uint32_t coun
     u[e->Dvp] = 1;
     if (!e->state->centred) continue;
     for (uint32_t d = e->D; d < e->Dp; d++) y[d] = 0; // nobody else looks there
-    f32x4 gain = f32x4_splat((float)ra_exp_f64(inner(e->q_mean, y, e->Dp)));
+    f32x4 gain = f32x4_splat((float)ra_exp_f64(ra_dot(e->q_mean, y, e->Dp)));
     for (uint32_t d = 0; d < e->row; d += 4) f32x4_store(u + d, f32x4_mul(gain, f32x4_load(u + d)));
   }
 }

@@ -56,7 +56,7 @@ static void find_ranges(const ra_sample *e, queries *t) {
     if (n % 32 == 0) bits = ra_sample_query_outliers(e, t->head / e->group, h, i);
     if (i >= chunk_end) state = ra_state_keys(p, ra_chunk_start(p, i)), chunk_end = ra_chunk_end(p, i);
     t->first[n] = (float)(keys.first - t->position), t->end[n] = (float)(keys.end - t->position);
-    t->from[n] = (float)(state.first - t->position),
+    t->from[n] = (float)(state.first - t->position);
     t->to[n] = bits & 1 ? t->from[n] : (float)(state.end - t->position);
   }
   t->ranged = 1;
