@@ -687,7 +687,7 @@ function* certified(session: Session, task: Task, split: Split, degree: number):
   let bound = 0;
   for (const [head, one] of split.bounds.entries()) {
     const radius = Math.min(scoreRadius(problem, one), Number.MAX_VALUE);
-    let best = unbiased(minimax(degree, radius).coefficients, radius, usualSpread(session, one));
+    let best = unbiased(minimax(degree, radius).coefficients, radius, usualSpread(problem, one));
     let least = certifyHead(problem, best, one, split.outliers?.counts, features);
     const other = features === 'polynomial' && least > problem.tolerance ? tangent(degree, radius) : null;
     if (other && other.error < Infinity && 2 * other.error * leastSpread(problem, one) < least) {
@@ -703,15 +703,19 @@ function* certified(session: Session, task: Task, split: Split, degree: number):
   return attempt(task, degree, split, { coefficients, bound: Number.isFinite(bound) ? bound : null });
 }
 
-/** The mean square of scores of a head that its norms make likely. */
-function usualSpread({ geometry, rowsOfHead }: Session, bounds: Bounds): number {
-  const gain = (geometry.scale * queryGain(geometry, bounds)) ** 2 / geometry.headDim;
-  return gain * (bounds.q_squares / rowsOfHead) * (bounds.k_squares / geometry.keyLength);
+/** The mean square of the scores of a query whose own sum of squares is given: that of one like all others in its directions. */
+function spreadOf(problem: Problem, bounds: Bounds, querySquares: number): number {
+  return ((problem.scale * queryGain(problem, bounds)) ** 2 * querySquares * bounds.k_squares) / (problem.keyLength * problem.headDim);
 }
 
-/** What the mean square of the scores of the largest query is at least, about: that of one like all others in its directions. */
-function leastSpread(problem: Problem, { q_plain_norm, k_squares }: Bounds): number {
-  return ((problem.scale * problem.rotaryGain * q_plain_norm) ** 2 * k_squares) / (problem.keyLength * problem.headDim);
+/** Of all queries, what norms make likely. */
+function usualSpread(problem: Problem, bounds: Bounds): number {
+  return spreadOf(problem, bounds, (bounds.q_squares * problem.kvHeads) / (problem.heads * problem.queryLength));
+}
+
+/** Of the largest query, what it is at least, about. */
+function leastSpread(problem: Problem, bounds: Bounds): number {
+  return spreadOf(problem, bounds, bounds.q_plain_norm ** 2);
 }
 
 /** A certified polynomial beside outliers that is well cheaper than `degree` alone, or than exact; null when none is found soon. */

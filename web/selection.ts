@@ -539,12 +539,8 @@ export class RowSelection {
     columns.portions.push(...columnPortions(more.sort((a, b) => a.row - b.row)));
   }
 
-  get #allColumns(): ColumnPortion[] {
-    return [...this.#columns.values()].flatMap(({ portions }) => portions);
-  }
-
   forgetColumns(): void {
-    for (const portion of this.#allColumns) Object.assign(portion, NOTHING_KNOWN);
+    for (const { portions } of this.#columns.values()) for (const portion of portions) Object.assign(portion, NOTHING_KNOWN);
   }
 
   #outlierKeys(head: number): ArrayLike<number> & Iterable<number> {
